@@ -1806,10 +1806,10 @@ data-since="{{position}}" data-idle-seconds="{{idle_seconds}}"></turbo-cable-str
 <h1>todos</h1>
 <form class="new" action="/todos" method="post" id="new">
 <input type="hidden" name="key" value="{{key}}">
-<input class="new-todo" id="new-todo" name="title" value="{{text}}" placeholder="What needs to be done?" \
+<input type="text" class="new-todo" id="new-todo" name="title" value="{{text}}" placeholder="What needs to be done?" \
 aria-label="What needs to be done?" aria-describedby="new-todo-error" autocomplete="off" enterkeyhint="done" dir="auto"\
 {{!'' if editing else ' autofocus'}}>
-<button class="save">Add</button>
+<button type="submit" class="save">Add</button>
 <p class="error" id="new-todo-error" role="alert">{{error}}</p>
 </form>
 <p class="error" id="notice" role="alert"></p>
@@ -1820,7 +1820,7 @@ aria-label="What needs to be done?" aria-describedby="new-todo-error" autocomple
 <input type="hidden" name="completed" value="0">
 {{!toggle_all}}\
 <label for="toggle-all">Mark all as complete</label>
-<button class="save">Save</button>
+<button type="submit" class="save">Save</button>
 </form>
 <ul class="todo-list" id="todos" data-showing="{{'active completed' if showing == 'all' else showing}}">
 {{!rows}}\
@@ -1835,7 +1835,7 @@ aria-label="What needs to be done?" aria-describedby="new-todo-error" autocomple
 </ul>
 <form class="clear" action="/todos/completed" method="post" id="clear">
 <input type="hidden" name="_method" value="DELETE">
-<button class="clear-completed">Clear completed</button>
+<button type="submit" class="clear-completed">Clear completed</button>
 </form>
 </footer>
 <p class="empty">All clear. What would you like to get done?</p>
@@ -1855,17 +1855,17 @@ aria-label="What needs to be done?" aria-describedby="new-todo-error" autocomple
 <input type="hidden" name="completed" value="0">
 <input class="toggle" type="checkbox" name="completed" value="1" aria-labelledby="title_{{id}}"{{' checked' if completed else ''}}>
 <label id="title_{{id}}" dir="auto">{{title}}</label>
-<button class="save" name="_method" value="PATCH">Save</button>
+<button type="submit" class="save" name="_method" value="PATCH">Save</button>
 <a class="rename" href="/todos/{{id}}/edit" aria-label="Edit {{title}}"></a>
-<button class="destroy" name="_method" value="DELETE" aria-label="Remove {{title}}"></button>
+<button type="submit" class="destroy" name="_method" value="DELETE" aria-label="Remove {{title}}"></button>
 </div>
 </form>
 % if editing:
 <form class="editor" action="/todos/{{id}}" method="post">
 <input type="hidden" name="_method" value="PATCH">
-<input class="edit" name="title" value="{{text}}" aria-label="Edit {{title}}" aria-describedby="edit-error" autocomplete="off" \
+<input type="text" class="edit" name="title" value="{{text}}" aria-label="Edit {{title}}" aria-describedby="edit-error" autocomplete="off" \
 enterkeyhint="done" dir="auto" autofocus>
-<button class="save">Save</button>
+<button type="submit" class="save">Save</button>
 <p class="error" id="edit-error" role="alert">{{error}}</p>
 </form>
 % end
@@ -3140,7 +3140,7 @@ h1 { margin: 0 0 1rem 48px; font-size: clamp(2.25rem, 7vw, 3rem); font-weight: 3
 
 /* Rows */
 .all { grid-template-columns: 48px 1fr auto; }
-.todo-list li { grid-template-rows: 1fr; border-top: 1px solid var(--line); transition: var(--quick); }
+.todo-list li { grid-template-rows: 1fr; border-top: 1px solid var(--line); transition: var(--quick); transition-property: grid-template-rows, opacity; }
 .todo-list form { grid-area: 1 / 1; overflow: clip; }
 .view { grid-template-columns: 48px 1fr auto 40px 40px; }
 .view label, .edit { padding: .65rem 0; }
@@ -3456,8 +3456,8 @@ function edit(row, text = $('label', row).textContent) {
   for (const open of document.querySelectorAll('.editor')) save(open);
   const form = document.createElement('form');
   Object.assign(form, { className: 'editor', method: 'post', action: $('form', row).action });
-  form.innerHTML = `<input type="hidden" name="_method" value="PATCH"><input class="edit" name="title" dir="auto"
-    autocomplete="off" enterkeyhint="done" aria-describedby="edit-error"><button class="save">Save</button>
+  form.innerHTML = `<input type="hidden" name="_method" value="PATCH"><input type="text" class="edit" name="title" dir="auto"
+    autocomplete="off" enterkeyhint="done" aria-describedby="edit-error"><button type="submit" class="save">Save</button>
     <p class="error" id="edit-error" role="alert"></p>`;
   row.append(form);
   row.classList.add('editing');
@@ -3478,14 +3478,14 @@ function save(form, refocus) {
 }
 function close(form, refocus) {
   const row = form.closest('li');
+  row.classList.remove('editing');        // first: removing the field blurs it
   form.remove();
-  row.classList.remove('editing');
   if (location.pathname.endsWith('/edit')) history.replaceState(null, '', '/');
   if (row.matches('.gone')) leave(row);
   else if (refocus) $('.rename', row).focus();
 }
 addEventListener('dblclick', ({ target }) => target.matches('#todos label') && edit(target.closest('li')));
-addEventListener('focusout', ({ target }) => target.matches('.edit') && target.isConnected && document.hasFocus() && save(target.form));
+addEventListener('focusout', ({ target }) => target.matches('.editing .edit') && document.hasFocus() && save(target.form));
 addEventListener('keydown', ({ target, key, isComposing }) => {
   if (key === 'Escape' && !isComposing && target.matches('.edit')) close(target.form, true);
 });
@@ -3499,16 +3499,17 @@ addEventListener('click', event => {
 });
 
 // What follows from a change of the page, whoever made it: order, title, announcements
-const number = row => Number(row.id.slice(5)) || Infinity;
+const number = row => Number(row.id.slice('todo_'.length)) || Infinity;
 let prefix = '';
 function announce(text) { $('#announcer').textContent = text + $('#todo-count').textContent; }
 new MutationObserver(records => {
   let counted = false;
   for (const { target, addedNodes } of records) {
-    counted ||= !!target.closest?.('#todo-count') || [...addedNodes].some(node => node.id === 'todo-count');
+    const element = target.nodeType === 1 ? target : target.parentElement;
+    counted ||= !!element?.closest('#todo-count') || [...addedNodes].some(node => node.id === 'todo-count');
     for (const row of target.id === 'todos' ? addedNodes : []) {
       let before = row.previousElementSibling;
-      if (!before || number(before) <= number(row)) continue;
+      if (row.nodeType !== 1 || !before || number(before) <= number(row)) continue;
       while (before.previousElementSibling && number(before.previousElementSibling) > number(row)) before = before.previousElementSibling;
       before.before(row);
     }
