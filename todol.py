@@ -2698,9 +2698,10 @@ class Connection:
         self.socket.push(encode(message))
 
     def disconnect(self, reason, reconnect):
-        """Tell why, and close."""
+        """Tell why, and close, for good after CLOSE_SECONDS."""
         self.send({'type': 'disconnect', 'reason': reason, 'reconnect': reconnect})
         self.socket.close(1001 if reconnect else 1008)
+        gevent.spawn_later(CLOSE_SECONDS, self.socket.abort)
 
     def _welcome(self):
         if not self.extended:
