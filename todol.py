@@ -33,6 +33,7 @@ import random
 import re
 import secrets
 import signal
+import socket
 import sqlite3
 import struct
 import sys
@@ -1998,7 +1999,7 @@ def broadcast_todos(user, ids):
 # A page for browsers, Turbo Streams for the script, JSON for programs: the Accept header tells. Forms work without
 # script, with _method for what they can't say. Whatever is wrong is a TodolError and becomes an answer of the same kind.
 
-app = bottle.Bottle()
+app = bottle.Bottle(autojson=False)
 
 TURBO_STREAM = 'text/vnd.turbo-stream.html'
 ID = '<id:re:[0-9]{1,18}>'          # within SQLite's 64 bits
@@ -2590,7 +2591,7 @@ class CableSocket(WebSocket):
         self.closed = self.close_sent = True
         self._unsent.clear()
         with contextlib.suppress(OSError):
-            self._socket._sock.shutdown(gevent.socket.SHUT_RDWR)
+            self._socket._sock.shutdown(socket.SHUT_RDWR)
 
     def _write_unsent(self):
         try:
@@ -2607,7 +2608,7 @@ class CableSocket(WebSocket):
         if self._writer:
             self._writer.join(CLOSE_SECONDS)
         with contextlib.suppress(OSError), gevent.Timeout(CLOSE_SECONDS, False):
-            self._socket._sock.shutdown(gevent.socket.SHUT_WR)
+            self._socket._sock.shutdown(socket.SHUT_WR)
             while self._socket.recv(65536):
                 pass
 
@@ -2889,7 +2890,7 @@ class Handler(WebSocketHandler):
     def run_websocket(self):
         """Serve the connection, in place of the library's way through the WSGI application."""
         self.socket.settimeout(None)
-        self.socket.setsockopt(gevent.socket.IPPROTO_TCP, gevent.socket.TCP_NODELAY, 1)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             self.cable_connection.serve()
         finally:
@@ -2908,7 +2909,7 @@ class Handler(WebSocketHandler):
 
     def hang_up(self):
         with contextlib.suppress(OSError):
-            self.socket._sock.shutdown(gevent.socket.SHUT_RD)
+            self.socket._sock.shutdown(socket.SHUT_RD)
 
     def _refuse(self, status, reason, *headers):
         self.start_response(status, [('Content-Type', 'text/plain'), *headers])
@@ -3029,11 +3030,12 @@ def close_databases():
 def listen():
     """The listening socket. Raises SettingError if the address can't be had."""
     try:
-        family, kind, _, _, address = gevent.socket.getaddrinfo(
-            settings.host, settings.port, type=gevent.socket.SOCK_STREAM, flags=gevent.socket.AI_PASSIVE)[0]
+        # The standard library's getaddrinfo: nothing else runs yet, and gevent's would start a thread for it.
+        family, kind, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM,
+                                                         flags=socket.AI_PASSIVE)[0]
         listener = gevent.socket.socket(family, kind)
-        listener.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_REUSEADDR, 1)
-        listener.setsockopt(gevent.socket.IPPROTO_TCP, gevent.socket.TCP_NODELAY, 1)     # what it accepts inherits it
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # what it accepts inherits it
         listener.bind(address)
         listener.listen(1024)
         return listener
