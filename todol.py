@@ -1999,7 +1999,7 @@ def broadcast_todos(user, ids):
 # A page for browsers, Turbo Streams for the script, JSON for programs: the Accept header tells. Forms work without
 # script, with _method for what they can't say. Whatever is wrong is a TodolError and becomes an answer of the same kind.
 
-app = bottle.Bottle(autojson=False)
+app = bottle.Bottle()
 
 TURBO_STREAM = 'text/vnd.turbo-stream.html'
 ID = '<id:re:[0-9]{1,18}>'          # within SQLite's 64 bits
