@@ -3080,20 +3080,12 @@ def serve(chosen):
     host, port = server.socket.getsockname()[:2]
     log.info('todol %s is at http://%s:%s (data in %s; Ctrl-C stops it)', __version__,
              f'[{host}]' if ':' in host else host, port, os.path.abspath(settings.data))
-    give_back_memory()
     stopping.wait()
     log.info('stopping')
     server.drain()
     close_stack()
     log.info('stopped')
     return 0
-
-
-def give_back_memory():
-    """Return what compiling this file took to the system: 6 of 38 MB. Where the C library is another, nothing happens."""
-    with contextlib.suppress(Exception):
-        import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 # === Styles: values, then meanings, then rules ========================================================================
