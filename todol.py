@@ -32,6 +32,7 @@ import os
 import random
 import re
 import secrets
+import select
 import signal
 import socket
 import sqlite3
@@ -654,6 +655,11 @@ class Doorbell:
         if self.deaf:
             return {'unknown'}
         self._look()
+        for name, fd in list(self._pipes.items()):
+            poll = select.poll()
+            poll.register(fd, 0)
+            if poll.poll(0):            # an error: nobody reads it any more
+                self._forget(name)
         return set(self._pipes)
 
     def patience(self):
