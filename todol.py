@@ -829,8 +829,7 @@ class Cache:
     def add(self, key, value, ttl=FOREVER_SECONDS):
         """Keep a value if the key has none, and say whether it was kept. Atomic between processes."""
         entry = self._entry(key, value, ttl)
-        kept = self._through(key, lambda: bool(self._db.execute(ADD_ENTRY, entry.row(key))), otherwise=True)
-        return kept
+        return self._through(key, lambda: bool(self._db.execute(ADD_ENTRY, entry.row(key))), otherwise=True)
 
     def incr(self, key, by=1, ttl=FOREVER_SECONDS):
         """Add to a whole number and give the sum. A missing or expired one starts at 0 with a new time to live; a live
@@ -943,16 +942,11 @@ class Cache:
             self._front_bytes -= entry.size
 
     def _through(self, key, write, otherwise):
-        """A write that is committed when it returns, and everything of that key before it."""
-        def together():
-            if self._pending.get(key) is not None:
-                self._write_entries({key: self._pending[key]})
-            return write()
-        try:
-            result = self._forgiving(lambda: self._db.transact(together), otherwise)
-        finally:
-            self._pending.pop(key, None)
-            self._forget(key)
+        """A write that is in the file when it returns, after everything of that key before it."""
+        if key in self._pending:
+            self._flush()
+        result = self._forgiving(lambda: self._db.transact(write), otherwise)
+        self._forget(key)
         self._slots[slot_of(key)] = time.perf_counter_ns()
         return result
 
