@@ -327,6 +327,8 @@ class Database:
         except sqlite3.Error as error:
             self.close()
             raise self._explained(error) from error
+        except OSError as error:
+            raise StorageError(f'{path} can not be read: {error.strerror}') from None
         except TodolError:
             self.close()
             raise
@@ -353,7 +355,9 @@ class Database:
         assert self._in_transaction, 'executemany() outside a transaction would commit row by row'
         try:
             self._connection.executemany(statement, rows)
-        except sqlite3.OperationalError as error:
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.Error as error:
             raise self._explained(error) from error
 
     def transaction(self, function):
@@ -457,7 +461,9 @@ class Database:
         while True:
             try:
                 return self._connection.execute(statement, parameters).fetchall()
-            except sqlite3.OperationalError as error:
+            except sqlite3.IntegrityError:
+                raise
+            except sqlite3.Error as error:
                 if not is_busy(error) or time.monotonic() > deadline:
                     raise self._explained(error) from error
             gevent.sleep(pause * random.uniform(0.5, 1.5))
@@ -498,11 +504,10 @@ class Database:
                   if not name.startswith(TOLERATED_TABLES)]
         if not tables:
             return MIGRATIONS[self.role]
-        try:
-            applied = {name for name, in self._patiently('SELECT name FROM schema_migrations')}
-        except StorageError:
+        if ('name',) not in self._patiently("SELECT name FROM pragma_table_info('schema_migrations')"):
             raise MigrationError(f'{self.path} is an SQLite database of another program (it has a table {tables[0]!r}); '
-                                 f'move it away or set TODOL_DATA') from None
+                                 f'move it away or set TODOL_DATA')
+        applied = {name for name, in self._patiently('SELECT name FROM schema_migrations')}
         known = {name for name, _ in MIGRATIONS[self.role]}
         if applied - known:
             raise MigrationError(f'{self.path}: migration {min(applied - known)!r} is unknown here; the file is from a newer '
@@ -511,10 +516,12 @@ class Database:
 
     def _migrate(self):
         self.execute('CREATE TABLE IF NOT EXISTS schema_migrations (name TEXT PRIMARY KEY, applied_at REAL NOT NULL)')
-        for name, statement in self._pending():         # looked at again: another process may have been faster
+        pending = self._pending()           # looked at again: another process may have been faster
+        for name, statement in pending:
             self.execute(statement)
             self.execute('INSERT INTO schema_migrations (name, applied_at) VALUES (?, now_s())', (name,))
-        log.info('migrated %s to %r', self.path, name)
+        if pending:
+            log.info('migrated %s to %r', self.path, name)
 
 
 class _Write:
@@ -1193,9 +1200,9 @@ class Jobs:
         self._worker, self.workers = worker, workers
         doorbell.wakes(self._bell)
         self._db.transact(self._start_recurring)
-        strange = [name for name, in self._db.execute('SELECT DISTINCT queue FROM jobs') if name not in QUEUES]
-        if strange:
-            log.warning('jobs wait in queues that nobody serves: %s; served are %s', ', '.join(strange), ', '.join(QUEUES))
+        unserved = [queue for queue in self._queues() if queue not in QUEUES]
+        if unserved:
+            log.warning('jobs wait in queues that nobody serves: %s; served are %s', ', '.join(unserved), ', '.join(QUEUES))
         self._bell.set()
         self._loop = Loop('jobs', self._turn)
 
@@ -1243,6 +1250,14 @@ class Jobs:
         self._bell.set()
         doorbell.ring()
 
+    def _queues(self):
+        """The names of the queues that have jobs; a few look-ups in the index, however many jobs there are."""
+        found, queue = [], ''
+        while queue is not None:
+            (queue,), = self._db.execute('SELECT min(queue) FROM jobs WHERE queue > ? AND due_at IS NOT NULL', (queue,))
+            found += [queue] if queue else []
+        return found
+
     def _start_recurring(self):
         for name, seconds in self._recurring.items():
             self._db.execute('INSERT INTO recurring (name, due_at) VALUES (?, now_s() + ?) ON CONFLICT DO NOTHING',
@@ -1251,26 +1266,26 @@ class Jobs:
     def _turn(self):
         """One turn of the dispatcher: exchange with the databases, start what was claimed, sleep."""
         self._bell.clear()
-        outbox = []
         patience = doorbell.patience()
-        if self._outbox_filled or patience is not None:     # with neighbours: one of them may have died on the way
-            self._outbox_filled = False
-            outbox = self._app_db.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?', (OUTBOX_ROWS,))
-            self._outbox_filled = len(outbox) == OUTBOX_ROWS
+        look = self._outbox_filled or patience is not None      # with neighbours: one may have died on the way
         settled, self._settled = self._settled, []
+        self._outbox_filled = False
         try:
-            claimed, next_due = self._db.transact(self._exchange, outbox, settled, self.workers - len(self._running))
+            relayed, claimed, next_due = self._db.transact(self._exchange, look, settled, self.workers - len(self._running))
+            settled = []
+            for job in claimed:
+                greenlet = gevent.Greenlet(self._perform, job)
+                self._running[greenlet] = job
+                greenlet.link(lambda done: self._running.pop(done, None))
+                greenlet.start()
+            if relayed:
+                self._app_db.transact(self._app_db.executemany, 'DELETE FROM outbox WHERE id = ?', relayed)
         except Exception:
             self._settled = settled + self._settled
             self._outbox_filled = True
             raise
-        for job in claimed:
-            greenlet = gevent.Greenlet(self._perform, job)
-            self._running[greenlet] = job
-            greenlet.link(lambda done: self._running.pop(done, None))
-            greenlet.start()
-        if outbox:
-            self._app_db.transact(self._app_db.executemany, 'DELETE FROM outbox WHERE id = ?', [(id,) for id, _ in outbox])
+        if len(relayed) == OUTBOX_ROWS:
+            self._outbox_filled = True
         if self._outbox_filled or (next_due is not None and next_due <= self._db.clock() and claimed):
             return gevent.sleep(0)      # there is more
         if next_due is not None:
@@ -1280,11 +1295,14 @@ class Jobs:
             patience = min(patience or LEASE_SECONDS, LEASE_SECONDS / 3)
         self._bell.wait(patience)
 
-    def _exchange(self, outbox, settled, free):
-        """In one transaction: insert what the outbox held, settle what ended, renew, give back, claim.
+    def _exchange(self, look, settled, free):
+        """In one transaction: insert what the outbox holds, settle what ended, renew, give back, claim.
 
-        Gives the claimed jobs and the time when the next one falls due (None: never).
+        Gives the outbox rows that were moved, the claimed jobs, and the time when the next one falls due (None: never).
+        The outbox is read under the lock of the job database, and its rows go before their jobs can end: so a neighbour
+        that reads it too can't insert a job that is done already.
         """
+        outbox = self._app_db.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?', (OUTBOX_ROWS,)) if look else []
         for _, row in outbox:
             self._db.execute(INSERT_JOB, json.loads(row))
         self._settle(settled)
@@ -1306,7 +1324,8 @@ class Jobs:
         if free == len(claimed):
             times = []                  # nobody is free: the next one to end rings the bell
         times += [at for at, in self._db.execute('SELECT min(due_at) FROM recurring')]
-        return [Job(*row) for row in claimed], min((at for at in times if at is not None), default=None)
+        return ([(id,) for id, _ in outbox], [Job(*row) for row in claimed],
+                min((at for at in times if at is not None), default=None))
 
     def _settle(self, settled):
         for job, outcome, error in settled:
@@ -1456,7 +1475,8 @@ class Cable:
         epoch, _, id = position.rpartition(':')
         if epoch != self.epoch or not re.fullmatch('[0-9]{1,18}', id):
             raise PositionLost(f'{position!r} is not a position of this log')
-        (first, end), = self._db.execute('SELECT coalesce(min(id), 1), coalesce(max(id), 0) FROM messages')
+        (first, end), = self._db.execute('SELECT coalesce((SELECT min(id) FROM messages), 1), '
+                                         'coalesce((SELECT max(id) FROM messages), 0)')
         if not first - 1 <= int(id) <= end:
             raise PositionLost(f'the log reaches from {first - 1} to {end}')
         return self._read(stream, int(id), 0.0)
@@ -1465,7 +1485,7 @@ class Cable:
         """The messages of a stream from a time on (Unix seconds). Raises PositionLost."""
         if at < self._db.clock() - KEEP_MESSAGES_SECONDS:
             raise PositionLost(f'the log is kept for {KEEP_MESSAGES_SECONDS} seconds')
-        (first, end), = self._db.execute('SELECT min(id), max(id) FROM messages')
+        (first, end), = self._db.execute('SELECT (SELECT min(id) FROM messages), (SELECT max(id) FROM messages)')
         if first is not None and end - first + 1 >= KEEP_MESSAGES:      # it is also cut by number
             (cut_at,), = self._db.execute('SELECT created_at FROM messages WHERE id = ?', (first,))
             if cut_at > at:
@@ -3000,17 +3020,20 @@ def open_databases(chosen):
 
 def open_stack(chosen):
     """Open the databases and start the four services on them. Raises TodolError, and leaves nothing open then."""
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(close_databases)
         open_databases(chosen)
         keys.load()
         doorbell.open(settings.data, settings.env)
+        undo.callback(doorbell.close)
         cache.open()
+        undo.callback(cache.close)
         cable.open()
+        undo.callback(cable.close)
         heartbeat.open()
+        undo.callback(heartbeat.close)
         jobs.open(doorbell.name or f'{os.getpid()}', settings.job_workers)
-    except BaseException:
-        close_databases()
-        raise
+        undo.pop_all()
 
 
 def close_stack():
@@ -3039,9 +3062,10 @@ def listen():
         listener.bind(address)
         listener.listen(1024)
         return listener
-    except OSError as error:
-        raise SettingError(f'can not listen on HOST {settings.host} PORT {settings.port}: {error.strerror or error}. Is '
-                           f'another program there? Set another PORT') from None
+    except (OSError, UnicodeError) as error:        # UnicodeError: a HOST that can't be a name
+        reason = getattr(error, 'strerror', None) or error
+        raise SettingError(f'can not listen on HOST {settings.host} PORT {settings.port}: {reason}. Is another program '
+                           f'there? Set another PORT') from None
 
 
 class Server(WSGIServer):
@@ -3199,7 +3223,7 @@ strong { color: var(--ink); }
 [data-state="offline"]::before { color: var(--danger); }
 .message p { margin: 0 0 .5rem 48px; }
 
-.todoapp:has([data-active="0"][data-completed="0"]) :is(.main, .footer, .nothing), .todoapp:not(:has([data-active="0"][data-completed="0"])) .empty, :has(#todos li) > .nothing { display: none; }
+.todoapp:has([data-active="0"][data-completed="0"]):not(:has(.pending)) :is(.main, .footer, .nothing), .todoapp:is(:not(:has([data-active="0"][data-completed="0"])), :has(.pending)) .empty, :has(#todos li) > .nothing { display: none; }
 [data-completed="0"] ~ .clear { visibility: hidden; }
 
 @media (width < 34rem) {
@@ -3247,13 +3271,14 @@ function outdated(id, version) {
   versions.set(id, Number(version));
   return false;
 }
-const held = row => changes.some(change => change.row === row.id || change.all && row.matches('#todos > li'));
+// A row shows the change of it that is on its way, until the answer comes.
+const held = id => !!id && changes.some(({ row, all }) => row === id || all && /^todo_|^toggle-all$/.test(id));
 
 // Morph: make an element like another without replacing it, so that focus, typed text and clicks in flight survive.
 const OURS = '.editor, .leaving, .pending';
 function morph(from, to) {
   if (from.nodeName !== to.nodeName) return from.replaceWith(to);
-  if (held(from) || outdated(to.id, to.dataset.version)) return;
+  if (held(from.id) || from.matches('.error') || outdated(to.id, to.dataset.version)) return;
   const editing = from.matches('.editing');
   for (const { name } of [...from.attributes]) to.hasAttribute(name) || from.removeAttribute(name);
   for (const { name, value } of to.attributes) from.getAttribute(name) === value || from.setAttribute(name, value);
@@ -3266,7 +3291,7 @@ function morph(from, to) {
     if (match?.parentNode !== from || match.nodeName !== child.nodeName || (match.id ?? '') !== (child.id ?? '')) match = null;
     if (match && match === next) next = next.nextSibling;
     else if (match) from.insertBefore(match, next);
-    if (!match) outdated(child.id, child.dataset?.version) || from.insertBefore(child, next);
+    if (!match) held(child.id) || outdated(child.id, child.dataset?.version) || from.insertBefore(child, next);
     else if (match.nodeType === 1) morph(match, child);
     else if (match.nodeValue !== child.nodeValue) match.nodeValue = child.nodeValue;
   }
@@ -3318,7 +3343,7 @@ class StreamElement extends HTMLElement {
     const [id, version] = this.dataset.row ? [this.dataset.row, this.dataset.version] : [first?.id, first?.dataset.version];
     if (action === 'remove' && target) versions.set(target, Infinity);
     const news = !changes.length && version > (versions.get(id) ?? document.getElementById(id)?.dataset.version ?? 0);
-    if (outdated(id, version)) return;
+    if (held(id) || outdated(id, version)) return;
     const all = targets ? document.querySelectorAll(targets) : [document.getElementById(target)];
     for (const each of all) if (each) actions[action]?.(each, content?.cloneNode(true), this.getAttribute('method') === 'morph');
     if (news && this.flash) document.getElementById(id)?.classList.add('flash');
@@ -3331,27 +3356,31 @@ function renderStreams(html, flash = false) {
 }
 
 // Visits: another filter, or the page again, morphed in. One that is older than what is shown is asked for again.
-let visiting = null;
+// Of another epoch everything is news: the databases are new, and count from the start.
+const epochOf = source => source.dataset.since.split(':')[0];
+let visiting = null, epoch = epochOf($('#cable'));
 async function visit(url, { push = false } = {}) {
   const current = visiting = {};
   let page;
   try {
-    const answer = await fetch(url, { headers: { Accept: 'text/html' } });
-    if (!answer.ok) throw answer;
-    page = new DOMParser().parseFromString(await answer.text(), 'text/html');
-  } catch {
-    return push && !navigator.onLine ? cable.show() : push ? location.assign(url) : wait(2000).then(() => visiting === current && visit(url));
-  }
+    const answer = await fetch(url, { headers: { Accept: 'text/html' }, signal: AbortSignal.timeout(ANSWER_MS) });
+    if (answer.ok) page = new DOMParser().parseFromString(await answer.text(), 'text/html');
+  } catch { /* it is asked for again */ }
   if (visiting !== current) return;
-  const count = $('#todo-count', page);
-  if (outdated(count.id, count.dataset.version)) return visit(url, { push });
+  const [source, fresh, count] = [$('#cable'), page && $('#cable', page), page && $('#todo-count', page)];
+  if (page && epochOf(fresh) !== epoch) {
+    epoch = epochOf(fresh);
+    versions.clear();
+    for (const each of document.querySelectorAll('[data-version]')) each.dataset.version = -1;
+  }
+  if (!page || outdated(count.id, count.dataset.version)) return wait(1000).then(() => visiting === current && visit(url, { push }));
   if (push) history.pushState(null, '', url);
   morph($('#todoapp'), $('#todoapp', page));
-  const [source, fresh] = [$('#cable'), $('#cable', page)];
   source.dataset.since = fresh.dataset.since;
   source.setAttribute('signed-stream-name', fresh.getAttribute('signed-stream-name'));
 }
 addEventListener('popstate', () => visit(location.href));
+if (location.pathname.endsWith('/edit')) history.replaceState(null, '', '/');
 
 // Changes go to the server one after another, in their order. While it can't be reached they wait, over a reload too;
 // the key of a new todo makes sending it twice harmless.
@@ -3365,8 +3394,7 @@ function change(entry) {
 function keep() {
   sessionStorage.setItem('changes', JSON.stringify(changes));
   for (const row of document.querySelectorAll('#todos > .pending')) row.remove();
-  for (const { body, text } of waiting ? changes.filter(({ path }) => path === '/todos') : []) {
-    if (!text) continue;
+  for (const { text } of waiting ? changes.filter(({ path, text }) => path === '/todos' && text) : []) {
     const row = document.createElement('li');
     row.className = 'pending';
     row.innerHTML = '<div class="view"><label dir="auto"></label></div>';
@@ -3402,13 +3430,15 @@ async function deliver() {
   }
   delivering = false;
 }
-function settle({ row, text, edit: edited }, answer, html) {
-  const element = row && document.getElementById(row), field = $('#new-todo');
-  if (answer.status === 422 && edited && element) edit(element, text);
+function settle({ row, text, before, all }, answer, html) {
+  const field = $('#new-todo'), element = before && answer.status !== 404 && document.getElementById(row);
+  if (!answer.ok && element) {
+    $('label', element).textContent = before;
+    edit(element, text);
+  } else if (!answer.ok && text) field.value = `${text} ${field.value}`.trim();     // nothing typed is lost
   if (answer.headers.get('Content-Type')?.startsWith(TURBO_STREAM)) renderStreams(html);
-  if (answer.ok) return text && !edited && announce(`Added ${text}. `);
-  if (text && !field.value && (!edited || answer.status === 404)) field.value = text;     // nothing typed is lost
-  if (answer.status !== 404 && !edited) visit(location.href);
+  if (answer.ok && text && !before) announce(`Added ${text}. `);
+  if (!answer.ok || all) visit(location.href);
 }
 
 // Forms
@@ -3434,10 +3464,7 @@ addEventListener('submit', event => {
     entry.all = true;
     for (const box of document.querySelectorAll('#todos .toggle')) tick(box, $('#toggle-all').checked);
   }
-  if (button?.matches('.destroy')) {
-    focusBeside(form.closest('li'));
-    form.closest('li').classList.add('pending');
-  }
+  if (button?.matches('.destroy')) leave(form.closest('li'));
   change({ ...entry, body: body.toString() });
 }, true);
 addEventListener('change', ({ target }) => {
@@ -3449,8 +3476,10 @@ function tick(box, checked) {
   box.closest('li').classList.toggle('completed', checked);
 }
 function focusBeside(row) {
-  const beside = row.nextElementSibling ?? row.previousElementSibling;
-  ($('.destroy', beside ?? row.ownerDocument.createElement('i')) ?? $('#new-todo')).focus();
+  const rows = [...row.parentNode.children].filter(each => each === row || !each.matches('.leaving, .pending'));
+  const beside = rows[rows.indexOf(row) + 1] ?? rows[rows.indexOf(row) - 1];
+  const same = beside && $(`[class="${document.activeElement.className}"]`, beside);
+  (same ?? (beside ? $('.rename', beside) : $('#new-todo'))).focus();
 }
 
 // Editing in place: Enter or leaving the field saves, Escape does not
@@ -3465,28 +3494,29 @@ function edit(row, text = $('label', row).textContent) {
   row.classList.add('editing');
   const field = $('.edit', form);
   field.setAttribute('aria-label', $('.rename', row).getAttribute('aria-label'));
+  field.defaultValue = $('label', row).textContent;
   field.value = text;
   field.focus();
   field.setSelectionRange(text.length, text.length);
 }
 function save(form, refocus) {
-  const row = form.closest('li'), label = $('label', row), text = $('.edit', form).value.trim();
+  const row = form.closest('li'), label = $('label', row), before = label.textContent;
+  const { value, defaultValue } = $('.edit', form), text = value.trim();
   const body = new URLSearchParams({ _method: 'PATCH', title: text }).toString();
-  const path = new URL(form.action).pathname, renamed = text !== label.textContent;
+  const path = new URL(form.action).pathname, id = row.id, renamed = text !== defaultValue;
   if (renamed && text) label.textContent = text;
-  if (renamed && !text) focusBeside(row);
-  close(form, refocus && text);
-  if (renamed) change({ path, row: row.id, body, text, edit: true });
+  close(form, refocus);
+  if (renamed && !text) leave(row);
+  if (renamed) change({ path, row: id, body, text, before });
 }
 function close(form, refocus) {
   const row = form.closest('li');
   row.classList.remove('editing');        // first: removing the field blurs it
   form.remove();
-  if (location.pathname.endsWith('/edit')) history.replaceState(null, '', '/');
+  if (refocus) $('.rename', row).focus();
   if (row.matches('.gone')) leave(row);
-  else if (refocus) $('.rename', row).focus();
 }
-addEventListener('dblclick', ({ target }) => target.matches('#todos label') && edit(target.closest('li')));
+addEventListener('dblclick', ({ target }) => target.matches('#todos label[id]') && edit(target.closest('li')));
 addEventListener('focusout', ({ target }) => target.matches('.editing .edit') && document.hasFocus() && save(target.form));
 addEventListener('keydown', ({ target, key, isComposing }) => {
   if (key === 'Escape' && !isComposing && target.matches('.edit')) close(target.form, true);
@@ -3497,13 +3527,20 @@ addEventListener('click', event => {
   if (!link) return;
   event.preventDefault();
   if (link.matches('.rename')) edit(link.closest('li'));
-  else visit(link.href, { push: true });
+  else visit(link.href, { push: link.href !== location.href });
 });
 
 // What follows from a change of the page, whoever made it: order, title, announcements
 const number = row => Number(row.id.slice('todo_'.length)) || Infinity;
-let prefix = '';
-function announce(text) { $('#announcer').textContent = text + $('#todo-count').textContent; }
+let news = '', speaking;
+function announce(text) {
+  news += text;
+  clearTimeout(speaking);
+  speaking = setTimeout(() => {
+    $('#announcer').textContent = news + $('#todo-count').textContent;
+    news = '';
+  }, 100);
+}
 new MutationObserver(records => {
   let counted = false;
   for (const { target, addedNodes } of records) {
@@ -3520,7 +3557,8 @@ new MutationObserver(records => {
   const active = Number($('#todo-count').dataset.active);
   document.title = active ? `${active} left · todol` : 'todol';
   announce('');
-}).observe($('#todoapp'), { childList: true, subtree: true, characterData: true });
+  if (!document.activeElement.checkVisibility({ visibilityProperty: true })) $('#new-todo').focus();
+}).observe($('#todoapp'), { childList: true, subtree: true, characterData: true, attributeFilter: ['data-completed'] });
 addEventListener('animationend', ({ target }) => target.classList.remove('flash'));
 
 // The cable. Source: @rails/actioncable and AnyCable's actioncable-v1-ext-json, whose messages carry a position
