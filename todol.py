@@ -33,11 +33,14 @@ import random
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import sqlite3
 import struct
 import sys
+import tarfile
+import tempfile
 import threading
 import time
 import traceback
@@ -156,6 +159,7 @@ SETTINGS = (
     Setting('TODOL_IDLE_SECONDS', '0', 'a visible tab without a sign of life drops its socket after this; 0: never',
             whole_number(0, 10**6)),
     Setting('TODOL_TRUST_PROXY', 'off', "on: take the client's address and scheme from the proxy's headers", switch),
+    Setting('TODOL_LITESTREAM', 'off', 'on: Litestream runs beside; checkpoints are left to it, an early stop waits for it', switch),
     Setting('TODOL_LOG', 'text', 'form of the log lines: text or json', one_of('text', 'json')),
 )
 
@@ -180,7 +184,13 @@ def load_settings(environ):
     return settings
 
 
-settings = load_settings({})    # the defaults, until open_stack() puts those of the environment in their place
+settings = load_settings({})    # the defaults, until choose() puts others in their place
+
+
+def choose(chosen):
+    """Make these the settings in force."""
+    global settings
+    settings = chosen
 
 
 # === Migrations: the schema of the four files, oldest first ===========================================================
@@ -308,20 +318,22 @@ class Database:
         self._in_transaction = False
         self._wrote_at = 0
 
-    def open(self, path, synchronous='NORMAL'):
-        """Open or create the file at path and bring its schema up to date.
+    def open(self, path, synchronous='NORMAL', checkpoints=True):
+        """Open or create the file at path and bring its schema up to date. checkpoints: off where Litestream makes them.
 
         Raises MigrationError for a file that is not ours and StorageError for one that can't be used; neither is changed.
         """
         self.path = path
         try:
-            self._refuse_foreign_file()
+            self.examine(path)
             self._connection = connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False,
                                                             cached_statements=256)
             connection.create_function('now_s', 0, lambda: self.clock())
             self._patiently('PRAGMA journal_mode = WAL')
             for pragma in (f'synchronous = {synchronous}', 'foreign_keys = ON', f'journal_size_limit = {JOURNAL_LIMIT_BYTES}'):
                 connection.execute(f'PRAGMA {pragma}')
+            if not checkpoints:
+                connection.execute('PRAGMA wal_autocheckpoint = 0')
             if self._pending():
                 self.transact(self._migrate)
         except sqlite3.Error as error:
@@ -484,8 +496,9 @@ class Database:
             return StorageError(f'{self.path} is damaged or not an SQLite database ({text}); restore it from a backup')
         return StorageError(f'{self.path}: {text}')
 
-    def _refuse_foreign_file(self):
-        """Look at the file without the right to write, before anything can change it."""
+    def examine(self, path):
+        """Look at a file without the right to write. Raises MigrationError or StorageError if it is not one of ours."""
+        self.path = path
         if not os.path.exists(self.path) or os.path.getsize(self.path) == 0:
             return
         with open(self.path, 'rb') as file:
@@ -1215,6 +1228,10 @@ class Jobs:
         self._reset()
         doorbell.ring()
 
+    def names(self):
+        """The names of the registered jobs."""
+        return set(self._tasks)
+
     def stats(self):
         """How many jobs wait, run and are parked."""
         (ready,), (running,), (failed,) = (self._db.execute(statement)[0] for statement in (
@@ -1376,11 +1393,12 @@ class Jobs:
             outcome = 'done'
         except gevent.GreenletExit:
             outcome = 'released'
-        except (Exception, gevent.Timeout) as failure:
+        except BaseException as failure:        # sys.exit() too: a job must not end the process
             error = traceback.format_exc()
             log.error('job failed id=%s name=%s attempt=%s error=%r', job.id, job.name, job.attempt, failure)
         finally:
             self._settled.append((job, outcome, error))
+            self._running.pop(gevent.getcurrent(), None)    # before the bell: the dispatcher counts who is free
             self._bell.set()
             log.debug('job %s id=%s name=%s seconds=%.4f', outcome, job.id, job.name, time.monotonic() - started)
 
@@ -2966,6 +2984,8 @@ class _NoStream:
 
 MAX_CONNECTIONS = 20_000
 DRAIN_SECONDS = 5
+KEPT_ROLES = ('app', 'cache', 'job')    # worth a copy elsewhere (litestream.yml names the same); the cable is not
+LITESTREAM_SECONDS = 3                  # by then it has seen new files; one that stops sooner loses all (litestream #436)
 
 
 class JsonLines(logging.Formatter):
@@ -3006,8 +3026,7 @@ def database_path(role):
 
 def open_databases(chosen):
     """Take the settings, open the four files and bring them up to date. Raises TodolError."""
-    global settings
-    settings = chosen
+    choose(chosen)
     if sqlite3.sqlite_version_info < (3, 35):
         raise StorageError(f'SQLite {sqlite3.sqlite_version} is too old: 3.35 or later is needed (RETURNING)')
     try:
@@ -3015,7 +3034,8 @@ def open_databases(chosen):
     except OSError as error:
         raise SettingError(f'TODOL_DATA is {settings.data!r}, which can not be a directory: {error.strerror}') from None
     for database in (app_db, cache_db, job_db, cable_db):
-        database.open(database_path(database.role), settings.sync if database is app_db else 'NORMAL')
+        database.open(database_path(database.role), settings.sync if database is app_db else 'NORMAL',
+                      checkpoints=not (settings.litestream and database.role in KEPT_ROLES))
 
 
 def open_stack(chosen):
@@ -3090,6 +3110,7 @@ class Server(WSGIServer):
 
 def serve(chosen):
     """Run until SIGTERM or SIGINT. Gives the exit status."""
+    started_at = time.monotonic()
     stopping = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, stopping.set)
@@ -3107,9 +3128,139 @@ def serve(chosen):
     stopping.wait()
     log.info('stopping')
     server.drain()
+    if settings.litestream:
+        gevent.sleep(max(0, started_at + LITESTREAM_SECONDS - time.monotonic()))
     close_stack()
     log.info('stopped')
     return 0
+
+
+# === Backups: copies, restores, checks, for those without Litestream ==================================================
+# A copy of a file is one read transaction, so it is consistent while the app serves. The app database goes first: a job
+# moves from there to the job database, and is in one of the two copies, or in both, where its uid makes it one.
+
+ARCHIVES = ('.tar.gz', '.zip')
+
+
+class BackupError(TodolError):
+    """A backup that can't be made or restored; nothing was overwritten."""
+
+
+def backup(target):
+    """Copy the files of KEPT_ROLES to a directory, or to one .tar.gz or .zip; the app may run. Raises TodolError."""
+    if target.endswith(ARCHIVES):
+        suffix = next(suffix for suffix in ARCHIVES if target.endswith(suffix))
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(target))) as scratch:
+            backup(os.path.join(scratch, 'files'))
+            made = shutil.make_archive(os.path.join(scratch, 'archive'), {'.zip': 'zip'}.get(suffix, 'gztar'),
+                                       os.path.join(scratch, 'files'))
+            os.replace(made, target)
+        return
+    for role in KEPT_ROLES:
+        if not os.path.exists(database_path(role)):
+            raise BackupError(f'there is no {database_path(role)}; set TODOL_DATA and TODOL_ENV as the app has them')
+    os.makedirs(target, mode=0o700, exist_ok=True)
+    for role in KEPT_ROLES:
+        path = os.path.join(target, os.path.basename(database_path(role)))
+        with contextlib.closing(read_only(database_path(role))) as source, \
+                contextlib.closing(sqlite3.connect(path + '.new')) as copy:
+            source.backup(copy)
+            copy.execute('PRAGMA journal_mode = DELETE')        # one file, without -wal and -shm
+        refuse_damage(role, path + '.new')
+        os.replace(path + '.new', path)
+
+
+def restore(source, force=False):
+    """Put the files of a backup in the place of today's. Raises BackupError, and changes nothing, if a file is damaged or
+    of a newer todol, if today's would be overwritten (without force), or if the app runs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if source.endswith(ARCHIVES):
+            try:
+                shutil.unpack_archive(source, scratch, **({'filter': 'data'} if hasattr(tarfile, 'data_filter')
+                                                          and source.endswith('.gz') else {}))
+            except (OSError, shutil.ReadError, tarfile.TarError, ValueError) as error:
+                raise BackupError(f'{source} can not be unpacked: {error}') from None
+            source = scratch
+        paths = {role: os.path.join(source, os.path.basename(database_path(role))) for role in KEPT_ROLES}
+        for role, path in paths.items():
+            if not os.path.exists(path):
+                raise BackupError(f'the backup has no {os.path.basename(path)}; TODOL_ENV is {settings.env}')
+            refuse_damage(role, path)
+        os.makedirs(settings.data, mode=0o700, exist_ok=True)
+        doorbell.open(settings.data, settings.env)
+        try:
+            if doorbell.neighbours() and not doorbell.deaf:
+                raise BackupError('the app runs on these files; stop it first')
+            present = [database_path(role) for role in MIGRATIONS if os.path.exists(database_path(role))]
+            if present and not force:
+                raise BackupError(f'{present[0]} exists; give --force to put the backup in its place')
+            for role, path in paths.items():
+                shutil.copyfile(path, database_path(role) + '.new')
+            for role in MIGRATIONS:         # the cable too: a new log, so that every open tab loads the page again
+                for suffix in ('', '-wal', '-shm'):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(database_path(role) + suffix)
+            for role in paths:
+                os.rename(database_path(role) + '.new', database_path(role))
+        finally:
+            doorbell.close()
+
+
+def check():
+    """What is wrong with the four files, as sentences. They are only read; the app may run."""
+    problems = []
+    for role in MIGRATIONS:
+        try:
+            refuse_damage(role, database_path(role))
+        except TodolError as error:
+            problems.append(str(error))
+    if problems:
+        return problems
+    with contextlib.closing(read_only(database_path('app'))) as app_file, \
+            contextlib.closing(read_only(database_path('job'))) as job_file:
+        for user, counted, kept in app_file.execute(MISCOUNTED_LISTS):
+            problems.append(f'{database_path("app")}: the list of {user} has {counted} todos, its row in lists says {kept}')
+        for id, row in app_file.execute('SELECT id, job FROM outbox'):
+            try:
+                name = json.loads(row)['name']
+            except (ValueError, KeyError, TypeError):
+                name = None
+            if name not in jobs.names():
+                problems.append(f'{database_path("app")}: outbox row {id} is no job of this todol')
+        for id, name in job_file.execute(STUCK_JOBS):
+            problems.append(f'{database_path("job")}: job {id} ({name}) waits for nothing')
+        for name, count in job_file.execute('SELECT name, count(*) FROM jobs WHERE failed_at IS NOT NULL GROUP BY name'):
+            problems.append(f'{database_path("job")}: {count} failed jobs of {name} are parked')
+    return problems
+
+
+MISCOUNTED_LISTS = '''
+    SELECT todos.user_id, count(*), coalesce(lists.active + lists.completed, 0)
+    FROM todos LEFT JOIN lists ON lists.user_id = todos.user_id GROUP BY todos.user_id
+    HAVING count(*) <> coalesce(lists.active + lists.completed, 0) OR sum(todos.completed) <> lists.completed'''
+STUCK_JOBS = '''
+    SELECT id, name FROM jobs WHERE due_at IS NULL AND failed_at IS NULL
+    AND NOT EXISTS (SELECT 1 FROM jobs AS head WHERE head.order_key = jobs.order_key AND head.id < jobs.id
+                    AND head.failed_at IS NULL)'''
+
+
+def read_only(path):
+    """A plain connection that can't write. Raises StorageError."""
+    if not os.path.exists(path):
+        raise StorageError(f'{path} does not exist')
+    return sqlite3.connect(f'file:{urllib.parse.quote(os.path.abspath(path))}?mode=ro', uri=True, timeout=BUSY_SECONDS)
+
+
+def refuse_damage(role, path):
+    """Raises StorageError or MigrationError unless the file is whole and this todol can open it."""
+    Database(role).examine(path)
+    try:
+        with contextlib.closing(read_only(path)) as connection:
+            (result,), = connection.execute('PRAGMA integrity_check(1)')
+    except sqlite3.Error as error:
+        result = str(error)
+    if result != 'ok':
+        raise StorageError(f'{path} is damaged: {result}')
 
 
 # === Styles: values, then meanings, then rules ========================================================================
@@ -3696,13 +3847,41 @@ def command_secret():
     return 0
 
 
-COMMANDS = {'serve': command_serve, 'migrate': command_migrate, 'settings': command_settings, 'secret': command_secret}
+def command_backup(path):
+    """copy what matters to a directory, or to one .tar.gz or .zip, while the app runs"""
+    choose(load_settings(os.environ))
+    backup(path)
+    print(f'{path}: a backup of {", ".join(database_path(role) for role in KEPT_ROLES)}')
+    return 0
+
+
+def command_restore(path, force=False):
+    """put a backup in place; the app must be stopped, and --force given to overwrite"""
+    choose(load_settings(os.environ))
+    restore(path, force)
+    print(f'{path} is restored to {settings.data}')
+    return 0
+
+
+def command_check():
+    """check the four files: whole, of this version, nothing stuck; status 1 if not"""
+    choose(load_settings(os.environ))
+    problems = check()
+    print('\n'.join(problems) or 'ok')
+    return 1 if problems else 0
+
+
+COMMANDS = {        # name: (function, its arguments)
+    'serve': (command_serve, ''), 'migrate': (command_migrate, ''), 'check': (command_check, ''),
+    'backup': (command_backup, 'PATH'), 'restore': (command_restore, 'PATH [--force]'),
+    'settings': (command_settings, ''), 'secret': (command_secret, ''),
+}
 
 
 def usage():
     lines = [f'todol {__version__}: a live todo app in one file', '', 'usage: python todol.py [command]', '']
-    lines += [f'  {name:12} {function.__doc__}' for name, function in COMMANDS.items()]
-    lines += ['  --help       show this', '  --version    show the version', '',
+    lines += [f'  {name + " " + synopsis:24} {function.__doc__}' for name, (function, synopsis) in COMMANDS.items()]
+    lines += [f'  {"--help":24} show this', f'  {"--version":24} show the version', '',
               'Settings are environment variables: `python todol.py settings` lists them.']
     return '\n'.join(lines)
 
@@ -3717,12 +3896,15 @@ def main(arguments=None):
     if name in ('--version', '-V'):
         print(f'todol {__version__}')
         return 0
-    if name not in COMMANDS or len(arguments) > 1:
+    function, synopsis = COMMANDS.get(name, (None, ''))
+    flags = {flag: True for flag in arguments[1:] if f'[{flag}]' in synopsis}
+    values = [value for value in arguments[1:] if value not in flags]
+    if function is None or len(values) != len(re.findall(r'\b[A-Z]+\b', synopsis)):
         print(f'Error: there is no command {" ".join(arguments)!r}\n\n{usage()}', file=sys.stderr)
         return 2
     try:
         start_logging()
-        return COMMANDS[name]()
+        return function(*values, **{flag.removeprefix('--'): True for flag in flags})
     except TodolError as error:
         print(f'Error: {error}', file=sys.stderr)
         return 1
