@@ -741,7 +741,7 @@ FRONT_LIMIT_BYTES = 4 * 1024 * 1024
 FLUSH_SECONDS = 0.02
 FOREVER_SECONDS = 400 * 86400       # the time to live where none is given
 SLOTS = 4096
-EVICT_ROWS = 200                    # go in one statement when the file is full
+EVICT_ROWS = 200                    # go in one statement at most when the file is full
 
 UPSERT_ENTRY = '''
     INSERT INTO entries (key, number, value, is_json, expires_at, used_at) VALUES (?, ?, ?, ?, ?, ?)
@@ -822,7 +822,7 @@ class Cache:
             self._front.move_to_end(key)
         entry.used_at = now
         self._hits += 1
-        return json.loads(entry.value) if entry.is_json else entry.value
+        return entry.own()
 
     def get_many(self, keys):
         """A dict of those that are there."""
@@ -832,7 +832,6 @@ class Cache:
     def set(self, key, value, ttl=FOREVER_SECONDS):
         """Keep a value for ttl seconds. In the file, and seen by other processes, FLUSH_SECONDS later."""
         self._remember(key, self._entry(key, value, ttl))
-        self._dirty.set()
 
     def set_many(self, values, ttl=FOREVER_SECONDS):
         """set() for each item of a dict."""
@@ -854,7 +853,6 @@ class Cache:
     def incr(self, key, by=1, ttl=FOREVER_SECONDS):
         """Add to a whole number and give the sum. A missing or expired one starts at 0 with a new time to live; a live
         one keeps the time it has, so that a key is a fixed window. Atomic between processes. Raises CacheError."""
-        check_key(key)
         rows = self._through(key, lambda: self._db.execute(INCREMENT_ENTRY, {'key': key, 'by': by, 'ttl': ttl}),
                              otherwise=[(by,)])
         if not rows:
@@ -870,22 +868,22 @@ class Cache:
                 return value
             if key not in self._computing:
                 break
-            value = self._computing[key].get()
-            if value is not _MISSING:
-                return value
+            entry = self._computing[key].get()
+            if entry is not None:
+                return entry.own()
         result = self._computing[key] = gevent.event.AsyncResult()
         try:
-            value = function()
-            self.set(key, value, ttl)
-            result.set(value)
-            return value
+            entry = self._entry(key, function(), ttl)
+            self._remember(key, entry)
+            result.set(entry)
+            return entry.own()
         except Exception as error:
             result.set_exception(error)
             raise
         finally:
             del self._computing[key]
             if not result.ready():      # killed: one of those who wait computes
-                result.set(_MISSING)
+                result.set(None)
 
     def clear(self):
         """Forget everything."""
@@ -909,7 +907,6 @@ class Cache:
                 'front_entries': len(self._front), 'front_bytes': self._front_bytes}
 
     def _entry(self, key, value, ttl):
-        check_key(key)
         now = self.clock()
         slot = slot_of(key)
         is_json = not isinstance(value, (bytes, str, float, type(None))) and type(value) not in (int, bool)
@@ -945,6 +942,7 @@ class Cache:
     def _remember(self, key, entry):
         self._pending[key] = entry
         self._keep_in_front(key, entry)
+        self._dirty.set()
 
     def _keep_in_front(self, key, entry):
         self._forget(key)
@@ -965,9 +963,11 @@ class Cache:
         """A write that is in the file when it returns, after everything of that key before it."""
         if key in self._pending:
             self._flush()
+        slot = slot_of(key)
         result = self._forgiving(lambda: self._db.transact(write), otherwise)
         self._forget(key)
-        self._slots[slot_of(key)] = time.perf_counter_ns()
+        self._slots[slot] = time.perf_counter_ns()
+        self._dirty.set()               # it may have filled the file
         return result
 
     def _flush_later(self):
@@ -979,38 +979,42 @@ class Cache:
     def _flush(self):
         """Write what waits, in one transaction, and then tell the other processes."""
         batch = dict(self._pending)
-        if not batch:
+        if not batch and not self._forgiving(self._is_full):
             return
         self._forgiving(lambda: self._db.transact(self._write_entries, batch))
         for key, entry in batch.items():
-            generation = time.perf_counter_ns()
-            self._slots[entry.slot] = generation
+            # The front's entry does not get this number: another process may have written after the commit.
+            self._slots[entry.slot] = time.perf_counter_ns()
             if self._pending.get(key) is entry:         # not set again meanwhile
                 del self._pending[key]
-            if self._front.get(key) is entry:
-                entry.generation = generation
 
     def _write_entries(self, batch):
         self._db.executemany(UPSERT_ENTRY, [entry.row(key) for key, entry in batch.items() if entry.value is not _MISSING])
         self._db.executemany('DELETE FROM entries WHERE key = ?',
                              [(key,) for key, entry in batch.items() if entry.value is _MISSING])
-        if self._size_bytes() > self.limit_bytes:
+        if self._is_full():
             self._evict()
 
     def _evict(self):
         """Make room for a tenth of the limit: the expired first, then the least recently used."""
         uses = {**self._used, **{key: entry.used_at for key, entry in self._front.items()}}
         self._used.clear()
-        self._db.executemany('UPDATE entries SET used_at = ? WHERE key = ?', [(at, key) for key, at in uses.items()])
+        self._db.executemany('UPDATE entries SET used_at = :at WHERE key = :key AND used_at < :at',
+                             [{'key': key, 'at': at} for key, at in uses.items()])
         self._db.execute('DELETE FROM entries WHERE expires_at <= now_s()')
+        (entries,), = self._db.execute('SELECT count(*) FROM entries')
+        rows = min(EVICT_ROWS, entries // 20 + 1)
         while self._size_bytes() > self.limit_bytes * 0.9:
-            gone = self._db.execute(EVICT_ENTRIES, (EVICT_ROWS,))
+            gone = self._db.execute(EVICT_ENTRIES, (rows,))
             if not gone:
                 break
             self._evicted += len(gone)
             for key, in gone:
                 self._forget(key)
                 self._slots[slot_of(key)] = time.perf_counter_ns()
+
+    def _is_full(self):
+        return self._size_bytes() > self.limit_bytes
 
     def _size_bytes(self):
         (pages,), (free,), (size,) = (self._db.execute(f'PRAGMA {name}')[0]
@@ -1038,6 +1042,10 @@ class _Entry:
         self.is_json = is_json
         self.size = 200 + (len(value) if isinstance(value, (bytes, str)) else 32)
 
+    def own(self):
+        """The value, as a copy that whoever asked may change."""
+        return json.loads(self.value) if self.is_json else self.value
+
     def row(self, key):
         """The parameters of UPSERT_ENTRY."""
         value = self.value
@@ -1050,13 +1058,11 @@ class _Entry:
 
 
 def slot_of(key):
-    """The slot of a key: the same in every process, unlike hash()."""
-    return zlib.crc32(key.encode('utf-8', 'surrogatepass')) % SLOTS
-
-
-def check_key(key):
-    if not isinstance(key, str):
-        raise CacheError(f'a cache key must be a string, not {type(key).__name__}')
+    """The slot of a key: the same in every process, unlike hash(). Raises CacheError if it can't be a key."""
+    try:
+        return zlib.crc32(key.encode()) % SLOTS
+    except (AttributeError, UnicodeEncodeError):
+        raise CacheError(f'a cache key must be a string, without lone surrogates, not {key!r}') from None
 
 
 cache = Cache(cache_db)
@@ -1148,7 +1154,7 @@ class Jobs:
     def _reset(self):
         self._worker = None
         self._bell = gevent.event.Event()
-        self._outbox_filled = True      # at the start: a crash may have left something
+        self._relayed = []              # ids of the outbox rows that are in the job database
         self._running = {}              # greenlet -> Job
         self._settled = []              # (Job, outcome, error): what became of jobs since the last exchange
         self._renewed_at = 0
@@ -1200,7 +1206,6 @@ class Jobs:
                'unique_key': unique_key, 'order_key': order_key, 'run_at': self._db.clock() + delay_seconds}
         if self._app_db.in_transaction:
             self._app_db.execute(INSERT_OUTBOX, (json.dumps(row),))
-            self._outbox_filled = True
             self._bell.set()            # the dispatcher wakes after the commit: nothing switches before it
         else:
             self._db.execute(INSERT_JOB, row)
@@ -1283,27 +1288,22 @@ class Jobs:
     def _turn(self):
         """One turn of the dispatcher: exchange with the databases, start what was claimed, sleep."""
         self._bell.clear()
+        self._empty_outbox()            # if it failed the last time
         patience = doorbell.patience()
-        look = self._outbox_filled or patience is not None      # with neighbours: one may have died on the way
         settled, self._settled = self._settled, []
-        self._outbox_filled = False
         try:
-            relayed, claimed, next_due = self._db.transact(self._exchange, look, settled, self.workers - len(self._running))
+            self._relayed, claimed, next_due = self._db.transact(self._exchange, settled, self.workers - len(self._running))
             settled = []
             for job in claimed:
                 greenlet = gevent.Greenlet(self._perform, job)
                 self._running[greenlet] = job
-                greenlet.link(lambda done: self._running.pop(done, None))
                 greenlet.start()
-            if relayed:
-                self._app_db.transact(self._app_db.executemany, 'DELETE FROM outbox WHERE id = ?', relayed)
-        except Exception:
+        except BaseException:
             self._settled = settled + self._settled
-            self._outbox_filled = True
             raise
-        if len(relayed) == OUTBOX_ROWS:
-            self._outbox_filled = True
-        if self._outbox_filled or (next_due is not None and next_due <= self._db.clock() and claimed):
+        more = len(self._relayed) == OUTBOX_ROWS
+        self._empty_outbox()
+        if more or (next_due is not None and next_due <= self._db.clock() and claimed):
             return gevent.sleep(0)      # there is more
         if next_due is not None:
             due = max(next_due - self._db.clock(), 0.001)
@@ -1312,14 +1312,20 @@ class Jobs:
             patience = min(patience or LEASE_SECONDS, LEASE_SECONDS / 3)
         self._bell.wait(patience)
 
-    def _exchange(self, look, settled, free):
+    def _empty_outbox(self):
+        """Delete what was moved from it: before the next exchange, or a job that ends in that one would be moved again."""
+        if self._relayed:
+            self._app_db.transact(self._app_db.executemany, 'DELETE FROM outbox WHERE id = ?', self._relayed)
+            self._relayed = []
+
+    def _exchange(self, settled, free):
         """In one transaction: insert what the outbox holds, settle what ended, renew, give back, claim.
 
         Gives the outbox rows that were moved, the claimed jobs, and the time when the next one falls due (None: never).
         The outbox is read under the lock of the job database, and its rows go before their jobs can end: so a neighbour
         that reads it too can't insert a job that is done already.
         """
-        outbox = self._app_db.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?', (OUTBOX_ROWS,)) if look else []
+        outbox = self._app_db.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?', (OUTBOX_ROWS,))
         for _, row in outbox:
             self._db.execute(INSERT_JOB, json.loads(row))
         self._settle(settled)
@@ -1340,7 +1346,7 @@ class Jobs:
         times = [self._db.execute('SELECT min(due_at) FROM jobs WHERE queue = ?', (queue,))[0][0] for queue in order]
         if free == len(claimed):
             times = []                  # nobody is free: the next one to end rings the bell
-        times += [at for at, in self._db.execute('SELECT min(due_at) FROM recurring')]
+        times += [at for name, at in self._db.execute('SELECT name, due_at FROM recurring') if name in self._recurring]
         return ([(id,) for id, _ in outbox], [Job(*row) for row in claimed],
                 min((at for at in times if at is not None), default=None))
 
@@ -1512,8 +1518,9 @@ class Cable:
 
     def prune(self):
         """Delete what is older than KEEP_MESSAGES_SECONDS or beyond the last KEEP_MESSAGES."""
-        self._db.execute('DELETE FROM messages WHERE created_at < now_s() - ?', (KEEP_MESSAGES_SECONDS,))
-        self._db.execute('DELETE FROM messages WHERE id <= ?', (self._end() - KEEP_MESSAGES,))
+        end = self._end()
+        self._db.execute('DELETE FROM messages WHERE created_at < now_s() - ? AND id < ?', (KEEP_MESSAGES_SECONDS, end))
+        self._db.execute('DELETE FROM messages WHERE id <= ?', (end - KEEP_MESSAGES,))
 
     def _name_epoch(self):
         if not self._db.execute('SELECT epoch FROM epochs'):
@@ -3154,6 +3161,7 @@ def backup(target):
             backup(os.path.join(scratch, 'files'))
             made = shutil.make_archive(os.path.join(scratch, 'archive'), {'.zip': 'zip'}.get(suffix, 'gztar'),
                                        os.path.join(scratch, 'files'))
+            os.chmod(made, 0o600)           # it holds the secret that signs sessions
             os.replace(made, target)
         return
     for role in KEPT_ROLES:
@@ -3210,6 +3218,8 @@ def check():
     """What is wrong with the four files, as sentences. They are only read; the app may run."""
     problems = []
     for role in MIGRATIONS:
+        if role not in KEPT_ROLES and not os.path.exists(database_path(role)):
+            continue                # a restore leaves no cable: the next start makes a new one
         try:
             refuse_damage(role, database_path(role))
         except TodolError as error:
