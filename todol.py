@@ -1578,6 +1578,8 @@ cable = Cable(cable_db)
 FILTERS = ('all', 'active', 'completed')
 BROADCAST_ROWS = 50         # a change of more rows is told as "load the page again"
 NOT_TEXT = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')     # control characters, lone surrogates
+# Spaces, and marks that show nothing. Not isprintable(): for an older Python, the newest emoji are not.
+BLANK = re.compile(r'[\s\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]*')
 
 INSERT_TODO = '''
     INSERT INTO todos (user_id, title, version, key, created_at) VALUES (?, ?, ?, ?, now_s()) RETURNING id'''
@@ -1626,7 +1628,7 @@ def clean_title(title):
     stranger = NOT_TEXT.search(title)
     if stranger:
         raise TitleError(f'That title has a character that is not text: U+{ord(stranger[0]):04X}.')
-    return title if any(character.isprintable() and character != ' ' for character in title) else ''
+    return '' if BLANK.fullmatch(title) else title
 
 
 @app_db.transaction
@@ -1640,9 +1642,9 @@ def create_todo(user, title, key=None):
         raise TitleError('A todo needs a title.')
     if key:
         key = hashlib.sha256(f'{key}\0{title}'.encode()).hexdigest()[:32]
-        rows = app_db.execute('SELECT id, title, completed, version FROM todos WHERE user_id = ? AND key = ?', (user, key))
+        rows = app_db.execute('SELECT id FROM todos WHERE user_id = ? AND key = ?', (user, key))
         if rows:
-            return Todo(*rows[0])
+            return find_todo(user, rows[0][0])
     totals = count_todos(user)
     if totals.active + totals.completed >= settings.max_todos:
         raise LimitError(f'The list is full: it has {settings.max_todos:,} todos. Clear some first.')
@@ -2133,7 +2135,7 @@ def edit(id):
 def update(id):
     """Rename a todo (title), or set whether it is done (completed), or both."""
     user, form = current_user(), request_form()
-    if 'title' not in form and 'completed' not in form:
+    if form.get('title') is None and 'completed' not in form:
         raise InvalidField('give a title, or completed, or both')
     try:
         todo = update_todo(user, int(id), form.get('title'), flag(form, 'completed') if 'completed' in form else None)
@@ -2181,6 +2183,7 @@ def asset(file):
     current = asset_path(name).endswith(file)       # else: a page from before a deploy gets today's, for once
     bottle.response.content_type = ASSETS[name][0]
     bottle.response.set_header('Cache-Control', 'public, max-age=31536000, immutable' if current else 'no-cache')
+    bottle.response.set_header('Vary', 'Accept-Encoding')
     if accepts_gzip():
         bottle.response.set_header('Content-Encoding', 'gzip')
         return asset_bytes(name, compressed=True)
@@ -2215,10 +2218,10 @@ def wanted():
 
 
 def flag(form, name):
-    """A field that is 0 or 1, or a boolean in JSON. Raises InvalidField."""
+    """A field that is 0 or 1, or true or false in JSON. Raises InvalidField."""
     value = form.get(name)
-    if value in ('0', '1') or isinstance(value, bool):
-        return value in ('1', True)
+    if value in ('0', '1', 0, 1):       # in Python, true is 1
+        return value in ('1', 1)
     raise InvalidField(f'{name} must be 0 or 1, not {str(value)[:50]!r}')
 
 
@@ -2265,7 +2268,7 @@ def page_with(user, **values):
 def invalid(error, target, user, **values):
     """The answer to a title that can't be kept: the message at its field, the typed text kept."""
     if wanted() != 'html':
-        return error_answer(error, target)
+        raise error_answer(error, target) from None
     bottle.response.status = error.status
     return page_with(user, error=str(error), **values)
 
@@ -2325,7 +2328,7 @@ def around(function):
                 log.error('request failed path=%s error=%s', bottle.request.environ['PATH_INFO'], error)
             return error_answer(error)
         if isinstance(body, str):
-            body = body.encode()
+            body = body.encode(errors='replace')        # the kept text of a refused title may be no Unicode
         if len(body) > COMPRESS_BYTES and 'Content-Encoding' not in response.headers and accepts_gzip():
             response.set_header('Content-Encoding', 'gzip')
             response.set_header('Vary', 'Accept-Encoding')
