@@ -1229,6 +1229,7 @@ class Jobs:
         self._loop.stop()
         gevent.joinall(list(self._running), timeout=stop_seconds)
         gevent.killall(list(self._running))
+        self._empty_outbox()
         self._db.transact(self._settle, self._settled)
         self._reset()
         doorbell.ring()
@@ -1507,7 +1508,7 @@ class Cable:
 
     def since_time(self, stream, at):
         """The messages of a stream from a time on (Unix seconds). Raises PositionLost."""
-        if at < self._db.clock() - KEEP_MESSAGES_SECONDS:
+        if not at >= self._db.clock() - KEEP_MESSAGES_SECONDS:      # nor is it NaN
             raise PositionLost(f'the log is kept for {KEEP_MESSAGES_SECONDS} seconds')
         (first, end), = self._db.execute('SELECT (SELECT min(id) FROM messages), (SELECT max(id) FROM messages)')
         if first is not None and end - first + 1 >= KEEP_MESSAGES:      # it is also cut by number
@@ -2070,6 +2071,10 @@ class BadRequest(TodolError):
     status = 400
 
 
+class BrokenBody(BadRequest):
+    """A body that ends early or can't be delimited: nobody knows where the next request begins."""
+
+
 class CrossSite(TodolError):
     """A change asked for by another site's page."""
     status = 403
@@ -2251,8 +2256,8 @@ def changed(user, ids, data, status=200):
 
 def came_from():
     """The filter of the page that the request came from."""
-    path = urllib.parse.urlsplit(bottle.request.environ.get('HTTP_REFERER', '')).path
-    return next((name for name, known in PATHS.items() if known == path), 'all')
+    match = re.match(r'https?://[^/?#]*([^?#]*)', bottle.request.environ.get('HTTP_REFERER', ''))
+    return next((name for name, path in PATHS.items() if match and match[1] == path), 'all')
 
 
 def page_with(user, **values):
@@ -2279,6 +2284,8 @@ def error_answer(error, target='notice'):
     headers = {'Cache-Control': 'no-store'}
     if isinstance(error, TooManyWrites):
         headers['Retry-After'] = str(60 - int(time.time()) % 60)
+    if isinstance(error, BrokenBody):
+        headers['Connection'] = 'close'
     if kind == 'json':
         headers['Content-Type'] = 'application/json'
         body = json.dumps({'error': str(error)})
@@ -2425,11 +2432,14 @@ def read_form(environ):
     of JSON the object itself. Raises BodyTooLarge, UnsupportedType, BadRequest."""
     limit = settings.max_body_bytes
     length = environ.get('CONTENT_LENGTH') or '0'
-    chunked = environ.get('HTTP_TRANSFER_ENCODING', '').lower() == 'chunked'
-    if not length.isdecimal():
-        raise BadRequest('Content-Length is not a number')
-    if int(length) <= limit:
-        body = environ['wsgi.input'].read(limit + 1 if chunked else int(length))
+    coding = environ.get('HTTP_TRANSFER_ENCODING', '').lower()
+    if not length.isdecimal() or coding not in ('', 'chunked'):
+        raise BrokenBody('Content-Length or Transfer-Encoding can not be understood')
+    try:
+        if int(length) <= limit:
+            body = environ['wsgi.input'].read(limit + 1 if coding else int(length))
+    except OSError:
+        raise BrokenBody('the body ended early, or is not in the chunks it should be in') from None
     if int(length) > limit or len(body) > limit:
         raise BodyTooLarge(f'The request has more than {limit:,} bytes.')
     if not body:
@@ -2740,7 +2750,8 @@ class Connection:
                 del connections[self.user]
             for subscription in self.subscriptions.values():
                 cable.unsubscribe(subscription.stream, subscription.receive)
-            self._save()
+            if self.subscriptions:
+                self._save()
 
     def send(self, message):
         self.socket.push(encode(message))
@@ -2825,7 +2836,7 @@ class Connection:
                 missed = cable.since(subscription.stream, f'{position["epoch"]}:{position["offset"]}')
             else:
                 missed = cable.since_time(subscription.stream, float(history['since']))
-        except (PositionLost, KeyError, TypeError, ValueError, AttributeError):
+        except (PositionLost, KeyError, TypeError, ValueError, AttributeError, OverflowError):
             return subscription.send('reject_history')
         for message in missed:
             subscription.receive(message)
@@ -2853,7 +2864,7 @@ class Connection:
     def _save(self):
         """Keep what is needed to take this session up again after a cut, or a restart. todol's own script, which offers
         actioncable-unsupported too, resumes by position: its visitors leave no row."""
-        if self.extended and not self.rails and self.subscriptions:
+        if self.extended and not self.rails:
             cache.set(f'cable {self.sid}', {'user': self.user, 'identifiers': list(self.subscriptions)}, ttl=RESUME_SECONDS)
 
 
@@ -3506,11 +3517,11 @@ class StreamElement extends HTMLElement {
     if (action === 'refresh') return visit(location.href);
     const [id, version] = this.dataset.row ? [this.dataset.row, this.dataset.version] : [first?.id, first?.dataset.version];
     if (action === 'remove' && target) versions.set(target, Infinity);
-    const news = !changes.length && version > (versions.get(id) ?? document.getElementById(id)?.dataset.version ?? 0);
+    const fresh = this.flash && !changes.length && version > (versions.get(id) ?? document.getElementById(id)?.dataset.version ?? 0);
     if (held(id) || outdated(id, version)) return;
     const all = targets ? document.querySelectorAll(targets) : [document.getElementById(target)];
     for (const each of all) if (each) actions[action]?.(each, content?.cloneNode(true), this.getAttribute('method') === 'morph');
-    if (news && this.flash) document.getElementById(id)?.classList.add('flash');
+    if (fresh) $(`#todos > #${id}`)?.classList.add('flash');
   }
 }
 function renderStreams(html, flash = false) {
