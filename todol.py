@@ -22,6 +22,7 @@ import collections
 import contextlib
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import hmac
@@ -39,7 +40,6 @@ import socket
 import sqlite3
 import struct
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -2506,7 +2506,7 @@ OUTBOX_BYTES = 1024 * 1024  # a client that leaves more than that unread is drop
 QUIET_SECONDS = 75          # a keep-alive connection, or one in the middle of a request, may be silent so long
 MAX_FRAGMENTS = 128         # of one message
 MAX_SUBSCRIPTIONS = 100     # of one socket
-MAX_EARLY_COMMANDS = 100    # in one turn of the event loop, then others get theirs
+FRAMES_PER_TURN = 100       # of one socket in one turn of the event loop, then others get theirs
 RESUME_SECONDS = 300        # how long a session of actioncable-v1-ext-json can be taken up again
 WEBSOCKET_GUID = '258EAFA5-E914-47DA-95CA-C5AB0DC85B11'     # RFC 6455, section 1.3
 
@@ -2529,6 +2529,7 @@ class CableSocket(WebSocket):
         self._unsent = collections.deque()
         self._unsent_bytes = 0
         self._writer = None
+        self._frames = 0
         self.heard_at = time.monotonic()
         self.close_sent = False
 
@@ -2559,6 +2560,9 @@ class CableSocket(WebSocket):
         while True:
             final, opcode, payload = self.read_frame(size)
             self.heard_at = time.monotonic()
+            self._frames += 1
+            if self._frames % FRAMES_PER_TURN == 0:
+                gevent.sleep(0)
             if opcode == PING:
                 self.push(frame(payload, PONG))
             elif opcode == CLOSE:
@@ -2737,13 +2741,8 @@ class Connection:
         heartbeat.set()
         try:
             self._welcome()
-            for count in range(1, sys.maxsize):
-                text = self.socket.receive()
-                if text is None:
-                    return
+            for text in iter(self.socket.receive, None):
                 self._obey(text)
-                if count % MAX_EARLY_COMMANDS == 0:
-                    gevent.sleep(0)
         finally:
             connections[self.user].discard(self)
             if not connections[self.user]:
@@ -3131,6 +3130,7 @@ class Server(WSGIServer):
 
 def serve(chosen):
     """Run until SIGTERM or SIGINT. Gives the exit status."""
+    gc.collect()        # what the imports left behind: a third of a megabyte
     started_at = time.monotonic()
     stopping = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -3198,9 +3198,8 @@ def restore(source, force=False):
     with tempfile.TemporaryDirectory() as scratch:
         if source.endswith(ARCHIVES):
             try:
-                shutil.unpack_archive(source, scratch, **({'filter': 'data'} if hasattr(tarfile, 'data_filter')
-                                                          and source.endswith('.gz') else {}))
-            except (OSError, shutil.ReadError, tarfile.TarError, ValueError) as error:
+                shutil.unpack_archive(source, scratch)
+            except (OSError, shutil.ReadError, ValueError) as error:
                 raise BackupError(f'{source} can not be unpacked: {error}') from None
             source = scratch
         paths = {role: os.path.join(source, os.path.basename(database_path(role))) for role in KEPT_ROLES}
@@ -3291,7 +3290,6 @@ def refuse_damage(role, path):
 # Served as it stands at /assets/todol-<digest>.css, read by nothing but asset_bytes().
 
 STYLES = r'''
-/* todol: values, then meanings, then rules that use meanings only. */
 :root {
   color-scheme: light dark;
   --pencil: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 20 20'%3E%3Cpath d='M2 14v4h4L15 9l-4-4zM16 8l-4-4 2-2 4 4z'/%3E%3C/svg%3E");
@@ -3336,7 +3334,6 @@ h1 { margin: 0 0 1rem 48px; font-size: clamp(2.25rem, 7vw, 3rem); font-weight: 3
 .new-todo { height: 3.5rem; padding: 0 1rem 0 47px; border: 1px solid var(--edge); border-radius: 14px; background: var(--field); }
 .new-todo:focus { border-radius: 14px; outline-offset: -1px; box-shadow: 0 0 0 5px var(--tint); }
 .save { height: 36px; margin-left: .5rem; padding: 0 .75rem; border: 1px solid var(--edge); border-radius: 10px; }
-.js .save { display: none; }
 @media (scripting: enabled) { .save { display: none; } }
 
 /* Rows */
@@ -3346,7 +3343,7 @@ h1 { margin: 0 0 1rem 48px; font-size: clamp(2.25rem, 7vw, 3rem); font-weight: 3
 .view { grid-template-columns: 48px 1fr auto 40px 40px; }
 .view label, .edit { padding: .65rem 0; }
 .completed label { text-decoration: line-through 1px; }
-.pending .toggle::before { border-style: dashed; }
+.pending .view::before { content: ""; place-self: center; width: 24px; height: 24px; border: 1.5px dashed var(--edge); border-radius: 8px; }
 .view .save { grid-column: 3; align-self: center; }
 .rename, .destroy { grid-column: 4; height: var(--row); }
 .destroy { grid-column: 5; }
@@ -3398,7 +3395,11 @@ strong { color: var(--ink); }
 [data-state="offline"]::before { color: var(--danger); }
 .message p { margin: 0 0 .5rem 48px; }
 
-.todoapp:has([data-active="0"][data-completed="0"]):not(:has(.pending)) :is(.main, .footer, .nothing), .todoapp:is(:not(:has([data-active="0"][data-completed="0"])), :has(.pending)) .empty, :has(#todos li) > .nothing { display: none; }
+.empty, :has(#todos li) > .nothing { display: none; }
+.todoapp:not(:has(.pending, .todo-count:not([data-active="0"][data-completed="0"]))) {
+  .main, .footer, .nothing { display: none; }
+  .empty { display: block; }
+}
 [data-completed="0"] ~ .clear { visibility: hidden; }
 
 @media (width < 34rem) {
@@ -3413,7 +3414,7 @@ strong { color: var(--ink); }
 @media not (prefers-reduced-motion) { @view-transition { navigation: auto; } }
 ::view-transition-group(root) { animation-duration: 150ms; }
 /* Not none: the script waits for the end. */
-@media (prefers-reduced-motion) { *, ::before, ::after { animation-duration: 1ms !important; transition: none !important; } }
+@media (prefers-reduced-motion), print { *, ::before, ::after { animation-duration: 1ms !important; transition: none !important; } }
 @media print {
   :root { color-scheme: light; --paper: #fff; }
   .new, .all, .filters, .clear, .info, .view > :not(input, label) { display: none; }
@@ -3434,15 +3435,14 @@ const TURBO_STREAM = 'text/vnd.turbo-stream.html';
 const HIDDEN_MS = 60_000, STALE_MS = 8_000, ANSWER_MS = 20_000;
 const $ = (selector, root = document) => root.querySelector(selector);
 const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
-document.documentElement.classList.add('js');
 
 // Versions: what a newer message has shown, an older one must not undo. Ids of the database are never used again, so
 // what was removed by its id stays away.
 const versions = new Map();
+const known = id => versions.get(id) ?? Number(document.getElementById(id)?.dataset.version ?? -1);
 function outdated(id, version) {
   if (!id || version === undefined) return false;
-  const known = versions.get(id) ?? Number(document.getElementById(id)?.dataset.version ?? -1);
-  if (Number(version) < known) return true;
+  if (version < known(id)) return true;
   versions.set(id, Number(version));
   return false;
 }
@@ -3450,7 +3450,7 @@ function outdated(id, version) {
 const held = id => !!id && changes.some(({ row, all }) => row === id || all && /^todo_|^toggle-all$/.test(id));
 
 // Morph: make an element like another without replacing it, so that focus, typed text and clicks in flight survive.
-const OURS = '.editor, .leaving, .pending';
+const ours = node => node?.nodeType === 3 ? !node.data.trim() : node?.matches('.editor, .gone, .leaving, .pending');
 function morph(from, to) {
   if (from.nodeName !== to.nodeName) return from.replaceWith(to);
   if (held(from.id) || from.matches('.error') || outdated(to.id, to.dataset.version)) return;
@@ -3459,21 +3459,25 @@ function morph(from, to) {
   for (const { name, value } of to.attributes) from.getAttribute(name) === value || from.setAttribute(name, value);
   if (editing) from.classList.add('editing');
   if (from.type === 'checkbox') from.checked = to.checked;
+  const ids = new Set([...to.children].map(({ id }) => id));
+  for (const child of [...from.children]) if (child.id && !ids.has(child.id) && !ours(child)) leave(child);
   let next = from.firstChild;
-  for (const child of [...to.childNodes]) {
-    while (next?.matches?.(OURS)) next = next.nextSibling;
-    let match = child.id ? document.getElementById(child.id) : next;
-    if (match?.parentNode !== from || match.nodeName !== child.nodeName || (match.id ?? '') !== (child.id ?? '')) match = null;
-    if (match && match === next) next = next.nextSibling;
-    else if (match) from.insertBefore(match, next);
-    if (!match) held(child.id) || outdated(child.id, child.dataset?.version) || from.insertBefore(child, next);
-    else if (match.nodeType === 1) morph(match, child);
-    else if (match.nodeValue !== child.nodeValue) match.nodeValue = child.nodeValue;
+  for (const child of [...to.childNodes].filter(node => !ours(node))) {
+    while (ours(next)) next = next.nextSibling;
+    const match = child.id ? document.getElementById(child.id) : next;
+    if (match?.parentNode !== from || match.nodeName !== child.nodeName || match.id !== child.id) {
+      held(child.id) || outdated(child.id, child.dataset?.version) || from.insertBefore(child, next);
+      continue;
+    }
+    if (match === next) next = next.nextSibling;
+    else from.insertBefore(match, next);
+    if (match.nodeType === 1) morph(match, child);
+    else if (match.data !== child.data) match.data = child.data;
   }
   while (next) {
     const gone = next;
     next = next.nextSibling;
-    gone.matches?.(OURS) || leave(gone);
+    ours(gone) || leave(gone);
   }
 }
 
@@ -3488,18 +3492,18 @@ function leave(node) {
 }
 
 // Turbo Streams. Source: @hotwired/turbo 8, stream_actions.js
-function insert(target, parent, content, place) {
+const insert = (place, inside) => (target, content) => {
   for (const { id } of content.children) {
     const twin = id && document.getElementById(id);
-    if (twin?.parentNode === parent) twin.remove();
+    if (twin?.parentNode === (inside ? target : target.parentNode)) twin.remove();
   }
   target[place](content);
-}
+};
 const actions = {
-  append: (target, content) => insert(target, target, content, 'append'),
-  prepend: (target, content) => insert(target, target, content, 'prepend'),
-  before: (target, content) => insert(target, target.parentNode, content, 'before'),
-  after: (target, content) => insert(target, target.parentNode, content, 'after'),
+  append: insert('append', true),
+  prepend: insert('prepend', true),
+  before: insert('before'),
+  after: insert('after'),
   remove: target => leave(target),
   replace: (target, content, morphs) => morphs ? morph(target, content.firstElementChild) : target.replaceWith(content),
   update(target, content, morphs) {
@@ -3515,26 +3519,25 @@ class StreamElement extends HTMLElement {
     const content = $('template', this)?.content, first = content?.firstElementChild;
     this.remove();
     if (action === 'refresh') return visit(location.href);
-    const [id, version] = this.dataset.row ? [this.dataset.row, this.dataset.version] : [first?.id, first?.dataset.version];
+    const { row: id = first?.id, version = first?.dataset.version } = this.dataset;
     if (action === 'remove' && target) versions.set(target, Infinity);
-    const fresh = this.flash && !changes.length && version > (versions.get(id) ?? document.getElementById(id)?.dataset.version ?? 0);
     if (held(id) || outdated(id, version)) return;
     const all = targets ? document.querySelectorAll(targets) : [document.getElementById(target)];
     for (const each of all) if (each) actions[action]?.(each, content?.cloneNode(true), this.getAttribute('method') === 'morph');
-    if (fresh) $(`#todos > #${id}`)?.classList.add('flash');
   }
 }
 function renderStreams(html, flash = false) {
   const fragment = document.createRange().createContextualFragment(html);
-  for (const stream of fragment.querySelectorAll('turbo-stream')) stream.flash = flash;
+  const news = [...fragment.querySelectorAll('[data-row]')].filter(({ dataset: { row, version } }) => version > known(row));
   document.body.append(fragment);
+  if (flash && !changes.length) for (const { dataset } of news) document.getElementById(dataset.row)?.classList.add('flash');
 }
 
 // Visits: another filter, or the page again, morphed in. One that is older than what is shown is asked for again.
 // Of another epoch everything is news: the databases are new, and count from the start.
 const epochOf = source => source.dataset.since.split(':')[0];
-let visiting = null, epoch = epochOf($('#cable'));
-async function visit(url, { push = false } = {}) {
+let visiting, epoch = epochOf($('#cable'));
+async function visit(url, push) {
   const current = visiting = {};
   let page;
   try {
@@ -3542,13 +3545,13 @@ async function visit(url, { push = false } = {}) {
     if (answer.ok) page = new DOMParser().parseFromString(await answer.text(), 'text/html');
   } catch { /* it is asked for again */ }
   if (visiting !== current) return;
-  const [source, fresh, count] = [$('#cable'), page && $('#cable', page), page && $('#todo-count', page)];
+  const source = $('#cable'), fresh = page && $('#cable', page);
   if (page && epochOf(fresh) !== epoch) {
     epoch = epochOf(fresh);
     versions.clear();
     for (const each of document.querySelectorAll('[data-version]')) each.dataset.version = -1;
   }
-  if (!page || outdated(count.id, count.dataset.version)) return wait(1000).then(() => visiting === current && visit(url, { push }));
+  if (!page || outdated('todo-count', $('#todo-count', page).dataset.version)) return wait(1000).then(() => visiting === current && visit(url, push));
   if (push) history.pushState(null, '', url);
   morph($('#todoapp'), $('#todoapp', page));
   source.dataset.since = fresh.dataset.since;
@@ -3570,11 +3573,8 @@ function keep() {
   sessionStorage.setItem('changes', JSON.stringify(changes));
   for (const row of document.querySelectorAll('#todos > .pending')) row.remove();
   for (const { text } of waiting ? changes.filter(({ path, text }) => path === '/todos' && text) : []) {
-    const row = document.createElement('li');
-    row.className = 'pending';
-    row.innerHTML = '<div class="view"><label dir="auto"></label></div>';
-    $('label', row).textContent = text;
-    $('#todos').append(row);
+    $('#todos').insertAdjacentHTML('beforeend', '<li class="pending"><div class="view"><label dir="auto"></label></div></li>');
+    $('#todos > :last-child label').textContent = text;
   }
   cable.show();
 }
@@ -3592,8 +3592,8 @@ async function deliver() {
     if (!answer || [429, 502, 503, 504].includes(answer.status)) {
       waiting = true;
       keep();
-      const ms = 1000 * (answer?.headers.get('Retry-After') ?? 0) || pause;
-      await Promise.race([wait(ms), new Promise(resolve => { wake = resolve; })]);
+      const asked = 1000 * (answer?.headers.get('Retry-After') ?? 0);
+      await Promise.race([wait(asked || pause), new Promise(resolve => { wake = () => asked || resolve(); })]);
       pause = Math.min(pause * 2, 15_000);
       continue;
     }
@@ -3626,7 +3626,7 @@ addEventListener('submit', event => {
   if (form.matches('.editor')) return save(form, true);
   const body = new URLSearchParams(new FormData(form)), button = event.submitter;
   if (button?.name) body.append(button.name, button.value);
-  const entry = { path: new URL(form.action).pathname, row: form.closest('li')?.id };
+  const entry = { path: form.getAttribute('action'), row: form.closest('li')?.id };
   if (form.id === 'new') {
     const field = $('#new-todo');
     entry.text = field.value.trim();
@@ -3660,14 +3660,10 @@ function focusBeside(row) {
 // Editing in place: Enter or leaving the field saves, Escape does not
 function edit(row, text = $('label', row).textContent) {
   for (const open of document.querySelectorAll('.editor')) save(open);
-  const form = document.createElement('form');
-  Object.assign(form, { className: 'editor', method: 'post', action: $('form', row).action });
-  form.innerHTML = `<input type="hidden" name="_method" value="PATCH"><input type="text" class="edit" name="title" dir="auto"
-    autocomplete="off" enterkeyhint="done" aria-describedby="edit-error"><button type="submit" class="save">Save</button>
-    <p class="error" id="edit-error" role="alert"></p>`;
-  row.append(form);
+  row.insertAdjacentHTML('beforeend', `<form class="editor"><input type="text" class="edit" dir="auto" autocomplete="off"
+    enterkeyhint="done" aria-describedby="edit-error"><p class="error" id="edit-error" role="alert"></p></form>`);
   row.classList.add('editing');
-  const field = $('.edit', form);
+  const field = $('.edit', row);
   field.setAttribute('aria-label', $('.rename', row).getAttribute('aria-label'));
   field.defaultValue = $('label', row).textContent;
   field.value = text;
@@ -3678,7 +3674,7 @@ function save(form, refocus) {
   const row = form.closest('li'), label = $('label', row), before = label.textContent;
   const { value, defaultValue } = $('.edit', form), text = value.trim();
   const body = new URLSearchParams({ _method: 'PATCH', title: text }).toString();
-  const path = new URL(form.action).pathname, id = row.id, renamed = text !== defaultValue;
+  const path = $('form', row).getAttribute('action'), id = row.id, renamed = text !== defaultValue;
   if (renamed && text) label.textContent = text;
   close(form, refocus);
   if (renamed && !text) leave(row);
@@ -3702,18 +3698,18 @@ addEventListener('click', event => {
   if (!link) return;
   event.preventDefault();
   if (link.matches('.rename')) edit(link.closest('li'));
-  else visit(link.href, { push: link.href !== location.href });
+  else visit(link.href, link.href !== location.href);
 });
 
 // What follows from a change of the page, whoever made it: order, title, announcements
-const number = row => Number(row.id.slice('todo_'.length)) || Infinity;
-let news = '', speaking;
+const number = row => row?.id === undefined ? 0 : Number(row.id.slice('todo_'.length)) || Infinity;
+let said = '', speaking;
 function announce(text) {
-  news += text;
+  said += text;
   clearTimeout(speaking);
   speaking = setTimeout(() => {
-    $('#announcer').textContent = news + $('#todo-count').textContent;
-    news = '';
+    $('#announcer').textContent = said + $('#todo-count').textContent;
+    said = '';
   }, 100);
 }
 new MutationObserver(records => {
@@ -3722,10 +3718,9 @@ new MutationObserver(records => {
     const element = target.nodeType === 1 ? target : target.parentElement;
     counted ||= !!element?.closest('#todo-count') || [...addedNodes].some(node => node.id === 'todo-count');
     for (const row of target.id === 'todos' ? addedNodes : []) {
-      let before = row.previousElementSibling;
-      if (row.nodeType !== 1 || !before || number(before) <= number(row)) continue;
-      while (before.previousElementSibling && number(before.previousElementSibling) > number(row)) before = before.previousElementSibling;
-      before.before(row);
+      let before = row;
+      while (number(before.previousElementSibling) > number(row)) before = before.previousElementSibling;
+      if (before !== row) before.before(row);
     }
   }
   if (!counted) return;
@@ -3789,10 +3784,9 @@ const cable = {
   },
   show() {
     const element = $('#connection'), number = changes.length;
-    const queue = waiting ? `${number} change${number === 1 ? '' : 's'} waiting` : '';
-    const state = this.live && !waiting ? 'live' : !navigator.onLine || queue ? 'offline' : 'connecting';
-    if (state === 'connecting' && this.failures < 2) return;
-    const text = queue ? `offline, ${queue}` : { live: 'live', offline: 'offline', connecting: 'reconnecting' }[state];
+    const state = waiting ? 'offline' : this.live ? 'live' : navigator.onLine ? 'reconnecting' : 'offline';
+    if (state === 'reconnecting' && this.failures < 2) return;
+    const text = waiting ? `offline, ${number} change${number === 1 ? '' : 's'} waiting` : state;
     element.hidden = false;
     element.dataset.state = state;
     if (element.textContent !== text) element.textContent = text;
