@@ -1854,6 +1854,7 @@ data-since="{{position}}" data-idle-seconds="{{idle_seconds}}"></turbo-cable-str
 <h1>todos</h1>
 <form class="new" action="/todos" method="post" id="new">
 <input type="hidden" name="key" value="{{key}}">
+<input type="hidden" name="showing" value="{{showing}}">
 <input type="text" class="new-todo" id="new-todo" name="title" value="{{text}}" placeholder="What needs to be done?" \
 aria-label="What needs to be done?" aria-describedby="new-todo-error" autocomplete="off" enterkeyhint="done" dir="auto"\
 {{!'' if editing else ' autofocus'}}>
@@ -1911,6 +1912,7 @@ aria-label="What needs to be done?" aria-describedby="new-todo-error" autocomple
 % if editing:
 <form class="editor" action="/todos/{{id}}" method="post">
 <input type="hidden" name="_method" value="PATCH">
+<input type="hidden" name="showing" value="{{showing}}">
 <input type="text" class="edit" name="title" value="{{text}}" aria-label="Edit {{title}}" aria-describedby="edit-error" autocomplete="off" \
 enterkeyhint="done" dir="auto" autofocus>
 <button type="submit" class="save">Save</button>
@@ -1985,7 +1987,7 @@ def render_layout(title, body, live=True):
 def render_page(user, showing, todos, totals, position, editing=None, text='', error=''):
     """The list. editing: the id of the todo in whose place a form stands; text and error belong to that form, or else
     to the field for a new todo."""
-    rows = ''.join([render_todo(todo) if todo.id != editing else render_editor(todo, text, error) for todo in todos])
+    rows = ''.join([render_todo(todo) if todo.id != editing else render_editor(todo, showing, text, error) for todo in todos])
     body = render('page', showing=showing, rows=rows, count=render('count', **totals._asdict()),
                   toggle_all=render('toggle_all', **totals._asdict()), key=secrets.token_urlsafe(9), editing=editing,
                   text='' if editing else text, error='' if editing else error, position=position,
@@ -1998,10 +2000,10 @@ def render_todo(todo):
     return render('todo', **todo._asdict(), state='completed' if todo.completed else '', editing=False)
 
 
-def render_editor(todo, text, error):
-    """The row with the form that renames it."""
+def render_editor(todo, showing, text, error=''):
+    """The row with the form that renames it. showing: the filter to go back to."""
     return render('todo', **todo._asdict(), state='completed editing' if todo.completed else 'editing', editing=True,
-                  text=text, error=error)
+                  showing=showing, text=text, error=error)
 
 
 def render_put(todo):
@@ -2132,7 +2134,7 @@ def edit(id):
         return as_json(public(todo))
     if wanted() == 'turbo':
         bottle.response.content_type = f'{TURBO_STREAM}; charset=UTF-8'
-        return render('replace_todo', id=todo.id, row=render_editor(todo, todo.title, ''))
+        return render('replace_todo', id=todo.id, row=render_editor(todo, came_from(), todo.title))
     return page_with(user, editing=todo.id, text=todo.title)
 
 
@@ -2255,8 +2257,12 @@ def changed(user, ids, data, status=200):
 
 
 def came_from():
-    """The filter of the page that the request came from."""
-    match = re.match(r'https?://[^/?#]*([^?#]*)', bottle.request.environ.get('HTTP_REFERER', ''))
+    """The filter of the page that the request came from: a form that stands at another URL says it itself."""
+    environ = bottle.request.environ
+    named = environ.get('todol.form', {}).get('showing')
+    if named in FILTERS:
+        return named
+    match = re.match(r'https?://[^/?#]*([^?#]*)', environ.get('HTTP_REFERER', ''))
     return next((name for name, path in PATHS.items() if match and match[1] == path), 'all')
 
 
@@ -2968,6 +2974,11 @@ class Handler(WebSocketHandler):
     def hang_up(self):
         with contextlib.suppress(OSError):
             self.socket._sock.shutdown(socket.SHUT_RD)
+
+    def _handle_client_error(self, error):
+        # As shipped, some of these print a traceback past the log.
+        log.info('bad request error=%r', error)
+        return '400', b'HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n'
 
     def _refuse(self, status, reason, *headers):
         self.start_response(status, [('Content-Type', 'text/plain'), *headers])
