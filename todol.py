@@ -741,6 +741,8 @@ FRONT_LIMIT_BYTES = 4 * 1024 * 1024
 FLUSH_SECONDS = 0.02
 FOREVER_SECONDS = 400 * 86400       # the time to live where none is given
 SLOTS = 4096
+MAX_PENDING = 10_000                # values that wait for a file that can't be written; more are dropped
+REST_SECONDS = 1.0
 EVICT_ROWS = 200                    # go in one statement at most when the file is full
 
 UPSERT_ENTRY = '''
@@ -788,6 +790,7 @@ class Cache:
         self._computing = {}                        # key -> AsyncResult, for fetch()
         self._dirty = gevent.event.Event()
         self._slots = self._map = self._loop = None
+        self._resting_until = 0
         self._hits = self._misses = self._evicted = 0
 
     def open(self):
@@ -909,6 +912,8 @@ class Cache:
     def _entry(self, key, value, ttl):
         now = self.clock()
         slot = slot_of(key)
+        if not now + ttl > 0:           # it is NaN
+            raise CacheError(f'the time to live of {key!r} must be a number of seconds, not {ttl!r}')
         is_json = not isinstance(value, (bytes, str, float, type(None))) and type(value) not in (int, bool)
         if is_json:
             try:
@@ -974,19 +979,25 @@ class Cache:
         self._dirty.wait()
         gevent.sleep(FLUSH_SECONDS)
         self._dirty.clear()
-        self._flush()
+        if not self._flush():
+            gevent.sleep(REST_SECONDS)
+            self._dirty.set()
 
     def _flush(self):
-        """Write what waits, in one transaction, and then tell the other processes."""
+        """Write what waits, in one transaction, and then tell the other processes. Says whether that went well."""
         batch = dict(self._pending)
         if not batch and not self._forgiving(self._is_full):
-            return
-        self._forgiving(lambda: self._db.transact(self._write_entries, batch))
+            return True
+        if not self._forgiving(lambda: self._db.transact(self._write_entries, batch), otherwise=False):
+            if len(self._pending) > MAX_PENDING:
+                self._pending.clear()
+            return False
         for key, entry in batch.items():
             # The front's entry does not get this number: another process may have written after the commit.
             self._slots[entry.slot] = time.perf_counter_ns()
             if self._pending.get(key) is entry:         # not set again meanwhile
                 del self._pending[key]
+        return True
 
     def _write_entries(self, batch):
         self._db.executemany(UPSERT_ENTRY, [entry.row(key) for key, entry in batch.items() if entry.value is not _MISSING])
@@ -994,6 +1005,7 @@ class Cache:
                              [(key,) for key, entry in batch.items() if entry.value is _MISSING])
         if self._is_full():
             self._evict()
+        return True
 
     def _evict(self):
         """Make room for a tenth of the limit: the expired first, then the least recently used."""
@@ -1022,9 +1034,13 @@ class Cache:
         return (pages - free) * size
 
     def _forgiving(self, work, otherwise=None):
+        """Work on the file; when that fails, the file is left alone for REST_SECONDS: a locked one costs a wait each time."""
+        if time.monotonic() < self._resting_until:
+            return otherwise
         try:
             return work()
         except StorageError as error:
+            self._resting_until = time.monotonic() + REST_SECONDS
             log.error('cache unusable, taken as a miss: %s', error)
             return otherwise
 
@@ -1109,6 +1125,10 @@ RELEASE_JOB = '''
 UNBLOCK_NEXT = '''
     UPDATE jobs SET due_at = run_at
     WHERE id = (SELECT min(id) FROM jobs WHERE order_key = ? AND failed_at IS NULL) AND due_at IS NULL'''
+# One that is due later than its period says was registered with a longer one.
+START_RECURRING = '''
+    INSERT INTO recurring (name, due_at) VALUES (?, now_s() + ?)
+    ON CONFLICT (name) DO UPDATE SET due_at = excluded.due_at WHERE excluded.due_at < recurring.due_at'''
 # A parked job of an order key that has others waiting goes behind the one that is being run.
 UNPARK_JOB = '''
     UPDATE jobs SET failed_at = NULL, attempt = 0, run_at = now_s(),
@@ -1228,7 +1248,7 @@ class Jobs:
         """Take no more jobs, let the running ones end, give back the rest for the next process to run at once."""
         self._loop.stop()
         gevent.joinall(list(self._running), timeout=stop_seconds)
-        gevent.killall(list(self._running))
+        gevent.killall(list(self._running), timeout=1)
         self._empty_outbox()
         self._db.transact(self._settle, self._settled)
         self._reset()
@@ -1283,8 +1303,7 @@ class Jobs:
 
     def _start_recurring(self):
         for name, seconds in self._recurring.items():
-            self._db.execute('INSERT INTO recurring (name, due_at) VALUES (?, now_s() + ?) ON CONFLICT DO NOTHING',
-                             (name, seconds))
+            self._db.execute(START_RECURRING, (name, seconds))
 
     def _turn(self):
         """One turn of the dispatcher: exchange with the databases, start what was claimed, sleep."""
@@ -1482,7 +1501,7 @@ class Cable:
         return f'{self.epoch}:{self._last}'
 
     def subscribe(self, stream, receive):
-        """Call receive(message) for each new message of a stream, in order. It must not wait."""
+        """Call receive(message) for each new message of a stream, in order. It must neither wait nor broadcast."""
         self._subscribers.setdefault(stream, set()).add(receive)
 
     def unsubscribe(self, stream, receive):
