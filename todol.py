@@ -795,12 +795,15 @@ class Cache:
 
     def open(self):
         """Start serving; the database is open already. The generations lie beside it."""
-        fd = os.open(self._db.path + '-generations', os.O_RDWR | os.O_CREAT, 0o600)
+        path = self._db.path + '-generations'
         try:
-            os.ftruncate(fd, SLOTS * 8)
-            self._map = mmap.mmap(fd, SLOTS * 8)
-        finally:
-            os.close(fd)
+            with open(path, 'r+b' if os.path.exists(path) else 'w+b') as file:
+                if os.path.getsize(path) < SLOTS * 8:   # written out: a hole in it would kill the process on a full disk
+                    file.write(bytes(SLOTS * 8))
+                    file.flush()
+                self._map = mmap.mmap(file.fileno(), SLOTS * 8)
+        except OSError as error:
+            raise StorageError(f'{path} can not be written: {error.strerror}') from None
         self._slots = memoryview(self._map).cast('Q')
         self._loop = Loop('cache', self._flush_later)
 
@@ -3134,8 +3137,8 @@ def listen():
         return listener
     except (OSError, UnicodeError) as error:        # UnicodeError: a HOST that can't be a name
         reason = getattr(error, 'strerror', None) or error
-        raise SettingError(f'can not listen on HOST {settings.host} PORT {settings.port}: {reason}. Is another program '
-                           f'there? Set another PORT') from None
+        hint = '. Another program is there; set another PORT' if getattr(error, 'errno', 0) == errno.EADDRINUSE else ''
+        raise SettingError(f'can not listen on HOST {settings.host} PORT {settings.port}: {reason}{hint}') from None
 
 
 class Server(WSGIServer):
@@ -3165,7 +3168,6 @@ def serve(chosen):
     stopping = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, stopping.set)
-    start_logging(chosen.log)
     open_stack(chosen)
     try:
         server = Server(listen())
@@ -3306,11 +3308,11 @@ def read_only(path):
 
 def refuse_damage(role, path):
     """Raises StorageError or MigrationError unless the file is whole and this todol can open it."""
-    Database(role).examine(path)
     try:
+        Database(role).examine(path)
         with contextlib.closing(read_only(path)) as connection:
             (result,), = connection.execute('PRAGMA integrity_check(1)')
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         result = str(error)
     if result != 'ok':
         raise StorageError(f'{path} is damaged: {result}')
@@ -3951,7 +3953,7 @@ def main(arguments=None):
         print(f'Error: there is no command {" ".join(arguments)!r}\n\n{usage()}', file=sys.stderr)
         return 2
     try:
-        start_logging()
+        start_logging(os.environ.get('TODOL_LOG', '').lower())
         return function(*values, **{flag.removeprefix('--'): True for flag in flags})
     except TodolError as error:
         print(f'Error: {error}', file=sys.stderr)
