@@ -1517,7 +1517,7 @@ class Cable:
     def since(self, stream, position):
         """The messages of a stream after a position, up to what is delivered to subscribers. Raises PositionLost.
 
-        Does not wait, so subscribe() before or after it, without waiting in between, makes a gapless whole.
+        Nothing is delivered between its last look and its return, so who goes live at once misses nothing.
         """
         epoch, _, id = position.rpartition(':')
         if epoch != self.epoch or not re.fullmatch('[0-9]{1,18}', id):
@@ -1583,12 +1583,21 @@ class Cable:
                 return
 
     def _read(self, stream, after, at):
-        rows = self._db.execute('SELECT id, stream, payload, created_at FROM messages '
-                                'WHERE stream = ? AND id > ? AND id <= ? AND created_at >= ? ORDER BY id LIMIT ?',
-                                (stream, after, self._last, at, REPLAY_MESSAGES + 1))
+        while True:
+            last = self._last
+            rows = self._db.execute('SELECT id, stream, payload, created_at FROM messages '
+                                    'WHERE stream = ? AND id > ? AND id <= ? AND created_at >= ? ORDER BY id LIMIT ?',
+                                    (stream, after, last, at, REPLAY_MESSAGES + 1))
+            if self._last == last:      # else the read had to wait for the file, and something was delivered meanwhile
+                break
         if len(rows) > REPLAY_MESSAGES:
             raise PositionLost(f'more than {REPLAY_MESSAGES} messages were missed')
         return [Message(*row) for row in rows]
+
+
+def offset_of(position):
+    """The id in a position that since() has taken."""
+    return int(position.rpartition(':')[2])
 
 
 cable = Cable(cable_db)
@@ -2731,14 +2740,22 @@ class Subscription:
         self.connection = connection
         self.identifier = identifier
         self.stream = stream
-        self.held = False           # restored, and not live until its history command: live messages must not overtake
+        self._live = False          # messages are not sent before what was missed
+        self._last_id = -1          # of the message that was sent last: nothing goes out twice
         quoted = json.dumps(identifier)
         self._head = f'{{"identifier":{quoted},"message":'.encode()
 
+    def start(self, missed=(), last_id=-1):
+        """Send what was missed, and be live from here on. last_id: of the last message that the client has."""
+        self._live, self._last_id = True, last_id
+        for message in missed:
+            self.receive(message)
+
     def receive(self, message):
         """Send a message of the stream."""
-        if self.held:
+        if not self._live or message.id <= self._last_id:
             return
+        self._last_id = message.id
         tail = b'}'
         if self.connection.extended:
             tail = (f',"stream_id":{json.dumps(self.stream)},"epoch":"{cable.epoch}","offset":{message.id}}}').encode()
@@ -2798,7 +2815,7 @@ class Connection:
             for identifier in saved['identifiers']:
                 stream, _ = self._stream_of(identifier)
                 if stream:
-                    self._add(identifier, stream).held = True
+                    self._add(identifier, stream)       # starts with its history command, so that nothing overtakes
             welcome.update(restored=True, restored_ids=list(self.subscriptions))
             self._save()
         self.send(welcome)
@@ -2838,14 +2855,13 @@ class Connection:
         subscription.send('confirm_subscription')
         if history and self.extended:
             self._replay_history(subscription, history)
-        elif since is not None:
+        elif since is None:
+            subscription.start()
+        else:
             try:
-                missed = cable.since(stream, since)
+                subscription.start(cable.since(stream, since), offset_of(since))
             except PositionLost:
-                refresh = json.dumps(render('refresh'))
-                missed = [Message(self._position_id(), stream, refresh, 0.0)]
-            for message in missed:
-                subscription.receive(message)
+                subscription.start([Message(offset_of(cable.position()), stream, json.dumps(render('refresh')), 0.0)])
         self._save()
 
     def _unsubscribe(self, identifier):
@@ -2856,18 +2872,17 @@ class Connection:
 
     def _replay_history(self, subscription, history):
         """Send what was missed, or say that it is lost; then the subscription is live."""
-        subscription.held = False
         try:
             position = (history.get('streams') or {}).get(subscription.stream)
             if position is not None:
-                missed = cable.since(subscription.stream, f'{position["epoch"]}:{position["offset"]}')
+                position = f'{position["epoch"]}:{position["offset"]}'
+                subscription.start(cable.since(subscription.stream, position), offset_of(position))
             else:
-                missed = cable.since_time(subscription.stream, float(history['since']))
+                subscription.start(cable.since_time(subscription.stream, float(history['since'])))
+            subscription.send('confirm_history')
         except (PositionLost, KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            return subscription.send('reject_history')
-        for message in missed:
-            subscription.receive(message)
-        subscription.send('confirm_history')
+            subscription.start()
+            subscription.send('reject_history')
 
     def _stream_of(self, identifier):
         """The stream that an identifier names, and the position in it to start after; None where it may not listen."""
@@ -2884,9 +2899,6 @@ class Connection:
         subscription = self.subscriptions[identifier] = Subscription(self, identifier, stream)
         cable.subscribe(stream, subscription.receive)
         return subscription
-
-    def _position_id(self):
-        return int(cable.position().rpartition(':')[2])
 
     def _save(self):
         """Keep what is needed to take this session up again after a cut, or a restart. todol's own script, which offers
@@ -3558,7 +3570,7 @@ class StreamElement extends HTMLElement {
     for (const each of all) if (each) actions[action]?.(each, content?.cloneNode(true), this.getAttribute('method') === 'morph');
   }
 }
-function renderStreams(html, flash = false) {
+function renderStreams(html, flash) {
   const fragment = document.createRange().createContextualFragment(html);
   const news = [...fragment.querySelectorAll('[data-row]')].filter(({ dataset: { row, version } }) => version > known(row));
   document.body.append(fragment);
@@ -3595,7 +3607,7 @@ if (location.pathname.endsWith('/edit')) history.replaceState(null, '', '/');
 // Changes go to the server one after another, in their order. While it can't be reached they wait, over a reload too;
 // the key of a new todo makes sending it twice harmless.
 const changes = JSON.parse(sessionStorage.getItem('changes') ?? '[]');
-let delivering = false, waiting = false, wake = () => {};
+let delivering, waiting, wake = () => {};
 function change(entry) {
   changes.push(entry);
   keep();
@@ -3734,7 +3746,7 @@ addEventListener('click', event => {
 });
 
 // What follows from a change of the page, whoever made it: order, title, announcements
-const number = row => row?.id === undefined ? 0 : Number(row.id.slice('todo_'.length)) || Infinity;
+const number = row => row?.id === undefined ? 0 : Number(row.id.slice(5)) || Infinity;
 let said = '', speaking;
 function announce(text) {
   said += text;
@@ -3794,9 +3806,8 @@ const cable = {
   },
   subscribe(source) {
     if (!this.live) return this.open();
-    const { since } = source.dataset;
     const identifier = JSON.stringify({ channel: source.getAttribute('channel'),
-      signed_stream_name: source.getAttribute('signed-stream-name'), since });
+      signed_stream_name: source.getAttribute('signed-stream-name'), since: source.dataset.since });
     this.sources.set(identifier, source);
     this.socket.send(JSON.stringify({ command: 'subscribe', identifier }));
   },
@@ -3826,7 +3837,11 @@ const cable = {
 };
 class CableStreamSource extends HTMLElement {
   static observedAttributes = ['signed-stream-name'];
-  attributeChangedCallback(name, before) { if (before !== null && this.isConnected) { cable.release(); cable.open(); } }
+  attributeChangedCallback(name, before, after) {
+    if (!before || before === after) return;
+    cable.release();
+    cable.open();
+  }
   connectedCallback() { cable.subscribe(this); }
 }
 
