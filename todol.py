@@ -1860,7 +1860,6 @@ HTML = {
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
 <title>{{title}}</title>
-<meta name="description" content="A todo list that is live in every window.">
 <meta name="theme-color" content="{{colors[0]}}" media="(prefers-color-scheme: light)">
 <meta name="theme-color" content="{{colors[1]}}" media="(prefers-color-scheme: dark)">
 <meta name="turbo-refresh-method" content="morph">
@@ -3645,7 +3644,7 @@ async function deliver() {
     pause = 500;
     const done = changes.shift();
     keep();
-    settle(done, answer, html);
+    queueMicrotask(() => settle(done, answer, html));
   }
   delivering = false;
 }
@@ -3799,6 +3798,7 @@ const cable = {
     } else if (type === 'confirm_subscription') source?.toggleAttribute('connected', true);
     else if (type === 'reject_subscription' || type === 'disconnect' && !reconnect) wait(3000).then(() => visit(location.href));
     else if (!type && source) {
+      aliveAt = this.heardAt;
       if (offset) source.dataset.since = `${epoch}:${offset}`;
       renderStreams(message, true);
     }
@@ -3825,9 +3825,9 @@ const cable = {
     if (!document.hidden) this.timer = setTimeout(() => this.open(), ms);
     this.show();
   },
-  show() {
+  show(idle) {
     const element = $('#connection'), number = changes.length;
-    const state = waiting ? 'offline' : this.live ? 'live' : navigator.onLine ? 'reconnecting' : 'offline';
+    const state = idle ? 'paused' : waiting ? 'offline' : this.live ? 'live' : navigator.onLine ? 'reconnecting' : 'offline';
     if (state === 'reconnecting' && this.failures < 2) return;
     const text = waiting ? `offline, ${number} change${number === 1 ? '' : 's'} waiting` : state;
     element.hidden = false;
@@ -3858,11 +3858,11 @@ addEventListener('visibilitychange', () => {
   if (document.hidden) hiddenTimer = setTimeout(() => cable.release(), HIDDEN_MS);
   else alive();
 });
-for (const name of ['online', 'pageshow', 'focus', 'pointerdown', 'keydown']) addEventListener(name, alive);
+for (const name of ['online', 'pageshow', 'focus', 'pointermove', 'pointerdown', 'keydown']) addEventListener(name, alive);
 addEventListener('offline', () => cable.show());
 setInterval(() => {
   if (cable.socket && Date.now() - cable.heardAt > STALE_MS) cable.lost();
-  if (cable.socket && idleMs() && Date.now() - aliveAt > idleMs()) cable.release();
+  if (cable.socket && idleMs() && Date.now() - aliveAt > idleMs()) cable.release(), cable.show(true);
 }, 3000);
 
 customElements.get('turbo-stream') ?? customElements.define('turbo-stream', StreamElement);
