@@ -317,6 +317,7 @@ class Database:
         self._leading = False               # a greenlet is about to run the queue
         self._in_transaction = False
         self._wrote_at = 0
+        self._crowded = False               # the last transaction was of several writers
 
     def open(self, path, synchronous='NORMAL', checkpoints=True):
         """Open or create the file at path and bring its schema up to date. checkpoints: off where Litestream makes them.
@@ -414,10 +415,10 @@ class Database:
         """Run the first transaction that the queue allows."""
         self._leading = True
         try:
-            # Somebody else wrote in this very turn of the event loop: others may be about to. They get one turn to join.
-            # A lone writer never waits.
+            # Somebody else wrote in this very turn of the event loop, or joined the last time: others may be about to.
+            # They get one turn to join. A lone writer never waits.
             now = gevent.get_hub().loop.now()
-            if now == self._wrote_at:
+            if now == self._wrote_at or self._crowded:
                 gevent.sleep(0)
             self._wrote_at = now
             try:
@@ -430,6 +431,7 @@ class Database:
             # From here to the commit nothing switches.
             size = 1 if self._queue[0].alone else len(self._queue)
             group, self._queue = self._queue[:size], self._queue[size:]
+            self._crowded = len(group) > 1
             self._run(group)
         finally:
             self._leading = False
