@@ -329,7 +329,8 @@ class Database:
             self.examine(path)
             self._connection = connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False,
                                                             cached_statements=256)
-            connection.create_function('now_s', 0, lambda: self.clock())
+            # Called deterministic, it is called once for each run of a statement, as PostgreSQL's STABLE functions are.
+            connection.create_function('now_s', 0, lambda: self.clock(), deterministic=True)
             self._patiently('PRAGMA journal_mode = WAL')
             for pragma in (f'synchronous = {synchronous}', 'foreign_keys = ON', f'journal_size_limit = {JOURNAL_LIMIT_BYTES}'):
                 connection.execute(f'PRAGMA {pragma}')
@@ -739,10 +740,11 @@ doorbell = Doorbell()
 # an error of the app.
 
 CACHE_LIMIT_BYTES = 128 * 1024 * 1024
-FRONT_LIMIT_BYTES = 4 * 1024 * 1024
+FRONT_LIMIT_BYTES = 16 * 1024 * 1024
 FLUSH_SECONDS = 0.02
 FOREVER_SECONDS = 400 * 86400       # the time to live where none is given
 SLOTS = 4096
+MAX_NOTED_USES = 10_000
 MAX_PENDING = 10_000                # values that wait for a file that can't be written; more are dropped
 REST_SECONDS = 1.0
 EVICT_ROWS = 200                    # go in one statement at most when the file is full
@@ -752,7 +754,11 @@ UPSERT_ENTRY = '''
     ON CONFLICT (key) DO UPDATE SET number = excluded.number, value = excluded.value, is_json = excluded.is_json,
                                     expires_at = excluded.expires_at, used_at = excluded.used_at'''
 ADD_ENTRY = UPSERT_ENTRY + ' WHERE entries.expires_at <= now_s() RETURNING id'
-# An expired counter starts again with a new window; a live one keeps its window.
+# A live counter keeps its window. No index holds a column of this statement, which doubles its speed.
+BUMP_ENTRY = '''
+    UPDATE entries SET number = number + :by WHERE key = :key AND expires_at > now_s() AND number IS NOT NULL
+    RETURNING number'''
+# An expired one, or a missing one, starts with a new window.
 INCREMENT_ENTRY = '''
     INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
     VALUES (:key, :by, NULL, 0, now_s() + :ttl, now_s())
@@ -861,10 +867,14 @@ class Cache:
     def incr(self, key, by=1, ttl=FOREVER_SECONDS):
         """Add to a whole number and give the sum. A missing or expired one starts at 0 with a new time to live; a live
         one keeps the time it has, so that a key is a fixed window. Atomic between processes. Raises CacheError."""
-        rows = self._through(key, lambda: self._db.execute(INCREMENT_ENTRY, {'key': key, 'by': by, 'ttl': ttl}),
-                             otherwise=[(by,)])
+        def increment():
+            values = {'key': key, 'by': by, 'ttl': ttl}
+            return self._db.execute(BUMP_ENTRY, values) or self._db.execute(INCREMENT_ENTRY, values)
+
+        rows = self._through(key, increment, otherwise=[(by,)])
         if not rows:
             raise CacheError(f'the value of {key!r} is not a whole number')
+        self._note_use(key, self.clock())
         return rows[0][0]
 
     def fetch(self, key, ttl, function):
@@ -961,8 +971,12 @@ class Cache:
         while self._front_bytes > FRONT_LIMIT_BYTES:
             oldest, dropped = self._front.popitem(last=False)
             self._front_bytes -= dropped.size
-            if len(self._used) < 10_000:
-                self._used[oldest] = dropped.used_at
+            self._note_use(oldest, dropped.used_at)
+
+    def _note_use(self, key, at):
+        """Remember the last use of a key that is not in the front, until the next eviction writes it down."""
+        if len(self._used) < MAX_NOTED_USES:
+            self._used[key] = at
 
     def _forget(self, key):
         entry = self._front.pop(key, None)
