@@ -1326,7 +1326,7 @@ def use_everything(client):
 # Tables of few rows, or read in the order of an index up to a LIMIT; and counts for the operator.
 SCANS_ALLOWED = re.compile('FROM (outbox ORDER BY id LIMIT|entries ORDER BY used_at LIMIT|recurring|epochs|'
                            'schema_migrations|sqlite_master)|UPDATE recurring|'
-                           r'SELECT count\(\*\) FROM|PRAGMA|WHERE id > 0')
+                           r'SELECT count\(\*\) FROM|PRAGMA|WHERE id > 0|(min|max)\(id\)')     # the last: the ends of a table
 NOT_RUN = {'RENEW_LEASE', 'RELEASE_JOB',                # they find their row as FINISH_JOB does
            'MISCOUNTED_LISTS', 'STUCK_JOBS'}            # look at everything, which is their purpose
 
@@ -1351,7 +1351,7 @@ def test_no_statement_reads_a_whole_table_where_an_index_should_serve(client):
     ran = {(each, text) for each in databases for text in seen[each]
            if re.match(r'\s*(SELECT|INSERT|UPDATE|DELETE)\b', text)}
     scans = [f'{plan}: {text}' for each, text in ran for *_, plan in each.execute(f'EXPLAIN QUERY PLAN {text}')
-             if re.match('SCAN (?!CONSTANT ROW)', plan) and not SCANS_ALLOWED.search(text)]
+             if re.match(r'SCAN (?!CONSTANT ROW)|SEARCH (?!.* USING )', plan) and not SCANS_ALLOWED.search(text)]
     assert not scans, '\n'.join(scans)
     shapes = {shape(text) for _, text in ran}
     unseen = {name for name, text in constant_statements().items() if shape(text) not in shapes} - NOT_RUN
@@ -2304,7 +2304,7 @@ if 'die after commit' in todo:
     todol.app_db.transact(enqueue_in_transaction)
     die()
 if 'die before the outbox is emptied' in todo:
-    todol.app_db.executemany = die
+    todol.jobs._empty_outbox = lambda: todol.jobs._relayed and die()
     todol.app_db.transact(enqueue_in_transaction)
     gevent.sleep(3)
     die()       # the neighbour was faster
