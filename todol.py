@@ -264,6 +264,7 @@ MIGRATIONS = {
             )'''),
         ('002 index entries by use', 'CREATE INDEX entries_by_use ON entries (used_at)'),
         ('003 index entries by expiry', 'CREATE INDEX entries_by_expiry ON entries (expires_at)'),
+        ('004 drop index by expiry', 'DROP INDEX entries_by_expiry'),   # a fifth of every write, for a sweep once an hour
     ],
     'job': [
         ('001 create jobs', '''
@@ -778,6 +779,7 @@ MAX_NOTED_USES = 10_000
 MAX_PENDING = 10_000                # values that wait for a file that can't be written; more are dropped
 REST_SECONDS = 1.0
 EVICT_ROWS = 200                    # go in one statement at most when the file is full
+PRUNE_ROWS = 500                    # are looked at in one turn of the event loop
 
 UPSERT_ENTRY = '''
     INSERT INTO entries (key, number, value, is_json, expires_at, used_at) VALUES (?, ?, ?, ?, ?, ?)
@@ -799,6 +801,8 @@ INCREMENT_ENTRY = '''
     WHERE entries.number IS NOT NULL OR entries.expires_at <= now_s()
     RETURNING number'''
 GET_ENTRY = 'SELECT number, value, is_json, expires_at FROM entries WHERE key = ? AND expires_at > now_s()'
+ENTRIES_AFTER = 'SELECT max(id) FROM (SELECT id FROM entries WHERE id > ? ORDER BY id LIMIT ?) AS next'
+PRUNE_ENTRIES = 'DELETE FROM entries WHERE id > ? AND id <= ? AND expires_at <= now_s() RETURNING id'
 EVICT_ENTRIES = 'DELETE FROM entries WHERE id IN (SELECT id FROM entries ORDER BY used_at LIMIT ?) RETURNING key'
 
 _MISSING = object()
@@ -943,9 +947,15 @@ class Cache:
             self._slots[slot] = time.perf_counter_ns()
 
     def prune(self):
-        """Delete what has expired, and give the number of it."""
-        return len(self._forgiving(lambda: self._db.execute('DELETE FROM entries WHERE expires_at <= now_s() RETURNING id'),
-                                   otherwise=()))
+        """Delete what has expired, and give the number of it. Looks at every entry, some at a time."""
+        gone = after = 0
+        while after is not None:
+            (last,), = self._forgiving(lambda: self._db.execute(ENTRIES_AFTER, (after, PRUNE_ROWS)), otherwise=[(None,)])
+            if last is not None:
+                gone += len(self._forgiving(lambda: self._db.execute(PRUNE_ENTRIES, (after, last)), otherwise=()))
+                gevent.sleep(0)
+            after = last
+        return gone
 
     def stats(self):
         """Counts since the start, and what the file holds now."""
@@ -1058,12 +1068,11 @@ class Cache:
         return True
 
     def _evict(self):
-        """Make room for a tenth of the limit: the expired first, then the least recently used."""
+        """Make room for a tenth of the limit: the least recently used go, and so what has expired goes too."""
         uses = {**self._used, **{key: entry.used_at for key, entry in self._front.items()}}
         self._used.clear()
         self._db.executemany('UPDATE entries SET used_at = :at WHERE key = :key AND used_at < :at',
                              [{'key': key, 'at': at} for key, at in uses.items()])
-        self._db.execute('DELETE FROM entries WHERE expires_at <= now_s()')
         (entries,), = self._db.execute('SELECT count(*) FROM entries')
         rows = min(EVICT_ROWS, entries // 20 + 1)
         while self._size_bytes() > self.limit_bytes * 0.9:

@@ -43,7 +43,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM = HERE.parent / 'todol.py'
 VENV = HERE / 'bench-venv'
 PEER_PACKAGES = ['flask', 'gunicorn[gevent]', 'starlette', 'uvicorn[standard]', 'python-multipart', 'itsdangerous', 'jinja2',
-                 'redis', 'hiredis', 'huey', 'diskcache']
+                 'redis', 'hiredis', 'huey', 'diskcache', 'playwright']
 
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
@@ -657,6 +657,52 @@ def live(effort):
         client.close()
     return [compared("POST to another client's socket, p50", 'ms', samples, 'p50_ms', at_most=5),
             compared('– p99', 'ms', samples, 'p99_ms', at_most=15)]
+
+
+PAINT_SCRIPT = '''() => {
+    window.painted = [];        // milliseconds from each Enter to the end of the first frame with the whole row in it
+    addEventListener('keydown', ({ key, timeStamp }) => {
+        if (key !== 'Enter') return;
+        const title = document.querySelector('#new-todo').value;
+        requestAnimationFrame(function look() {
+            const row = document.querySelector('#todos > :last-child');
+            if (row.textContent.trim() !== title || row.offsetHeight < 40) return requestAnimationFrame(look);
+            requestAnimationFrame(() => painted.push(performance.now() - timeStamp));       // the next one begins
+        });
+    }, true); }'''
+
+
+@figure
+def paint(effort):
+    """From the Enter key to the row of a new todo on the screen, in a list that begins with 20."""
+    chromium = need('chromium')
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise Missing('playwright is missing (pip install playwright)') from None
+    with scratch() as directory, Server('todol', directory) as server, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--disable-gpu'])
+
+        def measure():
+            cookie, = server.visitors(1)
+            name, _, value = cookie.partition('=')
+            url = f'http://127.0.0.1:{server.port}'
+            with browser.new_context() as context:
+                context.add_cookies([{'name': name, 'value': value, 'url': url}])
+                page = context.new_page()
+                page.goto(url)
+                page.wait_for_selector('#connection[data-state=live]')
+                page.evaluate(PAINT_SCRIPT)
+                context.new_cdp_session(page).send('Emulation.setCPUThrottlingRate', {'rate': 4})
+                for index in range(effort.latencies // 10):
+                    page.fill('.new-todo', f'Buy tea {index}')
+                    page.keyboard.press('Enter')
+                    page.wait_for_timeout(300)          # until all that follows is done
+                return percentiles([ms / 1000 for ms in page.evaluate('painted')])
+
+        samples = alternate({'todol': measure}, effort.rounds)
+        browser.close()
+    return [compared('adding a todo, to its paint, CPU 4x slower', 'ms', samples, 'p50_ms', at_most=50)]
 
 
 # === Figures: services, in this process ===============================================================================
