@@ -3843,7 +3843,7 @@ if (location.pathname.endsWith('/edit')) history.replaceState(null, '', '/');
 
 // Changes go to the server one after another, in their order. While it can't be reached they wait, over a reload too;
 // the key of a new todo makes sending it twice harmless. Its row is there at once, pending until the real one comes; a
-// page just loaded may have that already, and draws none until it has to wait.
+// page just loaded may have that, and draws none until it must wait.
 const changes = JSON.parse(sessionStorage.getItem('changes') ?? '[]'), drawn = new WeakMap();
 let delivering, waiting, wake = () => {};
 function change(entry) {
@@ -3984,7 +3984,7 @@ addEventListener('click', event => {
   else visit(link.href, link.href !== location.href);
 });
 
-// What follows from a change of the page, whoever made it: order, title, announcements
+// What follows from a change of the page: order, title, announcements
 const number = row => row?.id === undefined ? 0 : Number(row.id.slice(5)) || Infinity;
 const counts = ({ active, completed } = $('#todo-count').dataset) => `${active}, ${completed}`;
 let said = '', speaking, counted = counts();
@@ -4020,7 +4020,7 @@ new MutationObserver(records => {
 }).observe($('#todoapp'), { childList: true, subtree: true, attributeFilter: ['data-active', 'data-completed'] });
 addEventListener('animationend', ({ target }) => target.classList.remove('flash'));
 
-// The cable. Source: @rails/actioncable and AnyCable's actioncable-v1-ext-json, whose messages carry a position
+// The cable. Source: @rails/actioncable and AnyCable's actioncable-v1-ext-json, with positions
 const cable = {
   socket: null, live: false, failures: 0, heardAt: 0, timer: 0,
   open() {
@@ -4032,20 +4032,23 @@ const cable = {
     socket.onmessage = ({ data }) => socket === this.socket && this.hear(JSON.parse(data));
     socket.onclose = () => socket === this.socket && this.lost();
   },
-  hear({ type, message, epoch, offset, reconnect }) {
+  hear({ type, identifier, message, epoch, offset, reconnect }) {
     this.heardAt = Date.now();
-    const source = $('#cable');
     if (type === 'welcome') {
       this.live = true;
       this.failures = 0;
-      const identifier = JSON.stringify({ channel: source.getAttribute('channel'),
-        signed_stream_name: source.getAttribute('signed-stream-name'), since: source.dataset.since });
-      this.socket.send(JSON.stringify({ command: 'subscribe', identifier }));
+      this.sources = {};
+      for (const source of $$('turbo-cable-stream-source')) {
+        const identifier = JSON.stringify({ channel: source.getAttribute('channel'),
+          signed_stream_name: source.getAttribute('signed-stream-name'), since: source.dataset.since });
+        this.sources[identifier] = source;
+        this.socket.send(JSON.stringify({ command: 'subscribe', identifier }));
+      }
       wake();
     } else if (type === 'reject_subscription' || type === 'disconnect' && !reconnect) wait(3000).then(() => visit());
     else if (!type) {
       aliveAt = this.heardAt;
-      if (offset) source.dataset.since = `${epoch}:${offset}`;
+      if (offset) this.sources[identifier].dataset.since = `${epoch}:${offset}`;
       renderStreams(message, true);
     }
     this.show();
@@ -4075,12 +4078,11 @@ const cable = {
 };
 class CableStreamSource extends HTMLElement {
   static observedAttributes = ['signed-stream-name'];
-  attributeChangedCallback(name, before) {
-    if (!before) return;
+  attributeChangedCallback(name, before) { if (before) this.connectedCallback(); }
+  connectedCallback() {
     cable.release();
     cable.open();
   }
-  connectedCallback() { cable.open(); }
 }
 
 // A hidden tab lets go of its socket, an idle one too if so set: the machine can sleep. Both catch up when looked at.
