@@ -1325,8 +1325,7 @@ def use_everything(client):
     eventually(lambda: todol.job_db.execute('SELECT 1 FROM jobs WHERE id = ? AND attempt = 1 AND worker IS NULL', [id]))
     todol.jobs.prune()
     todol.job_db.execute("UPDATE jobs SET worker = 'dead', due_at = now_s() + 9 WHERE id > 0")
-    todol.jobs._alive = None
-    todol.job_db.transact(todol.jobs._free_dead_workers)
+    todol.job_db.transact(todol.jobs._free_dead_workers, {'alive'})
 
 
 # Tables of few rows, or read in the order of an index up to a LIMIT; and counts for the operator.

@@ -1303,14 +1303,17 @@ class Jobs:
             self._bell.set()            # the dispatcher wakes after the commit: nothing switches before it
         else:
             due = delay_seconds <= 0
-            lease = due and not self._backlog and len(self._running) < self.workers and not self._db.in_transaction
+            lease = due and self._may_start() and not self._db.in_transaction
             job = self._insert(row, lease)
-            if job:
+            if not job:
+                self._backlog |= due and not lease
+                self._wake()
+            elif self._may_start():
                 self._start(job)
                 if len(self._running) == 1:
                     self._bell.set()        # the dispatcher may sleep for ever, and has a lease to renew now
-            else:
-                self._backlog |= due and not lease
+            else:                           # the insert had to wait for the file, and others were faster
+                self._settled.append((job, 'released', None))
                 self._wake()
 
     # Running
@@ -1328,8 +1331,8 @@ class Jobs:
 
     def close(self, stop_seconds=STOP_SECONDS):
         """Take no more jobs, let the running ones end, give back the rest for the next process to run at once."""
-        self._backlog = True
         self._loop.stop()
+        self._backlog = True            # what is enqueued from here on waits
         gevent.joinall(list(self._running), timeout=stop_seconds)
         with gevent.Timeout(1, False):
             gevent.killall(list(self._running))
@@ -1394,10 +1397,11 @@ class Jobs:
         self._bell.clear()
         self._empty_outbox()            # if it failed the last time
         patience = doorbell.patience()
+        alive = doorbell.neighbours() | {self._worker}
         settled, self._settled = self._settled, []
         try:
-            self._relayed, claimed, next_due = self._db.transact(self._exchange, settled)
-            settled = []
+            self._relayed, claimed, next_due = self._db.transact(self._exchange, settled, alive)
+            settled, self._alive = [], alive
             for job in claimed:
                 self._start(job)
         except BaseException:
@@ -1429,12 +1433,16 @@ class Jobs:
         if inserted and inserted[0][1]:
             return Job(inserted[0][0], row['name'], row['arguments'], 1, row['order_key'])
 
+    def _may_start(self):
+        """Whether a new job can start at once, without overtaking one that waits."""
+        return not self._backlog and len(self._running) < self.workers
+
     def _start(self, job):
         greenlet = gevent.Greenlet(self._perform, job)
         self._running[greenlet] = job
         greenlet.start()
 
-    def _exchange(self, settled):
+    def _exchange(self, settled, alive):
         """In one transaction: settle what ended, renew, give back, claim, insert what the outbox holds.
 
         Gives the outbox rows that were moved, the claimed jobs, and the time when the next one falls due (None: never).
@@ -1445,7 +1453,8 @@ class Jobs:
         free = self.workers - len(self._running)
         self._settle(settled)
         self._renew_leases()
-        self._free_dead_workers()
+        if alive != self._alive and not doorbell.deaf:
+            self._free_dead_workers(alive)
         now = self._db.clock()
         claimed, times = [], []
         for name, due_at in self._db.execute('SELECT name, due_at FROM recurring'):
@@ -1498,17 +1507,13 @@ class Jobs:
             self._renewed_at = now
             self._db.executemany(RENEW_LEASE, [{**self._lease(job), 'lease': LEASE_SECONDS} for job in self._running.values()])
 
-    def _free_dead_workers(self):
+    def _free_dead_workers(self, alive):
         """Give back at once what a dead process had leased; where the dead can't be known, the lease runs out."""
-        alive = doorbell.neighbours() | {self._worker}
-        if alive == self._alive or doorbell.deaf:
-            return
         for queue in self._queues():
             leases = {'queue': queue, 'lease': LEASE_SECONDS}
             for worker in {name for name, in self._db.execute(LEASED_BY, leases)} - alive:
                 self._db.execute(FREE_JOBS, {**leases, 'worker': worker})
                 log.warning('gave back the jobs of a dead process worker=%s queue=%s', worker, queue)
-        self._alive = alive
 
     def _perform(self, job):
         started = time.monotonic()
@@ -2619,6 +2624,9 @@ def read_form(environ):
     try:
         if int(length) <= limit:
             body = environ['wsgi.input'].read(limit + 1 if coding else int(length))
+    except ValueError:                  # of gevent, which would read on after it
+        environ['wsgi.input']._chunked_input_error = True
+        raise BrokenBody('a chunk has no size') from None
     except OSError:
         raise BrokenBody('the body ended early, or is not in the chunks it should be in') from None
     if int(length) > limit or len(body) > limit:
@@ -3132,6 +3140,8 @@ class Headers:
             raise BadHeader('content-length is not a number')
         if values.get('transfer-encoding', 'chunked').lower() != 'chunked':
             raise BadHeader('transfer-encoding is not chunked')
+        if 'transfer-encoding' in values and 'content-length' in values:
+            raise BadHeader('the length is said in two ways')
 
     def get(self, name, default=None):
         return self._values.get(name.lower(), default)
@@ -3205,6 +3215,17 @@ class Handler(WebSocketHandler):
 
     def MessageClass(self, file, _):
         return Headers(file)
+
+    def read_request(self, line):
+        """Parse a request. As shipped, `Connection: close` counts only alone, and a client of HTTP/1.0 may send chunks."""
+        understood = super().read_request(line)
+        if self.request_version != 'HTTP/1.1' and self.headers.get('transfer-encoding'):
+            raise BadHeader('transfer-encoding came with HTTP/1.1')
+        self.close_connection |= 'close' in re.split(r'[,\s]+', self.headers.get('connection', '').lower())
+        return understood
+
+    def _connection_upgrade_requested(self):
+        return False    # as shipped, the application then gets the bare connection, and what it reads is skipped once more
 
     def _headers(self):
         """The headers as get_environ() puts them. One with an underscore could pass for another, with a hyphen."""
