@@ -1397,11 +1397,10 @@ class Jobs:
         self._bell.clear()
         self._empty_outbox()            # if it failed the last time
         patience = doorbell.patience()
-        alive = doorbell.neighbours() | {self._worker}
         settled, self._settled = self._settled, []
         try:
-            self._relayed, claimed, next_due = self._db.transact(self._exchange, settled, alive)
-            settled, self._alive = [], alive
+            self._relayed, claimed, next_due, self._alive = self._db.transact(self._exchange, settled)
+            settled = []
             for job in claimed:
                 self._start(job)
         except BaseException:
@@ -1442,10 +1441,11 @@ class Jobs:
         self._running[greenlet] = job
         greenlet.start()
 
-    def _exchange(self, settled, alive):
+    def _exchange(self, settled):
         """In one transaction: settle what ended, renew, give back, claim, insert what the outbox holds.
 
-        Gives the outbox rows that were moved, the claimed jobs, and the time when the next one falls due (None: never).
+        Gives the outbox rows that were moved, the claimed jobs, the time when the next one falls due (None: never), and
+        the names of the live processes.
         The outbox is read under the lock of the job database, and its rows go before their jobs can end: so a neighbour
         that reads it too can't insert a job that is done already.
         """
@@ -1453,6 +1453,7 @@ class Jobs:
         free = self.workers - len(self._running)
         self._settle(settled)
         self._renew_leases()
+        alive = doorbell.neighbours() | {self._worker}      # under the lock: who takes a job has its pipe before
         if alive != self._alive and not doorbell.deaf:
             self._free_dead_workers(alive)
         now = self._db.clock()
@@ -1480,7 +1481,7 @@ class Jobs:
                 claimed.append(job)
             elif not lease:
                 times.append(row['run_at'])
-        return [(id,) for id, _ in outbox], claimed, min((at for at in times if at is not None), default=None)
+        return [(id,) for id, _ in outbox], claimed, min((at for at in times if at is not None), default=None), alive
 
     def _settle(self, settled):
         # Most are done; deleted in one call they cost half.
@@ -3217,9 +3218,14 @@ class Handler(WebSocketHandler):
         return Headers(file)
 
     def read_request(self, line):
-        """Parse a request. As shipped, `Connection: close` counts only alone, and a client of HTTP/1.0 may send chunks."""
+        """Parse a request. As shipped, a request may be of HTTP/0.9, have no Host, or chunks in HTTP/1.0, and Connection:
+        close counts only alone."""
         understood = super().read_request(line)
-        if self.request_version != 'HTTP/1.1' and self.headers.get('transfer-encoding'):
+        if self.request_version not in ('HTTP/1.1', 'HTTP/1.0'):
+            raise BadHeader('not HTTP/1.1 nor HTTP/1.0')
+        if self.request_version == 'HTTP/1.1' and not self.headers.get('host'):
+            raise BadHeader('no host')
+        if self.request_version == 'HTTP/1.0' and self.headers.get('transfer-encoding'):
             raise BadHeader('transfer-encoding came with HTTP/1.1')
         self.close_connection |= 'close' in re.split(r'[,\s]+', self.headers.get('connection', '').lower())
         return understood
