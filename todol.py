@@ -1977,7 +1977,7 @@ HTML = {
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
-<title>{{title}}</title>
+<title>{{!title}}</title>
 <meta name="theme-color" content="{{colors[0]}}" media="(prefers-color-scheme: light)">
 <meta name="theme-color" content="{{colors[1]}}" media="(prefers-color-scheme: dark)">
 <meta name="turbo-refresh-method" content="morph">
@@ -2025,11 +2025,7 @@ aria-label="What needs to be done?" aria-describedby="new-todo-error" autocomple
 </section>
 <footer class="footer">
 {{!count}}\
-<ul class="filters">
-% for name, path, label in (('all', '/', 'All'), ('active', '/active', 'Active'), ('completed', '/completed', 'Completed')):
-<li><a href="{{path}}"{{!' class="selected" aria-current="page"' if name == showing else ''}}>{{label}}</a></li>
-% end
-</ul>
+{{!filters}}\
 <form class="clear" action="/todos/completed" method="post" id="clear">
 <input type="hidden" name="_method" value="DELETE">
 <button type="submit" class="clear-completed">Clear completed</button>
@@ -2068,6 +2064,13 @@ enterkeyhint="done" dir="auto" autofocus>
 </form>
 % end
 </li>
+''',
+    'filters': '''\
+<ul class="filters">
+% for name, path, label in (('all', '/', 'All'), ('active', '/active', 'Active'), ('completed', '/completed', 'Completed')):
+<li><a href="{{path}}"{{!' class="selected" aria-current="page"' if name == showing else ''}}>{{label}}</a></li>
+% end
+</ul>
 ''',
     'count': '''\
 <span class="todo-count" id="todo-count" data-active="{{active}}" data-completed="{{completed}}" \
@@ -2128,7 +2131,8 @@ def render(name, **values):
 
 
 def render_layout(title, body, live=True):
-    """A whole page. live: with the script."""
+    """A whole page. title: HTML, in ASCII, as the rest of a page in English is: to encode it costs 4 us less then.
+    live: with the script."""
     before, after = _layout(title, live)
     return f'{before}{body}{after}'
 
@@ -2143,11 +2147,11 @@ def render_page(user, showing, todos, totals, position, editing=None, text='', e
     """The list. editing: the id of the todo in whose place a form stands; text and error belong to that form, or else
     to the field for a new todo."""
     rows = ''.join([render_todo(todo) if todo.id != editing else render_editor(todo, showing, text, error) for todo in todos])
-    body = render('page', showing=showing, rows=rows, count=render_count(totals),
+    body = render('page', showing=showing, rows=rows, count=render_count(totals), filters=render_filters(showing),
                   toggle_all=render_toggle_all(totals), key=secrets.token_urlsafe(9), editing=editing,
                   text='' if editing else text, error='' if editing else error, position=position,
                   signed_stream_name=sign_stream_name(todos_stream(user)), idle_seconds=settings.idle_seconds)
-    return render_layout(f'{totals.active} left · todol' if totals.active else 'todol', body)
+    return render_layout(f'{totals.active} left &middot; todol' if totals.active else 'todol', body)
 
 
 @functools.lru_cache(2048)      # a row is a function of the todo alone: 20 rows cost 5 us instead of 150
@@ -2171,6 +2175,11 @@ def render_put(todo):
 @functools.lru_cache(256)
 def render_count(totals):
     return render('count', **totals._asdict())
+
+
+@functools.cache
+def render_filters(showing):
+    return render('filters', showing=showing)
 
 
 @functools.lru_cache(256)
@@ -2479,7 +2488,7 @@ def error_answer(error, target='notice'):
 
 
 def render_error(status, message, details=''):
-    return render_layout(f'{status} · todol', render('error', status=status, message=message, details=details), live=False)
+    return render_layout(f'{status} &middot; todol', render('error', status=status, message=message, details=details), live=False)
 
 
 @app.hook('before_request')
