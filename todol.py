@@ -1608,7 +1608,8 @@ class Cable:
         """Append a message to the log and deliver it. Gives its id when it is in the log."""
         payload = json.dumps(message, separators=(',', ':'))
         id = self._db.transact(self._append, stream, payload)
-        self._deliver()
+        if id > self._last:             # else a neighbour in the transaction was faster, and delivered this one too
+            self._deliver()
         doorbell.ring()
         return id
 
