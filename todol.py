@@ -320,6 +320,7 @@ MIGRATIONS = {
 BUSY_SECONDS = 5            # longer than any transaction of this file, shorter than a proxy's patience
 CROWD_SECONDS = 0.001
 JOURNAL_LIMIT_BYTES = 16 * 1024 * 1024
+CHECKPOINT_PAGES = 4000     # 16 MB; with SQLite's 1000 there are four times as many waits for the disk, each half as long
 TOLERATED_TABLES = ('sqlite_', '_litestream_')      # prefixes of tables that others keep in our files
 
 
@@ -365,8 +366,7 @@ class Database:
             self._patiently('PRAGMA journal_mode = WAL')
             for pragma in (f'synchronous = {synchronous}', 'foreign_keys = ON', f'journal_size_limit = {JOURNAL_LIMIT_BYTES}'):
                 connection.execute(f'PRAGMA {pragma}')
-            if not checkpoints:
-                connection.execute('PRAGMA wal_autocheckpoint = 0')
+            connection.execute(f'PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES if checkpoints else 0}')
             if self._pending():
                 self.transact(self._migrate)
         except sqlite3.Error as error:
