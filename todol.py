@@ -1159,7 +1159,7 @@ MAX_BACKOFF_SECONDS = 3600
 
 INSERT_OUTBOX = 'INSERT INTO outbox (job) VALUES (?)'
 # A job behind another of its order key is not due until that one is gone. Any other may start its life with a lease of
-# the worker, if that is given: it runs without a turn of the dispatcher, after 0.5 ms in 99 of 100 cases instead of 5.
+# the worker, if that is given: it runs without a turn of the dispatcher, after 0.7 ms in 99 of 100 cases instead of 5.
 INSERT_JOB = '''
     INSERT INTO jobs (uid, name, arguments, queue, unique_key, order_key, run_at, enqueued_at, due_at, worker, attempt)
     SELECT :uid, :name, :arguments, :queue, :unique_key, :order_key, :run_at, now_s(),
@@ -1978,7 +1978,7 @@ HTML = {
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
-<title>{{!title}}</title>
+<title>{{title}}</title>
 <meta name="theme-color" content="{{colors[0]}}" media="(prefers-color-scheme: light)">
 <meta name="theme-color" content="{{colors[1]}}" media="(prefers-color-scheme: dark)">
 <meta name="turbo-refresh-method" content="morph">
@@ -2132,8 +2132,7 @@ def render(name, **values):
 
 
 def render_layout(title, body, live=True):
-    """A whole page. title: HTML, in ASCII, as the rest of a page in English is: to encode it costs 4 us less then.
-    live: with the script."""
+    """A whole page. live: with the script."""
     before, after = _layout(title, live)
     return f'{before}{body}{after}'
 
@@ -2152,7 +2151,7 @@ def render_page(user, showing, todos, totals, position, editing=None, text='', e
                   toggle_all=render_toggle_all(totals), key=secrets.token_urlsafe(9), editing=editing,
                   text='' if editing else text, error='' if editing else error, position=position,
                   signed_stream_name=sign_stream_name(todos_stream(user)), idle_seconds=settings.idle_seconds)
-    return render_layout(f'{totals.active} left &middot; todol' if totals.active else 'todol', body)
+    return render_layout(f'{totals.active} left · todol' if totals.active else 'todol', body)
 
 
 @functools.lru_cache(2048)      # a row is a function of the todo alone: 20 rows cost 5 us instead of 150
@@ -2489,7 +2488,7 @@ def error_answer(error, target='notice'):
 
 
 def render_error(status, message, details=''):
-    return render_layout(f'{status} &middot; todol', render('error', status=status, message=message, details=details), live=False)
+    return render_layout(f'{status} · todol', render('error', status=status, message=message, details=details), live=False)
 
 
 @app.hook('before_request')
