@@ -1396,7 +1396,6 @@ class Jobs:
         """One turn of the dispatcher: exchange with the databases, start what was claimed, sleep."""
         self._bell.clear()
         self._empty_outbox()            # if it failed the last time
-        patience = doorbell.patience()
         settled, self._settled = self._settled, []
         try:
             self._relayed, claimed, next_due, self._alive = self._db.transact(self._exchange, settled)
@@ -1413,6 +1412,7 @@ class Jobs:
         self._empty_outbox()
         if more:
             return gevent.sleep(0)
+        patience = POLL_SECONDS if self._alive != {self._worker} else None      # doorbell.patience() would look once more
         if next_due is not None and (free or not self._backlog):    # else the next one to end rings the bell
             due = max(next_due - now, 0.001)
             patience = due if patience is None else min(due, patience)
@@ -2692,8 +2692,8 @@ def manifest():
 # === WebSocket: Action Cable at /cable ================================================================================
 # Speaks actioncable-v1-json, so that @rails/actioncable and @hotwired/turbo-rails work unchanged, and AnyCable's
 # actioncable-v1-ext-json, whose clients resume without loss. gevent-websocket alone must not face a network (frames
-# without bound, interleaved writes, close frames without a code); the subclasses here mend it, and keep one rule:
-# everything that is sent goes through push(), which never waits.
+# without bound, interleaved writes, close frames without a code); CableSocket mends it, with Handler in HTTP, and
+# keeps one rule: everything that is sent goes through push(), which never waits.
 
 CABLE_PATH = '/cable'
 PROTOCOLS = ('actioncable-v1-ext-json', 'actioncable-v1-json', 'actioncable-unsupported')   # as preferred here
