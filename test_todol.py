@@ -6336,7 +6336,7 @@ def echo(environ, start_response):
 def listening(handler, application):
     """A WSGI server with the handler, in this process; gives its port."""
     server = gevent.pywsgi.WSGIServer(('127.0.0.1', 0), application, log=None, error_log=None, handler_class=handler)
-    server.waiting = set()
+    server.waiting = {}
     server.start()
     try:
         yield server.server_port
@@ -6384,9 +6384,11 @@ def one_of(*values):
 
 TOKEN = "!#$%&'*+-.^`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 BLANKS = one_of('', ' ', ' ', '\t', ' \t ')
+HOP_NAMES = ('host', 'connection', 'content-length', 'content-type', 'transfer-encoding', 'upgrade', 'expect')   # put in apart
 NAMES = st.tuples(
     one_of('Accept', 'Cookie', 'X-Forwarded-For', 'X_Forwarded_For', 'User-Agent', 'Content_Length', 'Transfer_Encoding', 'From',
-           'X-Rest', 'If-None-Match', 'Referer', 'Origin', 'Content-Disposition', 'X') | st.text(TOKEN, min_size=1, max_size=12),
+           'X-Rest', 'If-None-Match', 'Referer', 'Origin', 'Content-Disposition', 'X')
+    | st.text(TOKEN, min_size=1, max_size=12).filter(lambda name: name.lower() not in HOP_NAMES),
     one_of(str, str.upper, str.lower, str.swapcase)).map(lambda pair: pair[1](pair[0]))
 # str.strip() takes two characters of latin-1 for blanks, and so does gevent: see the test of blanks.
 VALUES = st.text(st.characters(max_codepoint=255, exclude_characters=[*map(chr, range(32)), '\x7f']) | st.just('\t'), max_size=20)
@@ -6564,6 +6566,90 @@ def test_a_body_beside_an_offer_to_upgrade_is_read_once(cable_server, fields, fr
 @pytest.mark.parametrize('size', [b'', b';x=y', b' ', b'\n'], ids=repr)
 def test_a_chunk_without_a_size_is_a_bad_request_and_the_end(server, size):
     assert statuses(exchange(server, CHUNKED + size + b'\r\n0\r\n\r\n' + NEXT)) == [400]
+
+
+def answer_of(application, request):
+    """All that a client hears of an application, through todol's handler, until the connection ends."""
+    received = b''
+    with listening(Strict, application) as port, gevent.socket.create_connection(('127.0.0.1', port), timeout=20) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
+            while (data := connection.recv(65536)):
+                received += data
+    return received
+
+
+@pytest.mark.parametrize('status, header', [('200 OK', ('X', 'a\r\nY: b')), ('200 OK', ('X', 'a\nY: b')), ('200 OK', ('X\rY', 'b')),
+                                            ('200 OK\r\nY: b', ('X', 'a'))], ids=repr)
+def test_a_header_of_the_application_can_not_bring_another_one(status, header):
+    def application(environ, start_response):
+        start_response(status, [('Content-Length', '0'), header])
+        return []
+
+    received = answer_of(application, NEXT)
+    assert statuses(received) == [500] and b'Y: b' not in received
+
+
+def test_an_answer_that_fails_after_its_first_bytes_is_not_followed_by_another():
+    def application(environ, start_response):
+        start_response('200 OK', [('Content-Type', 'text/plain')])
+        yield b'first'
+        try:
+            raise LookupError('too late')
+        except LookupError:
+            start_response('500 Internal Server Error', [('Content-Type', 'text/plain')], sys.exc_info())
+        yield b'second'
+
+    received = answer_of(application, NEXT)
+    assert statuses(received) == [200] and b'first' in received and b'second' not in received
+
+
+@pytest.mark.parametrize('wish, told', [(b'Connection: keep-alive\r\n', b'\r\nConnection: keep-alive\r\n'),
+                                        (b'', b'\r\nConnection: close\r\n')])
+def test_a_client_of_http_1_0_is_told_whether_the_connection_stays(wish, told):
+    received = answer_of(echo, b'GET / HTTP/1.0\r\n' + wish + b'\r\n' + NEXT)
+    assert told in received and len(statuses(received)) == (2 if wish else 1)
+
+
+# --- silence ---
+
+@pytest.fixture
+def impatient(stack, monkeypatch):
+    """The port of a server in this process that hangs up after 0.4 seconds of silence."""
+    monkeypatch.setattr(todol, 'QUIET_SECONDS', 0.4)
+    monkeypatch.setattr(todol, 'DRAIN_SECONDS', 1)
+    server = todol.Server(todol.listen())
+    server.start()
+    yield server.server_port
+    server.drain()
+
+
+@pytest.mark.parametrize('sent, answers', [
+    (b'', []), (b'GET /up', [400]), (b'GET /up HTTP/1.1\r\nHost: x', [400]), (NEXT, [200]), (NEXT + NEXT[:-2], [200, 400]),
+    (POST + b'Content-Length: 50\r\n\r\ntitle=', [400])], ids=repr)
+def test_a_connection_that_falls_silent_is_hung_up_on(impatient, sent, answers):
+    received = b''
+    with gevent.socket.create_connection(('127.0.0.1', impatient), timeout=20) as connection:
+        connection.sendall(sent)
+        started = time.monotonic()
+        while (data := connection.recv(65536)):
+            received += data
+    assert time.monotonic() - started > 0.35, 'too soon'
+    assert statuses(received) == answers
+
+
+def test_a_connection_that_speaks_now_and_then_is_kept_while_a_silent_one_is_not(impatient):
+    with gevent.socket.create_connection(('127.0.0.1', impatient), timeout=20) as silent, \
+            gevent.socket.create_connection(('127.0.0.1', impatient), timeout=20) as talker:
+        closed = gevent.spawn(silent.recv, 1)
+        said = 0
+        while not closed.ready() or said < 8:
+            talker.sendall(NEXT)
+            assert talker.recv(65536).startswith(b'HTTP/1.1 200')
+            said += 1
+            gevent.sleep(0.1)
+        assert closed.get() == b''
 
 
 # --- answers ---

@@ -1952,8 +1952,13 @@ def stream_name(user, *parts):
 
 def sign_stream_name(name):
     """Source: turbo-rails e511fb2, Turbo.signed_stream_verifier; rails MessageVerifier(digest: SHA256, serializer: JSON)."""
-    encoded = base64.b64encode(json.dumps(name).encode()).decode()
-    return f'{encoded}--{hmac.new(keys.stream, encoded.encode(), "sha256").hexdigest()}'
+    return _signed_with(keys.stream, name)
+
+
+@functools.lru_cache(1024)      # as above: 6 us less a page
+def _signed_with(key, name):
+    encoded = base64.b64encode(json.dumps(name).encode())
+    return f'{encoded.decode()}--{hmac.digest(key, encoded, "sha256").hex()}'
 
 
 def verify_stream_name(signed, user):
@@ -1961,7 +1966,7 @@ def verify_stream_name(signed, user):
     if not isinstance(signed, str) or not signed.isascii():
         return None
     encoded, _, signature = signed.rpartition('--')
-    if not hmac.compare_digest(hmac.new(keys.stream, encoded.encode(), 'sha256').hexdigest(), signature):
+    if not hmac.compare_digest(hmac.digest(keys.stream, encoded.encode(), 'sha256').hex(), signature):
         return None
     name = json.loads(base64.b64decode(encoded))
     return name if name.split(':')[0] == user else None
@@ -2121,14 +2126,18 @@ THEME_COLORS = ('#f9f6f1', '#181612')       # as --paper in the styles: light, d
 @functools.cache
 def template(name):
     """The compiled template; a traceback names it and its line."""
-    compiled = bottle.SimpleTemplate(source=HTML[name], name=name)
-    compiled.filename = f'todol.py HTML[{name!r}]'
-    return compiled
+    return compile(bottle.SimpleTemplate(source=HTML[name]).code, f'todol.py HTML[{name!r}]', 'exec')
 
 
 def render(name, **values):
-    """A template of HTML with the values."""
-    return template(name).render(values)
+    """A template of HTML with the values. Without include() and rebase(), which are bottle's, it takes half the time."""
+    pieces = []
+    exec(template(name), {**values, '_printlist': pieces.extend, '_str': str, '_escape': escape})
+    return ''.join(pieces)
+
+
+def escape(value):
+    return bottle.html_escape(str(value))
 
 
 def render_layout(title, body, live=True):
@@ -3111,22 +3120,22 @@ DRAIN_SECONDS = 5           # requests may go on so long when the process stops
 MAX_CONNECTIONS = 20_000
 MAX_HEADERS = 100           # of a request
 MAX_HEADER_BYTES = 16_384   # of one of them
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\xa1-\xff]+) (HTTP/1\.[01])\r?\n")    # RFC 9112, section 3
 HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r?\n")     # RFC 9110, section 5
 SINGLE_HEADERS = ('host', 'content-length', 'transfer-encoding')
 
 
-class BadHeader(ValueError):
-    """A header section that can't be understood, or not in one way only. The connection ends with 400."""
+class BadHead(ValueError):
+    """The head of a request that can't be understood, or not in one way only. The connection ends with 400."""
 
 
 class Headers:
-    """The header section of a request, by lower-case name; several of a name are joined. Raises BadHeader.
+    """The header section of a request, by lower-case name; several of a name are joined. Raises BadHead.
 
     It has the methods that gevent calls. http.client's goes through email.parser, which costs 20 us more for the headers
     of a browser, and is lenient: it skips all that follows a malformed line, joins folded lines and takes the first of
     two lengths, where a proxy may have understood something else. Source: RFC 9110, section 5; RFC 9112, sections 5, 6.
     """
-    status = ''         # gevent: what is wrong
 
     def __init__(self, file):
         self._values = values = {}
@@ -3136,22 +3145,22 @@ class Headers:
                 break
             match = HEADER.fullmatch(line.decode('latin-1'))
             if not match:
-                raise BadHeader('too long, or not a name, a colon and a value' if line else 'the connection ended')
+                raise BadHead('too long, or not a name, a colon and a value' if line else 'the connection ended')
             name, value = match[1].lower(), match[2].strip(' \t')
             if name not in values:
                 values[name] = value
             elif name in SINGLE_HEADERS:
-                raise BadHeader(f'{name} twice')
+                raise BadHead(f'{name} twice')
             else:
                 values[name] += ('; ' if name == 'cookie' else ',') + value
         else:
-            raise BadHeader(f'more than {MAX_HEADERS} headers')
+            raise BadHead(f'more than {MAX_HEADERS} headers')
         if not re.fullmatch('[0-9]{1,18}', values.get('content-length', '0')):
-            raise BadHeader('content-length is not a number')
+            raise BadHead('content-length is not a number')
         if values.get('transfer-encoding', 'chunked').lower() != 'chunked':
-            raise BadHeader('transfer-encoding is not chunked')
+            raise BadHead('transfer-encoding is not chunked')
         if 'transfer-encoding' in values and 'content-length' in values:
-            raise BadHeader('the length is said in two ways')
+            raise BadHead('the length is said in two ways')
 
     def get(self, name, default=None):
         return self._values.get(name.lower(), default)
@@ -3162,9 +3171,6 @@ class Headers:
     def typeheader(self):
         return self._values.get('content-type')
 
-    def __delitem__(self, name):
-        del self._values[name]
-
     def items(self):
         return self._values.items()
 
@@ -3172,9 +3178,10 @@ class Headers:
 class Handler(WebSocketHandler):
     """One HTTP connection: gevent's handler, with the upgrade to /cable done strictly, and an answer in one packet."""
 
-    def __init__(self, sock, address, server):
-        super().__init__(sock, address, server)
-        sock.settimeout(QUIET_SECONDS)
+    def handle(self):
+        """Serve the connection. As shipped, who does not stay to hear that a request was bad causes a traceback."""
+        with contextlib.suppress(OSError):
+            super().handle()
 
     def upgrade_websocket(self):
         """Answer an upgrade to a WebSocket. Gives None when that is done, or none was asked for, else a refusal's body."""
@@ -3223,21 +3230,30 @@ class Handler(WebSocketHandler):
                 self.websocket._writer.join(CLOSE_SECONDS)
             self.websocket.closed = True
 
-    def MessageClass(self, file, _):
-        return Headers(file)
-
     def read_request(self, line):
-        """Parse a request. As shipped, a request may be of HTTP/0.9, have no Host, or chunks in HTTP/1.0, and Connection:
-        close counts only alone."""
-        understood = super().read_request(line)
-        if self.request_version not in ('HTTP/1.1', 'HTTP/1.0'):
-            raise BadHeader('not HTTP/1.1 nor HTTP/1.0')
-        if self.request_version == 'HTTP/1.1' and not self.headers.get('host'):
-            raise BadHeader('no host')
-        if self.request_version == 'HTTP/1.0' and self.headers.get('transfer-encoding'):
-            raise BadHeader('transfer-encoding came with HTTP/1.1')
-        self.close_connection |= 'close' in re.split(r'[,\s]+', self.headers.get('connection', '').lower())
-        return understood
+        """Parse the head of a request. Raises BadHead.
+
+        As shipped, a request may be of HTTP/0.9, have blanks of all kinds in its first line, no Host, or chunks in HTTP/1.0;
+        Connection: close counts only alone; a folded or malformed header is taken for something.
+        """
+        match = REQUEST_LINE.fullmatch(line)
+        if not match:
+            raise BadHead('not a method, a target, and HTTP/1.1 or HTTP/1.0')
+        self.command, self.path, self.request_version = match.groups()
+        self.headers = headers = Headers(self.rfile)
+        length, connection = headers.get('content-length'), headers.get('connection', '').lower()
+        self.content_length = length and int(length)
+        if self.content_length and self.command == 'HEAD':
+            raise BadHead('a body with HEAD')
+        if self.request_version == 'HTTP/1.1':
+            if not headers.get('host'):
+                raise BadHead('no host')
+            self.close_connection = 'close' in connection.replace(',', ' ').split()
+        else:
+            if headers.get('transfer-encoding'):
+                raise BadHead('transfer-encoding came with HTTP/1.1')
+            self.close_connection = connection != 'keep-alive'
+        return True
 
     def _connection_upgrade_requested(self):
         return False    # as shipped, the application then gets the bare connection, and what it reads is skipped once more
@@ -3249,12 +3265,14 @@ class Handler(WebSocketHandler):
                 yield 'HTTP_' + name.replace('-', '_').upper(), value
 
     def read_requestline(self):
-        """The first line of a request. Between two of them, the server may hang up."""
-        self.server.waiting.add(self)
+        """The first line of a request. Until it comes the server may hang up, and sees to it that nobody waits too long."""
+        self.server.waiting[self] = time.monotonic()
+        self.socket.settimeout(None)        # a timer of its own costs each request 12 us
         try:
             return '' if self.server.closed else super().read_requestline()
         finally:
-            self.server.waiting.discard(self)
+            self.server.waiting.pop(self, None)
+            self.socket.settimeout(QUIET_SECONDS)
 
     def hang_up(self):
         with contextlib.suppress(OSError):
@@ -3268,6 +3286,19 @@ class Handler(WebSocketHandler):
     def _refuse(self, status, reason, *headers):
         self.start_response(status, [('Content-Type', 'text/plain'), *headers])
         return [reason.encode() + b'\n']
+
+    def start_response(self, status, headers, exc_info=None):
+        """As shipped, but what many answers have in common is not encoded again for each: 5 us less."""
+        if exc_info and self.headers_sent:
+            raise exc_info[1].with_traceback(exc_info[2])
+        self.status, self.code = encoded(status), int(status[:3])
+        self.response_headers = [(encoded(name), encoded(value)) for name, value in headers]
+        given = {name.lower(): value for name, value in headers}
+        self.provided_date, self.provided_content_length = given.get('date'), given.get('content-length')
+        if self.request_version == 'HTTP/1.0' and 'connection' not in given:
+            self.response_headers.append((b'Connection', b'close' if self.close_connection else b'keep-alive'))
+        self.close_connection |= given.get('connection') == 'close'
+        return self.write
 
     def _write_with_headers(self, data):
         # As shipped, headers and body are two sends: a keep-alive client then waits 40 ms for each answer (Nagle's
@@ -3298,6 +3329,14 @@ class Handler(WebSocketHandler):
         pass        # a line for each request would cost a tenth of it; what goes wrong is logged where it does
 
 
+@functools.lru_cache(1024)
+def encoded(text):
+    """A part of an answer's head as bytes. Raises ValueError if it would end the line: what follows would be taken for more."""
+    if '\r' in text or '\n' in text:
+        raise ValueError(f'carriage return or newline in {text!r}')
+    return text.encode('latin-1')
+
+
 class _NoStream:
     """CableSocket has its own way to the socket; the library's base class only looks at these."""
     read = write = None
@@ -3308,19 +3347,31 @@ class Server(WSGIServer):
 
     def __init__(self, listener):
         self.pool = gevent.pool.Pool(MAX_CONNECTIONS)
-        self.waiting = set()        # handlers between two requests
+        self.waiting = {}           # handler between two requests -> since when; who has waited longest comes first
+        self._loop = Loop('connections', self._hang_up_on_the_silent)
         super().__init__(listener, application, spawn=self.pool, log=None, error_log=LogFile(), handler_class=Handler,
                          environ={'SERVER_NAME': settings.host})
 
     def drain(self):
         """Accept nothing more, let requests end and sockets close, for DRAIN_SECONDS at most."""
         self.close()
+        self._loop.stop()
         for handler in list(self.waiting):
             handler.hang_up()
         for connection in [each for group in connections.values() for each in group]:
             connection.disconnect('server_restart', reconnect=True)
         self.pool.join(DRAIN_SECONDS)
         self.pool.kill(timeout=1)
+
+    def _hang_up_on_the_silent(self):
+        while self.waiting:
+            handler, since = next(iter(self.waiting.items()))
+            left_s = since + QUIET_SECONDS - time.monotonic()
+            if left_s > 0:
+                return gevent.sleep(left_s)
+            del self.waiting[handler]
+            handler.hang_up()
+        gevent.sleep(QUIET_SECONDS)
 
 
 # === Process: start, serve, stop ======================================================================================
