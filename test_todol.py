@@ -2651,6 +2651,38 @@ def test_what_can_not_run_is_refused_when_it_is_enqueued(jobs):
     assert not jobs._db.execute('SELECT * FROM jobs')
 
 
+def test_a_late_finisher_does_not_take_a_newer_job_of_the_same_id_with_it(two_processes, clock):
+    ours, theirs = two_processes
+    held, ended = {name: gevent.event.Event() for name in ('slow', 'fast')}, []
+    noted(theirs, 'wait')
+
+    @ours.job()
+    def wait(name):
+        held[name].wait()
+        ended.append(name)
+
+    def ids():
+        return [id for id, in ours._db.execute('SELECT id FROM jobs')]
+
+    ours.open('ours', 5)
+    ours.enqueue('wait', {'name': 'slow'})
+    eventually(lambda: ours._running, what='the start')
+    first = ids()
+    ours._loop.stop()                           # its process is frozen, for all that the other can see
+    clock.now += todol.LEASE_SECONDS + 1
+    theirs.open('theirs', 5)
+    eventually(lambda: not ids(), what='the end of the job elsewhere')
+    theirs.close()
+    ours.enqueue('wait', {'name': 'fast'})
+    assert ids() == first, 'the test is about an id that is used again'
+    ours._loop = todol.Loop('jobs', ours._turn)
+    held['slow'].set()
+    eventually(lambda: ended == ['slow'] and len(ours._running) == 1 and not ours._settled, what='the end of the late one')
+    assert ids() == first
+    held['fast'].set()
+    all_done(ours)
+
+
 def test_a_job_that_takes_too_long_is_stopped_and_counts_as_failed(jobs):
     stopped = []
 
@@ -3505,6 +3537,25 @@ def test_the_epoch_stays_with_the_file_and_a_new_file_has_another(open_cable, tm
     elsewhere.close()
 
 
+def test_a_function_gives_its_message_while_nobody_else_can_write_to_the_log(cable):
+    def tell():
+        with contextlib.closing(sqlite3.connect(cable._db.path, timeout=0)) as other:
+            with pytest.raises(sqlite3.OperationalError, match='locked'):
+                other.execute('BEGIN IMMEDIATE')
+        return {'told': 1}
+
+    received = []
+    cable.subscribe('a', received.append)
+    cable.broadcast('a', tell)
+    assert [json.loads(message.payload) for message in received] == [{'told': 1}]
+
+
+def test_a_function_that_fails_leaves_nothing_in_the_log(cable):
+    with pytest.raises(ZeroDivisionError):
+        cable.broadcast('a', lambda: 1 / 0)
+    assert not cable._db.execute('SELECT * FROM messages')
+
+
 def test_what_json_does_not_have_is_not_broadcast(cable):
     received = listen_to(cable, 'a')
     with pytest.raises(TypeError):
@@ -4292,8 +4343,35 @@ def test_broadcasts_of_one_user_leave_in_the_order_of_the_changes(client):
     for number in range(20):
         client.create(f'{number}')
     eventually(lambda: len(messages) == 20)
-    versions = [int(re.search(r'data-version=\\"(\d+)\\"><strong>', message.payload)[1]) for message in messages]
+    versions = [version_of(message.payload) for message in messages]
     assert versions == sorted(versions) and versions[-1] == 20
+
+
+def version_of(payload):
+    """The version of the list that a broadcast tells."""
+    return int(re.search(r'data-version="(\d+)"><strong>', json.loads(payload))[1])
+
+
+def test_broadcasts_of_one_user_from_two_processes_stand_in_the_log_in_the_order_of_the_states(start_server):
+    servers = start_server(), start_server()
+    first = servers[0].client()
+    first.create('first')
+
+    def act(server):
+        client = server.client()
+        client.cookies.update(first.cookies)
+        for number in range(60):
+            client.create(f'{number}')
+
+    threads = [threading.Thread(target=act, args=(server,)) for server in servers for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with contextlib.closing(servers[0].database('job')) as job_file, contextlib.closing(servers[0].database('cable')) as cable_file:
+        eventually(lambda: not job_file.execute("SELECT 1 FROM jobs WHERE name = 'broadcast_todos'").fetchone())
+        versions = [version_of(payload) for payload, in cable_file.execute('SELECT payload FROM messages ORDER BY id')]
+    assert versions == sorted(versions) and versions[-1] == 241 and len(versions) > 200
 
 
 # === Routes: one function for each request ============================================================================
