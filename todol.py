@@ -267,6 +267,7 @@ MIGRATIONS = {
         ('002 index entries by use', 'CREATE INDEX entries_by_use ON entries (used_at)'),
         ('003 index entries by expiry', 'CREATE INDEX entries_by_expiry ON entries (expires_at)'),
         ('004 drop index by expiry', 'DROP INDEX entries_by_expiry'),   # a fifth of every write, for a sweep once an hour
+        ('005 drop index by use', 'DROP INDEX entries_by_use'),         # another fifth, for what a sample tells as well
     ],
     'job': [
         ('001 create jobs', '''
@@ -780,7 +781,7 @@ SLOTS = 4096
 MAX_NOTED_USES = 10_000
 MAX_PENDING = 10_000                # values that wait for a file that can't be written; more are dropped
 REST_SECONDS = 1.0
-EVICT_ROWS = 200                    # go in one statement at most when the file is full
+SAMPLE_SLICES, SLICE_ROWS = 5, 20   # are looked at when the file is full, and the tenth that was not used for longest goes
 PRUNE_ROWS = 500                    # are looked at in one turn of the event loop
 
 UPSERT_ENTRY = '''
@@ -788,11 +789,7 @@ UPSERT_ENTRY = '''
     ON CONFLICT (key) DO UPDATE SET number = excluded.number, value = excluded.value, is_json = excluded.is_json,
                                     expires_at = excluded.expires_at, used_at = excluded.used_at'''
 ADD_ENTRY = UPSERT_ENTRY + ' WHERE entries.expires_at <= now_s() RETURNING id'
-# A live counter keeps its window. No index holds a column of this statement, which doubles its speed.
-BUMP_ENTRY = '''
-    UPDATE entries SET number = number + :by WHERE key = :key AND expires_at > now_s() AND number IS NOT NULL
-    RETURNING number'''
-# An expired one, or a missing one, starts with a new window.
+# A live counter keeps its window; an expired one, or a missing one, starts with a new one.
 INCREMENT_ENTRY = '''
     INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
     VALUES (:key, :by, NULL, 0, now_s() + :ttl, now_s())
@@ -805,7 +802,9 @@ INCREMENT_ENTRY = '''
 GET_ENTRY = 'SELECT number, value, is_json, expires_at FROM entries WHERE key = ? AND expires_at > now_s()'
 ENTRIES_AFTER = 'SELECT max(id) FROM (SELECT id FROM entries WHERE id > ? ORDER BY id LIMIT ?) AS next'
 PRUNE_ENTRIES = 'DELETE FROM entries WHERE id > ? AND id <= ? AND expires_at <= now_s() RETURNING id'
-EVICT_ENTRIES = 'DELETE FROM entries WHERE id IN (SELECT id FROM entries ORDER BY used_at LIMIT ?) RETURNING key'
+ENDS_OF_ENTRIES = 'SELECT (SELECT min(id) FROM entries), (SELECT max(id) FROM entries)'
+SLICE_OF_ENTRIES = 'SELECT id, key, used_at FROM entries WHERE id >= ? ORDER BY id LIMIT ?'
+USE_ENTRY = 'UPDATE entries SET used_at = :at WHERE id = :id AND used_at < :at'
 
 _MISSING = object()
 
@@ -815,7 +814,7 @@ class CacheError(TodolError):
 
 
 class Cache:
-    """Values by key, each with a time to live, in a bounded file: the least recently used go first.
+    """Values by key, each with a time to live, in a bounded file: the least recently used of a sample go first.
 
     A value is bytes or anything that JSON has. What get() gives is the caller's own: changing it changes nothing here.
     """
@@ -903,14 +902,10 @@ class Cache:
     def incr(self, key, by=1, ttl=FOREVER_SECONDS):
         """Add to a whole number and give the sum. A missing or expired one starts at 0 with a new time to live; a live
         one keeps the time it has, so that a key is a fixed window. Atomic between processes. Raises CacheError."""
-        def increment():
-            values = {'key': key, 'by': by, 'ttl': ttl}
-            return self._db.execute(BUMP_ENTRY, values) or self._db.execute(INCREMENT_ENTRY, values)
-
-        rows = self._through(key, increment, otherwise=[(by,)])
+        values = {'key': key, 'by': by, 'ttl': ttl}
+        rows = self._through(key, lambda: self._db.execute(INCREMENT_ENTRY, values), otherwise=[(by,)])
         if not rows:
             raise CacheError(f'the value of {key!r} is not a whole number')
-        self._note_use(key, self.clock())
         return rows[0][0]
 
     def fetch(self, key, ttl, function):
@@ -1016,9 +1011,10 @@ class Cache:
             self._note_use(oldest, dropped.used_at)
 
     def _note_use(self, key, at):
-        """Remember the last use of a key that is not in the front, until the next eviction writes it down."""
-        if len(self._used) < MAX_NOTED_USES:
-            self._used[key] = at
+        """Remember the last use of a key that is not in the front, until an eviction comes by and writes it down."""
+        self._used[key] = at
+        if len(self._used) > MAX_NOTED_USES:
+            del self._used[next(iter(self._used))]
 
     def _forget(self, key):
         entry = self._front.pop(key, None)
@@ -1070,21 +1066,24 @@ class Cache:
         return True
 
     def _evict(self):
-        """Make room for a tenth of the limit: the least recently used go, and so what has expired goes too."""
-        uses = {**self._used, **{key: entry.used_at for key, entry in self._front.items()}}
-        self._used.clear()
-        self._db.executemany('UPDATE entries SET used_at = :at WHERE key = :key AND used_at < :at',
-                             [{'key': key, 'at': at} for key, at in uses.items()])
-        (entries,), = self._db.execute('SELECT count(*) FROM entries')
-        rows = min(EVICT_ROWS, entries // 20 + 1)
-        while self._size_bytes() > self.limit_bytes * 0.9:
-            gone = self._db.execute(EVICT_ENTRIES, (rows,))
-            if not gone:
+        """Make a little room (at once for more, the event loop would stand still). What goes is not what was unused for longest
+        of all, but of a sample, as in Redis: the entries that came first, and some from anywhere."""
+        while self._size_bytes() > self.limit_bytes * 0.998:
+            (first, last), = self._db.execute(ENDS_OF_ENTRIES)
+            if first is None:
                 break
+            sample = {}
+            for start in (first, *(random.randint(first, last) for _ in range(SAMPLE_SLICES - 1))):
+                for id, key, used_at in self._db.execute(SLICE_OF_ENTRIES, (start, SLICE_ROWS)):
+                    sample[id] = max(used_at, self._used.pop(key, 0), self._front[key].used_at if key in self._front else 0), key
+            ids = sorted(sample, key=sample.get)
+            gone, kept = ids[:-(-len(ids) // 10)], ids[-(-len(ids) // 10):]
+            self._db.executemany('DELETE FROM entries WHERE id = ?', [(id,) for id in gone])
+            self._db.executemany(USE_ENTRY, [{'id': id, 'at': sample[id][0]} for id in kept])
             self._evicted += len(gone)
-            for key, in gone:
-                self._forget(key)
-                self._slots[slot_of(key)] = time.perf_counter_ns()
+            for id in gone:
+                self._forget(sample[id][1])
+                self._slots[slot_of(sample[id][1])] = time.perf_counter_ns()
 
     def _is_full(self):
         return self._size_bytes() > self.limit_bytes
@@ -2240,7 +2239,7 @@ def broadcast_todos(user, ids):
 # A page for browsers, Turbo Streams for the script, JSON for programs: the Accept header tells. Forms work without
 # script, with _method for what they can't say. Whatever is wrong is a TodolError and becomes an answer of the same kind.
 
-app = bottle.Bottle(autojson=False)
+app = bottle.Bottle()
 
 TURBO_STREAM = 'text/vnd.turbo-stream.html'
 ID = '<id:re:[0-9]{1,18}>'          # within SQLite's 64 bits
