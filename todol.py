@@ -1011,7 +1011,7 @@ class Cache:
             self._note_use(oldest, dropped.used_at)
 
     def _note_use(self, key, at):
-        """Remember the last use of a key that is not in the front, until an eviction comes by and writes it down."""
+        """Remember the last use of a key that is not in the front, for evictions."""
         self._used[key] = at
         if len(self._used) > MAX_NOTED_USES:
             del self._used[next(iter(self._used))]
@@ -1072,12 +1072,13 @@ class Cache:
             (first, last), = self._db.execute(ENDS_OF_ENTRIES)
             if first is None:
                 break
-            sample = {}
+            sample = {}                 # id -> last use, key
             for start in (first, *(random.randint(first, last) for _ in range(SAMPLE_SLICES - 1))):
                 for id, key, used_at in self._db.execute(SLICE_OF_ENTRIES, (start, SLICE_ROWS)):
-                    sample[id] = max(used_at, self._used.pop(key, 0), self._front[key].used_at if key in self._front else 0), key
+                    noted_at = self._front[key].used_at if key in self._front else self._used.get(key, 0)
+                    sample[id] = max(used_at, noted_at), key
             ids = sorted(sample, key=sample.get)
-            gone, kept = ids[:-(-len(ids) // 10)], ids[-(-len(ids) // 10):]
+            gone, kept = ids[:len(ids) // 10 + 1], ids[len(ids) // 10 + 1:]
             self._db.executemany('DELETE FROM entries WHERE id = ?', [(id,) for id in gone])
             self._db.executemany(USE_ENTRY, [{'id': id, 'at': sample[id][0]} for id in kept])
             self._evicted += len(gone)
