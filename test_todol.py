@@ -680,6 +680,103 @@ def test_an_importer_of_the_file_gets_the_import_error_itself(tmp_path):
     assert 'ModuleNotFoundError: gone' in done.stderr and done.returncode == 1
 
 
+def python(code, **environment):
+    """What code prints in a process of its own, beside todol.py."""
+    done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True, timeout=60,
+                          env=environment_with(**environment))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def serve_lines(start_server, tmp_path, monkeypatch):
+    """serve_lines(lines) starts a server from a script of these lines, in which todol is imported for the first time."""
+    def start(lines, **environment):
+        script = tmp_path / 'script.py'
+        script.write_text(f'import sys; sys.path.insert(0, {str(HERE)!r})\n{lines}\nsys.exit(todol.main())\n')
+        monkeypatch.setitem(globals(), 'PROGRAM', script)
+        return start_server(**environment)
+    return start
+
+
+def test_what_the_first_page_does_without_is_imported_by_nobody_before_it(start_server):
+    later = set(python('import todol; print(*(name for name, module in todol.later.items() if module))').split())
+    assert {'pickle', 'zope.interface'} <= later
+    server = start_server(PYTHONPROFILEIMPORTTIME='1')      # the log tells what is imported
+    assert server.client().get('/').status == 200 and server.stop() == 0
+    imported = set(re.findall(r'^import time: +\d+ \| +\d+ \| +(\S+)$', server.log, re.MULTILINE))
+    assert 'bottle' in imported and not imported & (later | {'gevent.pool'})
+
+
+def test_whoever_imports_later_what_start_up_does_without_gets_it():
+    python('''if True:
+        import importlib, pkgutil, sys, types, todol
+        assert len(todol.later) > 10 and not set(todol.later) & set(sys.modules)
+        import http.cookies, zope.interface      # attributes of their packages
+        for module in (http.cookies, zope.interface):
+            assert type(module) is types.ModuleType and module is sys.modules[module.__name__]
+        for name in set(todol.later) - {'zope.schema'}:
+            assert type(importlib.import_module(name)) is types.ModuleType, name
+        thing = zope.interface.interface.InterfaceClass('IThing')
+        assert thing.providedBy(zope.interface.implementer(thing)(type('Thing', (), {}))())
+        for package in (todol.gevent, importlib.import_module('gevent.resolver')):
+            for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):
+                if not module.name.endswith(('.tests', '.testing', '__main__')):
+                    try:
+                        importlib.import_module(module.name)
+                    except ModuleNotFoundError as missing:      # what it needs is not installed, or of Windows
+                        assert missing.name in ('cffi', '_cffi_backend', 'dns', 'selectors2') or 'win' in module.name, missing
+    ''')
+
+
+def test_what_bottle_takes_of_the_modules_that_start_up_does_without_works():
+    python('''if True:
+        import todol
+        from todol import bottle
+        assert bottle.http_date(0) == 'Thu, 01 Jan 1970 00:00:00 GMT' and bottle.parse_date(bottle.http_date(9)) == 9
+        response = bottle.HTTPResponse()
+        response.set_cookie('name', 'value', expires=0)
+        assert 'expires=Thu, 01 Jan 1970' in dict(response.headerlist)['Set-Cookie']
+        assert bottle.HTTP_CODES[404] == 'Not Found' and bottle.HTTP_CODES[422].startswith('Unprocessable')
+        assert bottle.BaseRequest({'HTTP_COOKIE': 'a=b'}).get_cookie('a') == 'b'
+        assert bottle.static_file('todol.py', '.').headers['Last-Modified'].endswith('GMT')
+        assert bottle.NamedTemporaryFile().name and bottle.format_exc() == 'NoneType: None\\n'
+    ''')
+
+
+def test_what_was_imported_before_it_stays():
+    python('''if True:
+        import copy, http.cookies, ssl, zope.interface
+        before = copy, http.cookies, ssl, zope.interface
+        import todol, gevent._interfaces
+        import copy, http.cookies, ssl, zope.interface
+        assert before == (copy, http.cookies, ssl, zope.interface)
+        assert isinstance(gevent._interfaces.ILoop, zope.interface.interface.InterfaceClass)
+    ''')
+
+
+def test_packages_of_zope_that_are_there_by_chance_do_not_hinder_it(tmp_path):
+    (tmp_path / 'zope' / 'schema').mkdir(parents=True)
+    (tmp_path / 'zope' / 'schema' / '__init__.py').write_text('import zope.interface\nclass Error(zope.interface.Invalid): pass\n')
+    python('import todol; import zope.schema; print(zope.schema.Error)', PYTHONPATH=str(tmp_path))
+
+
+def test_it_serves_below_the_monkey_patch_of_gevent_and_jobs_have_ssl(serve_lines):
+    server = serve_lines('''
+from gevent import monkey; monkey.patch_all()
+import todol
+@todol.app.get('/tls')
+def tls():
+    import http.client, ssl, urllib.request
+    ssl.create_default_context()
+    return f'{http.client.HTTPSConnection.__name__} {monkey.is_module_patched("ssl")}'
+''')
+    client = server.client()
+    assert client.get('/tls').text == 'HTTPSConnection True' and client.get('/').status == 200
+    assert client.create('todo') and len(page(client).rows()) == 1
+    assert server.stop() == 0 and 'Traceback' not in server.log
+
+
 def test_the_packages_are_pinned_and_the_tests_pin_the_same():
     pins = script_metadata(PROGRAM)
     assert set(pins) == {'bottle', 'gevent', 'gevent-websocket'}
@@ -6405,6 +6502,48 @@ def test_a_request_that_ends_within_its_head_is_a_bad_request(cable_server):
         assert statuses(exchange(cable_server, NEXT + end)) == [200, 400], end
 
 
+def answered(connection, seconds):
+    """Whether a good answer comes over a connection within so many seconds."""
+    connection.settimeout(seconds)
+    with contextlib.suppress(TimeoutError):
+        return connection.recv(65536).startswith(b'HTTP/1.1 200 ')
+    return False
+
+
+def test_a_full_server_lets_the_next_wait_until_one_goes(start_altered):
+    server = start_altered(MAX_CONNECTIONS=3)
+    connections = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(5)]
+    try:
+        for each in connections:
+            each.sendall(NEXT)
+        assert [answered(each, 5) for each in connections[:3]] == [True] * 3
+        assert [answered(each, 0.5) for each in connections[3:]] == [False] * 2
+        connections[0].close()
+        assert answered(connections[3], 5) and not answered(connections[4], 0.5)
+        connections[3].close()
+        assert answered(connections[4], 5)
+        connections[1].sendall(NEXT)
+        assert answered(connections[1], 5), 'those inside never wait'
+        connections[1].close()
+        with socket.create_connection(('127.0.0.1', server.port)) as later:
+            later.sendall(NEXT)
+            assert answered(later, 5)
+    finally:
+        for each in connections:
+            each.close()
+    assert server.stop() == 0
+
+
+def test_when_files_run_out_it_says_so_and_goes_on_when_there_are_some(serve_lines):
+    server = serve_lines('import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\nimport todol')
+    connections = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(60)]
+    eventually(lambda: 'Too many open files' in server.log)
+    for each in connections:
+        each.close()
+    assert server.client().get('/up').status == 200 and server.stop() == 0
+    assert server.log.count('Too many open files') < 100, 'it asked again and again'
+
+
 # --- beside the server as it is shipped, which is lenient ---
 
 class Stock(gevent.pywsgi.WSGIHandler):
@@ -6903,6 +7042,26 @@ def test_a_request_in_flight_ends_before_the_process_does(server):
     assert server.process.wait(20) == 0
     with contextlib.closing(server.database()) as file:
         assert file.execute('SELECT title FROM todos ORDER BY id').fetchall() == [('first',), ('in flight',)]
+
+
+def test_a_request_that_can_not_be_killed_does_not_hold_a_stop_up(start_server, tmp_path, monkeypatch):
+    program(tmp_path, monkeypatch, '''todol.DRAIN_SECONDS = 0.5
+@todol.app.get('/stubborn')
+def stubborn():
+    print('begun', flush=True)
+    while True:
+        try:
+            gevent.sleep(60)
+        except BaseException:
+            print('not yet', flush=True)
+''')
+    server = start_server()
+    with socket.create_connection(('127.0.0.1', server.port)) as connection:
+        connection.sendall(b'GET /stubborn HTTP/1.1\r\nHost: x\r\n\r\n')
+        eventually(lambda: 'begun' in server.log)
+        started = time.monotonic()
+        assert server.stop() == 0 and 1.4 < time.monotonic() - started < 4
+    assert 'not yet' in server.log and server.log.endswith('stopped\n') and 'Traceback' not in server.log
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])

@@ -62,14 +62,19 @@ class Later(types.ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-# todol speaks no TLS, a proxy in front of it does: without ssl it starts 10 ms sooner and in 1.4 MB less. gevent and
-# http.client do without where they can't import it. The monkey patch below brings it back, for jobs that need it.
-sys.modules.setdefault('ssl', None)
+# What bottle and gevent import, and todol does without: 22 ms of the start and 5 MB. todol speaks no TLS, a proxy in front
+# of it does (the monkey patch below brings ssl back, for jobs that need it). gevent only tells zope.interface what its
+# classes do, and nobody here asks.
+later = {'ssl': None, 'zope.schema': None, 'zope.interface': types.ModuleType('zope.interface'), **{name: Later(name) for name in (
+    'calendar', 'configparser', 'copy', 'http.cookies', 'inspect', 'mimetypes', 'pickle', 'tempfile', 'unicodedata')}}
+vars(later['zope.interface']).update(Interface=object, Attribute=Exception, classImplements=lambda *_: None,
+                                     implementer=lambda *_: lambda described: described)
+later = {name: module for name, module in later.items() if name not in sys.modules}
+sys.modules.update(later)
 try:
     import gevent
     import gevent.event
     import gevent.local
-    import gevent.pool
     import gevent.socket
     gevent.config.format_context = 'builtins.repr'      # as shipped, pprint, and what that imports: 5 ms
 
@@ -77,13 +82,7 @@ try:
     # current request must belong to a greenlet instead of a thread. Jobs that call blocking network libraries do need
     # it: put `from gevent import monkey; monkey.patch_all()` above every other import then.
     thread_local, threading.local = threading.local, gevent.local.local
-    # And what it needs these for, todol never does: 10 ms, 2 MB.
-    later = {name: Later(name) for name in ('calendar', 'configparser', 'http.cookies', 'inspect', 'mimetypes', 'pickle',
-                                            'tempfile', 'unicodedata') if name not in sys.modules}
-    sys.modules.update(later)
     import bottle
-    for name in later:
-        del sys.modules[name]
     threading.local = thread_local
 
     from gevent.pywsgi import WSGIServer
@@ -95,9 +94,10 @@ except ImportError as missing:
         raise
     sys.exit(f'Error: todol needs the package {(missing.name or str(missing)).split(".")[0]!r}, which is not installed for '
              f'{sys.executable}.\nTry: {sys.executable} -m pip install bottle gevent gevent-websocket')
-
-if sys.modules['ssl'] is None:
-    del sys.modules['ssl']      # who imports it later gets it
+finally:
+    for name, module in later.items():
+        if sys.modules.get(name) is module:
+            sys.modules.pop(name, None)     # who imports it later gets it
 
 __version__ = '1.0.0'
 
@@ -3353,11 +3353,23 @@ class Server(WSGIServer):
     """The HTTP server, which can stop without cutting off a request."""
 
     def __init__(self, listener):
-        self.pool = gevent.pool.Pool(MAX_CONNECTIONS)
+        self.greenlets = set()      # one a connection; gevent.pool would do the same, and cost the start 3 ms
         self.waiting = {}           # handler between two requests -> since when; who has waited longest comes first
         self._loop = Loop('connections', self._hang_up_on_the_silent)
-        super().__init__(listener, application, spawn=self.pool, log=None, error_log=LogFile(), handler_class=Handler,
+        super().__init__(listener, application, spawn=self.spawn, log=None, error_log=LogFile(), handler_class=Handler,
                          environ={'SERVER_NAME': settings.host})
+
+    def spawn(self, *arguments):
+        greenlet = gevent.spawn(*arguments)
+        self.greenlets.add(greenlet)
+        greenlet.rawlink(self.ended)
+
+    def ended(self, greenlet):
+        self.greenlets.discard(greenlet)
+        self._start_accepting_if_started()
+
+    def full(self):
+        return len(self.greenlets) >= MAX_CONNECTIONS
 
     def drain(self):
         """Accept nothing more, let requests end and sockets close, for DRAIN_SECONDS at most."""
@@ -3367,8 +3379,9 @@ class Server(WSGIServer):
             handler.hang_up()
         for connection in [each for group in connections.values() for each in group]:
             connection.disconnect('server_restart', reconnect=True)
-        self.pool.join(DRAIN_SECONDS)
-        self.pool.kill(timeout=1)
+        gevent.joinall(list(self.greenlets), DRAIN_SECONDS)
+        with gevent.Timeout(1, False):
+            gevent.killall(list(self.greenlets))
 
     def _hang_up_on_the_silent(self):
         while self.waiting:
