@@ -62,7 +62,7 @@ class Later(types.ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-# What bottle and gevent import, and todol does without: 22 ms of the start and 5 MB. todol speaks no TLS, a proxy in front
+# What bottle and gevent import, and todol does without: 23 ms of the start and 4 MB. todol speaks no TLS, a proxy in front
 # of it does (the monkey patch below brings ssl back, for jobs that need it). gevent only tells zope.interface what its
 # classes do, and nobody here asks.
 later = {'ssl': None, 'zope.schema': None, 'zope.interface': types.ModuleType('zope.interface'), **{name: Later(name) for name in (
