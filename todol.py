@@ -3281,7 +3281,7 @@ class Handler(WebSocketHandler):
         self.provided_date, self.provided_content_length = given.get('date'), given.get('content-length')
         if self.request_version == 'HTTP/1.0' and 'connection' not in given:
             self.response_headers.append((b'Connection', b'close' if self.close_connection else b'keep-alive'))
-        self.close_connection |= given.get('connection') == 'close'
+        self.close_connection |= given.get('connection') == 'close' or self.code == 101     # no request follows a WebSocket
         return self.write
 
     def _write_with_headers(self, data):
