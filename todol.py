@@ -303,7 +303,7 @@ MIGRATIONS = {
     'cable': [
         ('001 create messages', '''
             CREATE TABLE messages (
-                id          INTEGER PRIMARY KEY,                 -- the offset of a position; never used twice: the last one stays
+                id          INTEGER PRIMARY KEY AUTOINCREMENT,   -- the offset of a position
                 stream      TEXT NOT NULL,
                 payload     TEXT NOT NULL,                       -- JSON
                 created_at  REAL NOT NULL
