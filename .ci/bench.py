@@ -1131,6 +1131,7 @@ def cache_growth(effort, entries):
             return {'us': 1e6 * (time.perf_counter() - started) / reads}
 
         samples = alternate({'todol': measure}, effort.rounds)
+        todol.cache_db.execute('PRAGMA wal_checkpoint(TRUNCATE)')       # of what was filled in
         started = time.perf_counter()
         for index in range(1000):
             todol.cache.incr(f'counter {index}')
