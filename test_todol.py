@@ -5019,6 +5019,15 @@ def test_no_path_breaks_the_routes(stack, path, query):
 
 # On real sockets
 
+def rest_of(connection):
+    """All bytes that still come over a connection, until the other side hangs up."""
+    received = b''
+    with contextlib.suppress(ConnectionError):
+        while (data := connection.recv(65536)):
+            received += data
+    return received
+
+
 def exchange(server, sent, finish=True, seconds=20):
     """Send bytes on a connection of their own; all bytes that come back until the server hangs up. finish: say that no
     more will come."""
@@ -5027,11 +5036,7 @@ def exchange(server, sent, finish=True, seconds=20):
             connection.sendall(sent)
             if finish:
                 connection.shutdown(socket.SHUT_WR)
-        received = b''
-        with contextlib.suppress(ConnectionError):
-            while (data := connection.recv(65536)):
-                received += data
-        return received
+        return rest_of(connection)
 
 
 def statuses(received):
@@ -6595,14 +6600,11 @@ def echoes():
 
 def understood(port, sent):
     """What a server understood of the bytes of a connection: the requests as echoed, and the status of each answer."""
-    received = b''
     with gevent.socket.create_connection(('127.0.0.1', port), timeout=20) as connection:
         with contextlib.suppress(ConnectionError):
             connection.sendall(sent)
             connection.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(ConnectionError):
-            while (data := connection.recv(65536)):
-                received += data
+        received = rest_of(connection)
     requests, answers, file = [], [], io.BytesIO(received)
     while (line := file.readline()):
         answers.append(int(line.split()[1]))
@@ -6812,14 +6814,10 @@ def test_a_chunk_without_a_size_is_a_bad_request_and_the_end(server, size):
 
 def answer_of(application, request):
     """All that a client hears of an application, through todol's handler, until the connection ends."""
-    received = b''
     with listening(Strict, application) as port, gevent.socket.create_connection(('127.0.0.1', port), timeout=20) as connection:
         connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(ConnectionError):
-            while (data := connection.recv(65536)):
-                received += data
-    return received
+        return rest_of(connection)
 
 
 @pytest.mark.parametrize('status, header', [('200 OK', ('X', 'a\r\nY: b')), ('200 OK', ('X', 'a\nY: b')), ('200 OK', ('X\rY', 'b')),
@@ -6871,12 +6869,10 @@ def impatient(stack, monkeypatch):
     (b'', []), (b'GET /up', [400]), (b'GET /up HTTP/1.1\r\nHost: x', [400]), (NEXT, [200]), (NEXT + NEXT[:-2], [200, 400]),
     (POST + b'Content-Length: 50\r\n\r\ntitle=', [400])], ids=repr)
 def test_a_connection_that_falls_silent_is_hung_up_on(impatient, sent, answers):
-    received = b''
     with gevent.socket.create_connection(('127.0.0.1', impatient), timeout=20) as connection:
         connection.sendall(sent)
         started = time.monotonic()
-        while (data := connection.recv(65536)):
-            received += data
+        received = rest_of(connection)
     assert time.monotonic() - started > 0.35, 'too soon'
     assert statuses(received) == answers
 

@@ -262,7 +262,7 @@ MIGRATIONS = {
                 value       BLOB,                                -- the value otherwise: bytes, or JSON in UTF-8
                 is_json     INTEGER NOT NULL,                    -- 1: value is JSON
                 expires_at  REAL NOT NULL,
-                used_at     REAL NOT NULL                        -- last use, a little late: written in batches
+                used_at     REAL NOT NULL                        -- last use, a little late: reads are written by evictions
             )'''),
         ('002 index entries by use', 'CREATE INDEX entries_by_use ON entries (used_at)'),
         ('003 index entries by expiry', 'CREATE INDEX entries_by_expiry ON entries (expires_at)'),
@@ -3335,6 +3335,8 @@ class Server(WSGIServer):
         self._loop = Loop('connections', self._hang_up_on_the_silent)
         super().__init__(listener, application, spawn=self.spawn, log=None, error_log=LogFile(), handler_class=Handler,
                          environ={'SERVER_NAME': settings.host})
+
+    # spawn() and full() are called by gevent, which accepts nothing while the server is full.
 
     def spawn(self, *arguments):
         greenlet = gevent.spawn(*arguments)
