@@ -10,6 +10,7 @@ Real files, real sockets, real processes, a real browser. What a machine lacks (
 .ci/package.json) is skipped with a sentence; with TODOL_TEST_REQUIRE_ALL set it fails instead.
 """
 import base64
+import collections
 import contextlib
 import functools
 import hashlib
@@ -950,6 +951,19 @@ def test_an_older_file_gets_the_steps_it_lacks(open_database, monkeypatch, tmp_p
     assert schema(updated) == schema(whole) and steps(updated) == steps(whole)
 
 
+def test_an_older_cache_file_keeps_what_is_in_it(open_database, monkeypatch, tmp_path):
+    with monkeypatch.context() as older:
+        older.setitem(todol.MIGRATIONS, 'cache', todol.MIGRATIONS['cache'][:4])
+        database = open_database('cache')
+    database.execute("""INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
+                        VALUES ('value', NULL, CAST('[1]' AS BLOB), 1, now_s() + 9, 0), ('counter', 7, NULL, 0, now_s() + 9, 0)""")
+    database.close()
+    cache = todol.Cache(open_database('cache'))
+    cache.open()
+    assert cache.get('value') == [1] and cache.incr('counter') == 8 and cache.add('new', 1)
+    cache.close()
+
+
 def test_a_step_that_fails_leaves_the_file_as_it_was(open_database, monkeypatch, tmp_path):
     database = open_database('app')
     before = schema(database)
@@ -1404,8 +1418,10 @@ def use_everything(client):
     todol.cache.delete('a')
     todol.cache.get('d')
     todol.cache._flush()
+    gevent.sleep(3 * todol.FLUSH_SECONDS)
+    assert todol.cache.get('b')         # used since it came: it is moved before it goes
     todol.cache.limit_bytes = 1
-    todol.cache_db.transact(todol.cache._evict)
+    todol.cache._make_room()
     todol.cache.limit_bytes = todol.CACHE_LIMIT_BYTES
     todol.cache.incr('f')
     todol.tidy_up()
@@ -1427,7 +1443,7 @@ def use_everything(client):
 
 
 # Tables of few rows, or read in the order of an index up to a LIMIT; and counts for the operator.
-SCANS_ALLOWED = re.compile('FROM (outbox ORDER BY id LIMIT|messages WHERE created_at >= |recurring|epochs|'
+SCANS_ALLOWED = re.compile('FROM (outbox ORDER BY id LIMIT|entries ORDER BY id LIMIT|messages WHERE created_at >= |recurring|epochs|'
                            'schema_migrations|sqlite_master)|UPDATE recurring|'
                            r'SELECT count\(\*\) FROM|PRAGMA|WHERE id > 0|(min|max)\(id\)')     # the last: the ends of a table
 NOT_RUN = {'RENEW_LEASE', 'RELEASE_JOB',                # they find their row as FINISH_JOB does
@@ -1972,7 +1988,7 @@ def fill(cache, clock, names, size=2000):
     cache._flush()
 
 
-def test_a_full_cache_evicts_the_least_recently_used_and_a_read_counts_as_use(open_cache, clock):
+def test_a_full_cache_evicts_what_came_first_unless_it_was_read_since(open_cache, clock):
     cache = open_cache(limit_bytes=1_000_000)
     fill(cache, clock, [f'old {n}' for n in range(200)])
     assert cache.stats()['evicted'] == 0, 'it is to become full later'
@@ -1997,9 +2013,136 @@ def test_a_read_counts_as_use_after_it_left_the_front_and_does_not_undo_a_newer_
     fill(cache, clock, [f'mid {n}' for n in range(100)])
     assert 'old 0' not in cache._front and 'counter' not in cache._front, 'they are to leave the front'
     cache.incr('counter')
-    fill(cache, clock, [f'new {n}' for n in range(190)])
-    assert cache.stats()['evicted'] > 10
+    fill(cache, clock, [f'new {n}' for n in range(240)])
+    assert cache.stats()['evicted'] > 50
     assert cache.get('old 0') and not cache.get('old 1') and cache.get('counter') == 2
+
+
+def test_in_a_full_cache_of_many_entries_all_stay_that_were_used_since_they_came(open_cache, clock):
+    ours, theirs = open_cache(limit_bytes=1_500_000), open_cache(limit_bytes=1_500_000)
+    for n in range(0, 8000, 10):
+        ours.incr(f'counter {n}')
+        fill(ours, clock, [f'old {n + m}' for m in range(10)], size=100)
+    assert ours.stats()['evicted'] == 0, 'it is to become full later'
+    clock.now += 1
+    read, counters = [f'old {n}' for n in range(0, 8000, 10)], [f'counter {n}' for n in range(0, 8000, 10)]
+    assert len(ours.get_many(read)) == 800
+    assert [theirs.incr(key) for key in counters] == [2] * 800
+    fill(ours, clock, [f'new {n}' for n in range(7000)], size=100)
+    assert ours.stats()['evicted'] > 4000
+    assert len(ours.get_many(read)) == 800 and ours.get_many(counters) == dict.fromkeys(counters, 2)
+    assert len(ours.get_many([f'new {n}' for n in range(7000)])) == 7000
+    assert len(ours.get_many([f'old {n}' for n in range(8000)])) < 4000
+
+
+def test_a_full_cache_makes_room_with_little_work_though_all_of_it_was_used_since_it_came(open_cache, clock):
+    cache = open_cache(limit_bytes=1_000_000)
+    fill(cache, clock, [f'old {n}' for n in range(1400)], size=500)
+    assert cache.stats()['evicted'] == 0, 'it is to become full later'
+    for n in reversed(range(1400)):     # so each was used after those that came after it
+        clock.now += 1
+        assert cache.get(f'old {n}')
+    ran = statements(cache._db)
+    fill(cache, clock, [f'new {n}' for n in range(400)], size=500)
+    moved = sum(text.startswith('UPDATE entries SET id') for text in ran)
+    assert 100 < cache.stats()['evicted'] < moved < 6 * cache.stats()['evicted']
+
+
+def test_an_entry_that_stayed_because_it_was_used_goes_the_next_time_unless_it_was_used_again(open_cache, clock):
+    cache = open_cache(limit_bytes=1_000_000)
+    fill(cache, clock, [f'old {n}' for n in range(1000)], size=500)
+    again, once = ([f'old {n}' for n in range(first, 1000, 20)] for first in (0, 10))
+    clock.now += 1
+    assert len(cache.get_many(once + again)) == 100
+    fill(cache, clock, [f'mid {n}' for n in range(1600)], size=500)
+    assert cache._db.execute("SELECT count(*) FROM entries WHERE key LIKE 'old%'") == [(100,)]
+    clock.now += 1
+    assert len(cache.get_many(again)) == 50
+    for n in range(20):
+        fill(cache, clock, [f'new {n} {m}' for m in range(100)], size=500)
+    assert len(cache.get_many(again)) == 50 and cache.get_many(once) == {}
+
+
+def test_a_set_that_waited_to_be_written_does_not_make_others_look_used_that_came_meanwhile(cache, clock):
+    cache.set('waits', 1)
+    clock.now += todol.FLUSH_SECONDS
+    cache.add('came meanwhile', 1)
+    cache._flush()
+    assert sorted(cache._db.transact(cache._evict)) == [('came meanwhile',), ('waits',)]
+
+
+def test_an_entry_that_stayed_does_not_make_those_look_used_that_came_before_it_stayed(cache, clock):
+    cache.add('stays', 1)
+    cache.add('goes', 1)
+    clock.now += 10
+    cache.get('stays')
+    clock.now += 10
+    cache.add('comes', 1)
+    clock.now += 10
+    assert cache._db.transact(cache._evict) == [('goes',)]
+    assert sorted(cache._db.transact(cache._evict)) == [('comes',), ('stays',)]
+
+
+def test_what_was_evicted_is_gone_for_every_process(open_cache, clock):
+    ours, theirs = open_cache(limit_bytes=1_000_000), open_cache(limit_bytes=1_000_000)
+    fill(ours, clock, ['first'])
+    assert ours.get('first') == theirs.get('first')
+    while not ours.stats()['evicted']:
+        fill(ours, clock, [str(clock.now)])
+    assert 'first' not in ours._front and ours.get('first') is theirs.get('first') is None
+
+
+def test_what_has_expired_goes_from_a_full_cache_though_it_was_used_since_it_came(open_cache, clock):
+    cache = open_cache(limit_bytes=1_000_000)
+    for n in range(400):
+        cache.set(f'short {n}', b'x' * 500, ttl=1000)
+        cache.set(f'long {n}', b'x' * 500)
+    cache._flush()
+    for n in reversed(range(400)):      # so each was used after those that came after it
+        clock.now += 1
+        assert cache.get(f'short {n}') and cache.get(f'long {n}')
+    clock.now += 1000
+    while cache.stats()['evicted'] < 400:
+        fill(cache, clock, [f'new {clock.now} {n}' for n in range(10)], size=500)
+    assert cache._db.execute('SELECT count(*) FROM entries WHERE expires_at <= now_s()')[0][0] < 20
+    assert len(cache.get_many([f'long {n}' for n in range(400)])) > 380
+
+
+def test_a_full_cache_hits_at_least_as_often_as_one_that_evicts_exactly_the_least_recently_used(open_cache, clock, monkeypatch):
+    monkeypatch.setattr(todol, 'FRONT_LIMIT_BYTES', 100_000)
+    cache = open_cache(limit_bytes=1_000_000)
+    keys = random.Random(1).choices(range(15_000), [1 / rank for rank in range(1, 15_001)], k=40_000)
+    for count, key in enumerate(keys):
+        clock.now += 0.1
+        cache.fetch(str(key), 10**9, lambda: b'x' * 500)
+        if count % 100 == 0:
+            cache._flush()
+    exact, hits, entries = collections.OrderedDict(), 0, cache.stats()['entries']
+    for key in keys:
+        hits += key in exact
+        exact[key] = True
+        exact.move_to_end(key)
+        if len(exact) > entries:
+            exact.popitem(last=False)
+    assert 1000 < entries < 3000 and cache.stats()['evicted'] > 5000, 'too little to prove anything'
+    assert cache.stats()['hits'] >= hits
+
+
+def test_others_run_while_a_cache_evicts_that_is_within_its_limit_again(open_cache, clock, monkeypatch):
+    monkeypatch.setattr(todol, 'EVICT_ROWS', 2)
+    cache, turns = open_cache(limit_bytes=2_000_000), []
+
+    def count_turns():
+        while True:
+            turns.append(cache._size_bytes())
+            gevent.sleep(0)
+
+    counting = gevent.spawn(count_turns)
+    while not cache.stats()['evicted']:
+        del turns[:]
+        fill(cache, clock, [f'{clock.now} {n}' for n in range(50)], size=500)
+    counting.kill()
+    assert len(turns) >= 3 and max(turns) <= 2_000_000 and cache.stats()['bytes'] <= 1_980_000
 
 
 def test_of_many_entries_those_in_use_outlive_the_others_wherever_they_are(open_cache, clock):
@@ -2241,10 +2384,11 @@ def test_the_stats_of_the_cache_count(cache):
 
 def test_the_front_of_the_cache_is_bounded(cache, clock, monkeypatch):
     monkeypatch.setattr(todol, 'FRONT_LIMIT_BYTES', 50_000)
+    monkeypatch.setattr(todol, 'MAX_NOTED_USES', 50)
     fill(cache, clock, [str(n) for n in range(100)])
     assert cache.stats()['front_bytes'] <= 50_000
     assert len(cache.get_many([str(n) for n in range(100)])) == 100
-    assert cache.stats()['front_bytes'] <= 50_000
+    assert cache.stats()['front_bytes'] <= 50_000 and len(cache._used) == 50
     assert cache.stats()['front_bytes'] == sum(entry.size for entry in cache._front.values())
 
 

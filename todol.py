@@ -267,7 +267,7 @@ MIGRATIONS = {
         ('002 index entries by use', 'CREATE INDEX entries_by_use ON entries (used_at)'),
         ('003 index entries by expiry', 'CREATE INDEX entries_by_expiry ON entries (expires_at)'),
         ('004 drop index by expiry', 'DROP INDEX entries_by_expiry'),   # a fifth of every write, for a sweep once an hour
-        ('005 drop index by use', 'DROP INDEX entries_by_use'),         # another fifth, for what a sample tells as well
+        ('005 drop index by use', 'DROP INDEX entries_by_use'),         # another sixth, and the order of ids will do
     ],
     'job': [
         ('001 create jobs', '''
@@ -779,33 +779,33 @@ FRONT_LIMIT_BYTES = 16 * 1024 * 1024
 FLUSH_SECONDS = 0.02
 FOREVER_SECONDS = 400 * 86400       # the time to live where none is given
 SLOTS = 4096
-MAX_NOTED_USES = 10_000
+MAX_NOTED_USES = 1000               # wait to be written when something is evicted; more are not noted
 MAX_PENDING = 10_000                # values that wait for a file that can't be written; more are dropped
 REST_SECONDS = 1.0
-SAMPLE_SLICES, SLICE_ROWS = 5, 20   # are looked at when the file is full, and the tenth that was not used for longest goes
+EVICT_ROWS = 200                    # are looked at in one transaction when the file is full
 PRUNE_ROWS = 500                    # are looked at in one turn of the event loop
 
 UPSERT_ENTRY = '''
     INSERT INTO entries (key, number, value, is_json, expires_at, used_at) VALUES (?, ?, ?, ?, ?, ?)
     ON CONFLICT (key) DO UPDATE SET number = excluded.number, value = excluded.value, is_json = excluded.is_json,
                                     expires_at = excluded.expires_at, used_at = excluded.used_at'''
-ADD_ENTRY = UPSERT_ENTRY + ' WHERE entries.expires_at <= now_s() RETURNING id'
-# A live counter keeps its window; an expired one, or a missing one, starts with a new one.
+ADD_ENTRY = UPSERT_ENTRY + ' WHERE entries.expires_at <= excluded.used_at RETURNING id'
+# A live counter keeps its window. An expired one, or a missing one, starts with a new window. excluded.used_at is now.
 INCREMENT_ENTRY = '''
-    INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
-    VALUES (:key, :by, NULL, 0, now_s() + :ttl, now_s())
+    INSERT INTO entries (key, number, value, is_json, expires_at, used_at) VALUES (?, ?, NULL, 0, ?, ?)
     ON CONFLICT (key) DO UPDATE SET
-        number     = CASE WHEN entries.expires_at <= now_s() THEN excluded.number ELSE entries.number + excluded.number END,
-        expires_at = CASE WHEN entries.expires_at <= now_s() THEN excluded.expires_at ELSE entries.expires_at END,
+        number     = excluded.number + CASE WHEN entries.expires_at <= excluded.used_at THEN 0 ELSE entries.number END,
+        expires_at = CASE WHEN entries.expires_at <= excluded.used_at THEN excluded.expires_at ELSE entries.expires_at END,
         value = NULL, is_json = 0, used_at = excluded.used_at
-    WHERE entries.number IS NOT NULL OR entries.expires_at <= now_s()
+    WHERE entries.number IS NOT NULL OR entries.expires_at <= excluded.used_at
     RETURNING number'''
-GET_ENTRY = 'SELECT number, value, is_json, expires_at FROM entries WHERE key = ? AND expires_at > now_s()'
+GET_ENTRY = 'SELECT number, value, is_json, expires_at FROM entries WHERE key = ? AND expires_at > ?'
 ENTRIES_AFTER = 'SELECT max(id) FROM (SELECT id FROM entries WHERE id > ? ORDER BY id LIMIT ?) AS next'
 PRUNE_ENTRIES = 'DELETE FROM entries WHERE id > ? AND id <= ? AND expires_at <= now_s() RETURNING id'
-ENDS_OF_ENTRIES = 'SELECT (SELECT min(id) FROM entries), (SELECT max(id) FROM entries)'
-SLICE_OF_ENTRIES = 'SELECT id, key, used_at FROM entries WHERE id >= ? ORDER BY id LIMIT ?'
-USE_ENTRY = 'UPDATE entries SET used_at = :at WHERE id = :id AND used_at < :at'
+FIRST_ENTRIES = 'SELECT id, key, used_at, expires_at > now_s() FROM entries ORDER BY id LIMIT ?'
+USE_ENTRY = 'UPDATE entries SET used_at = :at WHERE key = :key AND used_at < :at'
+MOVE_ENTRY = 'UPDATE entries SET id = (SELECT max(id) FROM entries) + 1, used_at = now_s() WHERE id = ?'
+EVICT_ENTRIES = 'DELETE FROM entries WHERE id <= ? RETURNING key'
 
 _MISSING = object()
 
@@ -815,7 +815,7 @@ class CacheError(TodolError):
 
 
 class Cache:
-    """Values by key, each with a time to live, in a bounded file: the least recently used of a sample go first.
+    """Values by key, each with a time to live, in a bounded file: the first to come go first, unless they were used since.
 
     A value is bytes or anything that JSON has. What get() gives is the caller's own: changing it changes nothing here.
     """
@@ -830,7 +830,7 @@ class Cache:
         self._front = collections.OrderedDict()     # key -> _Entry, the last used at the end
         self._front_bytes = 0
         self._pending = {}                          # key -> _Entry not yet written; value _MISSING: to delete
-        self._used = {}                             # key -> last use of entries that left the front
+        self._used = {}                             # key -> parameters of USE_ENTRY: when it was read from the file
         self._computing = {}                        # key -> AsyncResult, for fetch()
         self._dirty = gevent.event.Event()
         self._slots = self._map = self._loop = None
@@ -903,8 +903,8 @@ class Cache:
     def incr(self, key, by=1, ttl=FOREVER_SECONDS):
         """Add to a whole number and give the sum. A missing or expired one starts at 0 with a new time to live; a live
         one keeps the time it has, so that a key is a fixed window. Atomic between processes. Raises CacheError."""
-        values = {'key': key, 'by': by, 'ttl': ttl}
-        rows = self._through(key, lambda: self._db.execute(INCREMENT_ENTRY, values), otherwise=[(by,)])
+        now = self.clock()
+        rows = self._through(key, lambda: self._db.execute(INCREMENT_ENTRY, (key, by, now + ttl, now)), otherwise=[(by,)])
         if not rows:
             raise CacheError(f'the value of {key!r} is not a whole number')
         return rows[0][0]
@@ -983,7 +983,7 @@ class Cache:
         self._forget(key)
         slot = slot_of(key)
         generation = self._slots[slot]      # before the read: a change after it makes the entry count for nothing
-        rows = self._forgiving(lambda: self._db.execute(GET_ENTRY, (key,)), otherwise=())
+        rows = self._forgiving(lambda: self._db.execute(GET_ENTRY, (key, now)), otherwise=())
         if not rows:
             return None
         number, value, is_json, expires_at = rows[0]
@@ -995,6 +995,8 @@ class Cache:
                 value, is_json = json.loads(value), False
         entry = _Entry(value, expires_at, slot, generation, now, bool(is_json))
         self._keep_in_front(key, entry)
+        if len(self._used) < MAX_NOTED_USES:
+            self._used[key] = {'key': key, 'at': now}
         return entry
 
     def _remember(self, key, entry):
@@ -1007,15 +1009,8 @@ class Cache:
         self._front[key] = entry
         self._front_bytes += entry.size
         while self._front_bytes > FRONT_LIMIT_BYTES:
-            oldest, dropped = self._front.popitem(last=False)
+            _, dropped = self._front.popitem(last=False)
             self._front_bytes -= dropped.size
-            self._note_use(oldest, dropped.used_at)
-
-    def _note_use(self, key, at):
-        """Remember the last use of a key that is not in the front, for evictions."""
-        self._used[key] = at
-        if len(self._used) > MAX_NOTED_USES:
-            del self._used[next(iter(self._used))]
 
     def _forget(self, key):
         entry = self._front.pop(key, None)
@@ -1043,11 +1038,9 @@ class Cache:
             self._dirty.set()
 
     def _flush(self):
-        """Write what waits, in one transaction, and then tell the other processes. Says whether that went well."""
+        """Write what waits, in one transaction, then tell the other processes and make room. Says whether it was written."""
         batch = dict(self._pending)
-        if not batch and not self._forgiving(self._is_full):
-            return True
-        if not self._forgiving(lambda: self._db.transact(self._write_entries, batch), otherwise=False):
+        if batch and not self._forgiving(lambda: self._db.transact(self._write_entries, batch), otherwise=False):
             if len(self._pending) > MAX_PENDING:
                 self._pending.clear()
             return False
@@ -1056,39 +1049,46 @@ class Cache:
             self._slots[entry.slot] = time.perf_counter_ns()
             if self._pending.get(key) is entry:         # not set again meanwhile
                 del self._pending[key]
+        self._forgiving(self._make_room)
         return True
 
     def _write_entries(self, batch):
         self._db.executemany(UPSERT_ENTRY, [entry.row(key) for key, entry in batch.items() if entry.value is not _MISSING])
         self._db.executemany('DELETE FROM entries WHERE key = ?',
                              [(key,) for key, entry in batch.items() if entry.value is _MISSING])
-        if self._is_full():
-            self._evict()
         return True
 
-    def _evict(self):
-        """Make a little room (at once for more, the event loop would stand still). What goes is not what was unused for longest
-        of all, but of a sample, as in Redis: the entries that came first, and some from anywhere."""
-        while self._size_bytes() > self.limit_bytes * 0.998:
-            (first, last), = self._db.execute(ENDS_OF_ENTRIES)
-            if first is None:
-                break
-            sample = {}                 # id -> last use, key
-            for start in (first, *(random.randint(first, last) for _ in range(SAMPLE_SLICES - 1))):
-                for id, key, used_at in self._db.execute(SLICE_OF_ENTRIES, (start, SLICE_ROWS)):
-                    noted_at = self._front[key].used_at if key in self._front else self._used.get(key, 0)
-                    sample[id] = max(used_at, noted_at), key
-            ids = sorted(sample, key=sample.get)
-            gone, kept = ids[:len(ids) // 10 + 1], ids[len(ids) // 10 + 1:]
-            self._db.executemany('DELETE FROM entries WHERE id = ?', [(id,) for id in gone])
-            self._db.executemany(USE_ENTRY, [{'id': id, 'at': sample[id][0]} for id in kept])
+    def _make_room(self):
+        """Evict from a full file until a hundredth of it is free, some entries in a transaction."""
+        full = self._size_bytes() > self.limit_bytes
+        while full and (size := self._size_bytes()) > self.limit_bytes * 0.99:
+            if size <= self.limit_bytes:            # the rest has time
+                gevent.sleep(0)
+            full = gone = self._db.transact(self._evict)
             self._evicted += len(gone)
-            for id in gone:
-                self._forget(sample[id][1])
-                self._slots[slot_of(sample[id][1])] = time.perf_counter_ns()
+            for key, in gone:
+                self._forget(key)
+                self._slots[slot_of(key)] = time.perf_counter_ns()
 
-    def _is_full(self):
-        return self._size_bytes() > self.limit_bytes
+    def _evict(self):
+        """Look at the first entries: those used since they came come again, as the last, the others go. Gives their keys.
+
+        Used since means later than the last use of one that came after it. It hits more often than to evict the least
+        recently used of all (0.749 and 0.743, Zipf in a file ten times too small), and needs no index by use.
+        """
+        self._db.executemany(USE_ENTRY, [self._used.popitem()[1] for _ in range(min(EVICT_ROWS, len(self._used)))])
+        (entries,), = self._db.execute('SELECT count(*) FROM (SELECT 1 FROM entries LIMIT ?) AS counted', (20 * EVICT_ROWS,))
+        rows = self._db.execute(FIRST_ENTRIES, (entries // 20 + 2,))
+        used, least = [], float('inf')
+        for id, key, used_at, live in reversed(rows):
+            if key in self._front:
+                used_at = max(used_at, self._front[key].used_at)
+            if live and used_at > least + 2 * FLUSH_SECONDS:        # so long may a set() wait while others come
+                used.append((used_at, id))
+            least = min(least, used_at)
+        # At most three quarters stay, else much work could free little. The last tenth is there to be compared with.
+        self._db.executemany(MOVE_ENTRY, [(id,) for _, id in sorted(used)[-(len(rows) * 3 // 4):]])
+        return self._db.execute(EVICT_ENTRIES, rows[len(rows) * 9 // 10][:1]) if rows else ()
 
     def _size_bytes(self):
         (pages,), (free,), (size,) = (self._db.execute(f'PRAGMA {name}')[0]
