@@ -837,7 +837,7 @@ def cache(effort):
     pin(SERVER_CORE)
     with scratch() as directory, contextlib.ExitStack() as running:
         ours = running.enter_context(stack(directory)).cache
-        disk = running.enter_context(diskcache.Cache(directory + '/diskcache'))
+        disk = running.enter_context(diskcache.Cache(directory + '/diskcache', size_limit=ours.limit_bytes))
         calls = {side: {verb: getattr(cache, verb) for verb in ('get', 'set', 'add', 'incr', 'clear')}
                  for side, cache in (('todol', ours), ('diskcache', disk))}
         if shutil.which('redis-server'):
