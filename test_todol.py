@@ -1311,6 +1311,13 @@ def test_the_name_of_a_file_may_have_any_characters(open_database, tmp_path, nam
     assert kept(open_database('app', tmp_path / name)) == ['a'] and (tmp_path / name).exists()
 
 
+def test_pages_that_a_delete_sets_free_are_not_written_once_more(database):
+    keep(database, 'x' * 1_000_000)
+    database.execute('PRAGMA wal_checkpoint(TRUNCATE)')
+    database.execute('DELETE FROM secrets')         # as shipped, Debian's SQLite would fill them with zeros
+    assert kept(database) == [] and os.path.getsize(database.path + '-wal') < 100_000
+
+
 def test_a_full_disk_gives_a_clear_error_and_changes_nothing(database):
     keep(database, 'a')
     pages = database.execute('PRAGMA page_count')[0][0]
@@ -3542,6 +3549,96 @@ def test_the_jobs_of_a_dead_process_are_given_back_though_the_first_try_to_do_so
     assert notes == [{}] and failures
 
 
+def batched(jobs, name='batch', **options):
+    """Register a batch job that notes what it is called with and fails if that has {'n': 'bad'}; gives the list of notes."""
+    notes = []
+
+    def function(batch):
+        notes.append([arguments['n'] for arguments in batch])
+        assert 'bad' not in notes[-1]
+
+    function.__name__ = name
+    jobs.job(batch=True, **options)(function)
+    return notes
+
+
+def enqueue_together(jobs, numbers, name='batch'):
+    """Enqueue jobs so that the dispatcher meets them in one turn."""
+    jobs._app_db.transact(lambda: [jobs.enqueue(name, {'n': n}) for n in numbers])
+
+
+def test_a_batch_job_is_called_once_for_all_that_start_together_and_alone_for_one(jobs):
+    notes, others = batched(jobs), noted(jobs)
+    jobs.open('w', 10)
+    jobs._app_db.transact(lambda: [enqueue_together(jobs, [1, 2, 3]), enqueue_many(jobs, 'note', 2)])
+    eventually(lambda: notes and len(others) == 2)
+    jobs.enqueue('batch', {'n': 4})
+    all_done(jobs)
+    assert notes == [[1, 2, 3], [4]] and others == [{'n': 0}, {'n': 1}]
+
+
+def test_a_batch_counts_as_many_jobs_as_it_has(jobs):
+    notes = batched(jobs)
+    jobs.open('w', 3)
+    enqueue_together(jobs, range(7))
+    eventually(lambda: sum(map(len, notes)) == 7)
+    assert sorted(n for note in notes for n in note) == list(range(7)) and max(map(len, notes)) == 3
+
+
+def test_each_job_of_a_batch_that_fails_runs_alone_and_only_the_bad_one_is_tried_again(jobs, clock):
+    notes = batched(jobs, attempts=2)
+    jobs.open('w', 10)
+    enqueue_together(jobs, [1, 'bad', 2])
+    assert settled(jobs, 1) > clock.now
+    eventually(lambda: jobs.stats() == {'waiting': 1, 'running': 0, 'failed': 0})
+    assert notes == [[1, 'bad', 2], [1], ['bad'], [2]] and not jobs._running
+    pass_time(jobs, clock, 3)
+    all_done(jobs)
+    assert notes[4:] == [['bad']] and [json.loads(job[2]) for job in jobs.failed()] == [{'n': 'bad'}]
+
+
+def test_a_job_that_was_tried_before_joins_no_batch(jobs):
+    notes = batched(jobs)
+    enqueue_many(jobs, 'batch', 4)      # before it is open: they wait in the database
+    jobs._db.execute('UPDATE jobs SET attempt = 1 WHERE id < 3')
+    jobs.open('w', 10)
+    all_done(jobs)
+    assert sorted(notes) == [[0], [1], [2, 3]]
+
+
+def test_a_batch_that_a_stop_ends_is_given_back_whole(new_jobs):
+    stopping, going = new_jobs(), new_jobs()
+    stopping.job(batch=True)(lambda batch: gevent.sleep(60))
+    stopping._tasks['batch'] = stopping._tasks.pop('<lambda>')
+    notes = batched(going)
+    stopping.open('a', 10)
+    enqueue_together(stopping, [1, 2, 3])
+    eventually(lambda: stopping.stats()['running'] == 3)
+    stopping.close(stop_seconds=0.01)
+    assert going._db.execute('SELECT worker, attempt, failed_at FROM jobs') == [(None, 0, None)] * 3
+    going.open('b', 10)
+    all_done(going)
+    assert notes == [[1, 2, 3]]
+
+
+def test_the_lease_of_each_job_of_a_running_batch_is_renewed(two_processes, monkeypatch):
+    monkeypatch.setattr(todol, 'LEASE_SECONDS', 0.6)
+    runs = []
+    for name, jobs in zip('ab', two_processes):
+        def work(batch, name=name):
+            runs.append((name, len(batch)))
+            gevent.sleep(1.5)
+
+        jobs._db.clock = time.time
+        jobs.job(batch=True)(work)
+    two_processes[0].open('a', 10)
+    enqueue_together(two_processes[0], range(3), 'work')
+    eventually(lambda: runs)
+    two_processes[1].open('b', 10)
+    all_done(two_processes[0])
+    assert runs == [('a', 3)]
+
+
 # === Cable: messages to whoever listens, kept for a while in the cable database =======================================
 
 @pytest.fixture
@@ -3589,6 +3686,19 @@ def test_a_broadcast_reaches_every_subscriber_of_its_stream_and_nobody_else(cabl
     assert payloads(first) == [{'html': '<p>ünï \ud800 👋</p>', 'n': [1, None]}]
     assert first == second and not other
     assert (first[0].id, first[0].stream, first[0].created_at) == (id, 'a', clock.now)
+
+
+def test_broadcasts_of_several_messages_are_one_transaction_in_their_order(cable):
+    first, second = listen_to(cable, 'a'), listen_to(cable, 'b')
+    ran = statements(cable._db)
+    ids = cable.broadcast_all([('a', 1), ('b', lambda: 2), ('a', 3)])
+    assert ids == sorted(ids) and [message.id for message in first + second] == [ids[0], ids[2], ids[1]]
+    assert payloads(first) == [1, 3] and payloads(second) == [2]
+    assert ran.count('BEGIN IMMEDIATE') == ran.count('COMMIT') == 1
+    with pytest.raises(ZeroDivisionError):
+        cable.broadcast_all([('a', 4), ('a', lambda: 1 / 0)])
+    assert cable.broadcast_all([]) == [] and payloads(first) == [1, 3]
+    assert len(cable.since('a', f'{cable.epoch}:0')) == 2
 
 
 def test_who_has_unsubscribed_gets_nothing_more(cable):

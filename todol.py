@@ -1224,7 +1224,7 @@ class JobError(TodolError):
 # A leased job. arguments: JSON object; attempt: 1 for the first; order_key: or None.
 Job = collections.namedtuple('Job', 'id name arguments attempt order_key run_at')
 # What is registered under a job's name.
-_Task = collections.namedtuple('_Task', 'function queue attempts retry_seconds timeout_seconds')
+_Task = collections.namedtuple('_Task', 'function queue attempts retry_seconds timeout_seconds batch')
 
 
 class Jobs:
@@ -1242,7 +1242,7 @@ class Jobs:
         self._worker = None
         self._bell = gevent.event.Event()
         self._relayed = []              # ids of the outbox rows that are in the job database
-        self._running = {}              # greenlet -> Job
+        self._running = {}              # Job -> greenlet; several have the same one if they are a batch
         self._backlog = True            # jobs that are due may be waiting for a worker: no other one may overtake them
         self._settled = []              # (Job, outcome, error): what became of jobs since the last exchange
         self._renewed_at = 0
@@ -1251,17 +1251,19 @@ class Jobs:
 
     # Registering
 
-    def job(self, queue='default', attempts=5, retry_seconds=2.0, timeout_seconds=300.0):
+    def job(self, queue='default', attempts=5, retry_seconds=2.0, timeout_seconds=300.0, batch=False):
         """A decorator: register the function under its name.
 
         It is called with the job's arguments as keywords, possibly more than once. A failure is tried again after
         retry_seconds, twice that, and so on, with some jitter; after so many attempts the job is parked.
+        batch: call it once for all its jobs that start together, with a list of their arguments (dicts) instead. If that
+        fails, each of them runs alone.
         """
         if queue not in QUEUES:
             raise JobError(f'queue {queue!r} is not one of {", ".join(QUEUES)}')
 
         def register(function):
-            self._tasks[function.__name__] = _Task(function, queue, attempts, retry_seconds, timeout_seconds)
+            self._tasks[function.__name__] = _Task(function, queue, attempts, retry_seconds, timeout_seconds, batch)
             return function
         return register
 
@@ -1304,7 +1306,7 @@ class Jobs:
                 self._backlog |= due and not lease
                 self._wake()
             elif self._may_start():
-                self._start(job)
+                self._start([job])
                 if len(self._running) == 1:
                     self._bell.set()        # the dispatcher may sleep for ever, and has a lease to renew now
             else:                           # the insert had to wait for the file, and others were faster
@@ -1328,9 +1330,9 @@ class Jobs:
         """Take no more jobs, let the running ones end, give back the rest for the next process to run at once."""
         self._loop.stop()
         self._backlog = True            # what is enqueued from here on waits
-        gevent.joinall(list(self._running), timeout=stop_seconds)
+        gevent.joinall(set(self._running.values()), timeout=stop_seconds)
         with gevent.Timeout(1, False):
-            gevent.killall(list(self._running))
+            gevent.killall(set(self._running.values()))
         self._empty_outbox()
         self._db.transact(self._settle, self._settled)
         self._reset()
@@ -1395,8 +1397,8 @@ class Jobs:
         try:
             self._relayed, claimed, next_due, self._alive = self._db.transact(self._exchange, settled)
             settled = []
-            for job in claimed:
-                self._start(job)
+            for batch in self._batches(claimed):
+                self._start(batch)
         except BaseException:
             self._settled = settled + self._settled
             raise
@@ -1431,9 +1433,18 @@ class Jobs:
         """Whether a new job can start at once, without overtaking one that waits."""
         return not self._backlog and len(self._running) < self.workers
 
-    def _start(self, job):
-        greenlet = gevent.Greenlet(self._perform, job)
-        self._running[greenlet] = job
+    def _batches(self, claimed):
+        """The jobs in lists of those that run together. One that was tried before runs alone: it may be what ends the others."""
+        batches = {}
+        for job in claimed:
+            task = self._tasks.get(job.name)
+            joins = task and task.batch and job.attempt == 1
+            batches.setdefault(job.name if joins else job.id, []).append(job)
+        return batches.values()
+
+    def _start(self, batch):
+        greenlet = gevent.Greenlet(self._perform, batch)
+        self._running.update(dict.fromkeys(batch, greenlet))
         greenlet.start()
 
     def _exchange(self, settled):
@@ -1501,7 +1512,7 @@ class Jobs:
         now = time.monotonic()
         if self._running and now - self._renewed_at > LEASE_SECONDS / 3.5:
             self._renewed_at = now
-            self._db.executemany(RENEW_LEASE, [{**self._lease(job), 'lease': LEASE_SECONDS} for job in self._running.values()])
+            self._db.executemany(RENEW_LEASE, [{**self._lease(job), 'lease': LEASE_SECONDS} for job in self._running])
 
     def _free_dead_workers(self, alive):
         """Give back at once what a dead process had leased; where the dead can't be known, the lease runs out."""
@@ -1511,26 +1522,34 @@ class Jobs:
                 self._db.execute(FREE_JOBS, {**leases, 'worker': worker})
                 log.warning('gave back the jobs of a dead process worker=%s queue=%s', worker, queue)
 
-    def _perform(self, job):
-        task = self._tasks.get(job.name)
+    def _perform(self, batch):
+        name, attempt = batch[0].name, batch[0].attempt
+        task = self._tasks.get(name)
         outcome, error = 'failed', None
         try:
             if task is None:
-                raise JobError(f'no job is registered as {job.name!r}; was it renamed?')
-            if job.attempt > task.attempts:     # it was leased so often and never came back
-                raise JobError(f'its worker died {job.attempt - 1} times while it ran')
+                raise JobError(f'no job is registered as {name!r}; was it renamed?')
+            if attempt > task.attempts:         # it was leased so often and never came back
+                raise JobError(f'its worker died {attempt - 1} times while it ran')
+            arguments = [json.loads(job.arguments) for job in batch]
             with gevent.Timeout(task.timeout_seconds):
-                task.function(**json.loads(job.arguments))
+                task.function(arguments) if task.batch else task.function(**arguments[0])
             outcome = 'done'
         except gevent.GreenletExit:
             outcome = 'released'
         except BaseException as failure:        # sys.exit() too: a job must not end the process
             error = traceback.format_exc()
-            log.error('job failed id=%s name=%s attempt=%s error=%r', job.id, job.name, job.attempt, failure)
+            ids = ','.join(str(job.id) for job in batch)
+            log.error('job failed id=%s name=%s attempt=%s error=%r', ids, name, attempt, failure)
         finally:
-            self._settled.append((job, outcome, error))
-            self._running.pop(gevent.getcurrent(), None)    # before the bell: the dispatcher counts who is free
-            self._bell.set()
+            if outcome == 'failed' and len(batch) > 1:
+                for job in batch:
+                    self._start([job])
+            else:
+                for job in batch:
+                    self._settled.append((job, outcome, error))
+                    self._running.pop(job, None)        # before the bell: the dispatcher counts who is free
+                self._bell.set()
 
 
 jobs = Jobs(job_db, outbox=app_db)
@@ -1599,11 +1618,15 @@ class Cable:
         message: what JSON has, or a function that gives it. The function is called under the lock of the log: what it reads
         elsewhere is newer than all that the log has, so that messages which tell a state stand in the order of the states.
         """
-        id = self._db.transact(self._append, stream, message)
+        return self.broadcast_all([(stream, message)])[0]
+
+    def broadcast_all(self, messages):
+        """broadcast() for each (stream, message) of a list, in one transaction. Gives their ids."""
+        ids = self._db.transact(lambda: [self._append(stream, message) for stream, message in messages])
         doorbell.ring()                 # first: the other processes have further to go
-        if id > self._last:             # else a neighbour in the transaction was faster, and delivered this one too
+        if ids and ids[-1] > self._last:    # else a neighbour in the transaction was faster, and delivered these too
             self._deliver()
-        return id
+        return ids
 
     def position(self):
         """Where the log stands: read it before the state that a page shows, and subscribe with it."""
@@ -2212,9 +2235,10 @@ def render_changes(user, ids):
     return ''.join(streams) + render_totals(count_todos(user))
 
 
-@jobs.job(queue='urgent', retry_seconds=0.5)
-def broadcast_todos(user, ids):
-    cable.broadcast(todos_stream(user), lambda: render_changes(user, ids))
+@jobs.job(queue='urgent', retry_seconds=0.5, batch=True)
+def broadcast_todos(changes):
+    """changes: dicts of a user, and the ids of the todos that changed, or None for too many."""
+    cable.broadcast_all([(todos_stream(change['user']), functools.partial(render_changes, **change)) for change in changes])
 
 
 # === Routes: one function for each request ============================================================================
