@@ -713,8 +713,8 @@ def test_whoever_imports_later_what_start_up_does_without_gets_it():
     python('''if True:
         import importlib, pkgutil, sys, types, todol
         assert {'pickle', 'zope.interface'} <= set(todol.later) and not set(todol.later) & set(sys.modules)
-        import http.cookies, zope.interface      # attributes of their packages
-        for module in (http.cookies, zope.interface):
+        import email.utils, http.client, http.cookies, zope.interface    # attributes of their packages
+        for module in (email.utils, http.client, http.cookies, zope.interface):
             assert type(module) is types.ModuleType and module is sys.modules[module.__name__]
         for name in set(todol.later) - {'zope.schema'}:
             assert type(importlib.import_module(name)) is types.ModuleType, name
@@ -747,11 +747,11 @@ def test_what_bottle_takes_of_the_modules_that_start_up_does_without_works():
 
 def test_what_was_imported_before_it_stays():
     python('''if True:
-        import copy, http.cookies, ssl, zope.interface
-        before = copy, http.cookies, ssl, zope.interface
+        import copy, email.utils, http.client, ssl, zope.interface
+        before = copy, email.utils, http.client, ssl, zope.interface
         import todol, gevent._interfaces
-        import copy, http.cookies, ssl, zope.interface
-        assert before == (copy, http.cookies, ssl, zope.interface)
+        import copy, email.utils, http.client, ssl, zope.interface
+        assert before == (copy, email.utils, http.client, ssl, zope.interface)
         assert isinstance(gevent._interfaces.ILoop, zope.interface.interface.InterfaceClass)
     ''')
 
@@ -760,6 +760,22 @@ def test_packages_of_zope_that_are_there_by_chance_do_not_hinder_it(tmp_path):
     (tmp_path / 'zope' / 'schema').mkdir(parents=True)
     (tmp_path / 'zope' / 'schema' / '__init__.py').write_text('import zope.interface\nclass Error(zope.interface.Invalid): pass\n')
     python('import todol; import zope.schema; print(zope.schema.Error)', PYTHONPATH=str(tmp_path))
+
+
+def test_another_server_of_the_process_gets_the_headers_of_its_requests():
+    assert python(r'''if True:
+        import todol, gevent.pywsgi
+        def application(environ, start_response):
+            start_response('200 OK', [])
+            names = 'HTTP_X_ONE', 'HTTP_X_TWO', 'CONTENT_TYPE', 'CONTENT_LENGTH'
+            return [' '.join(environ.get(name, '-') for name in names).encode()]
+        server = gevent.pywsgi.WSGIServer(('127.0.0.1', 0), application, log=None)
+        server.start()
+        with gevent.socket.create_connection(('127.0.0.1', server.server_port)) as connection:
+            connection.sendall(b'POST / HTTP/1.0\r\nX-One: 1\r\nX_Two: 3\r\n'
+                               b'Content-Type: a/b\r\nContent-Length: 2\r\n\r\nab')
+            print(connection.makefile().read().splitlines()[-1])
+    ''') == '1 - a/b 2\n'
 
 
 def test_it_serves_below_the_monkey_patch_of_gevent_and_jobs_have_ssl(serve_lines):

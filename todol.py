@@ -25,10 +25,12 @@ if __name__ == '__main__':
 import base64
 import collections
 import contextlib
+import email
 import errno
 import functools
 import hashlib
 import hmac
+import http
 import importlib
 import json
 import logging
@@ -59,15 +61,19 @@ class Later(types.ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-# What bottle, gevent and urllib import, and todol does without: 24 ms of the start and 4 MB. todol speaks no TLS, a proxy
+# What bottle, gevent and urllib import, and todol does without: 28 ms of the start and 5 MB. todol speaks no TLS, a proxy
 # in front of it does (the monkey patch below brings ssl back, for jobs that need it). gevent only tells zope.interface
-# what its classes do, and nobody here asks.
-later = {'ssl': None, 'zope.schema': None, 'zope.interface': types.ModuleType('zope.interface'), **{name: Later(name) for name in (
-    'calendar', 'configparser', 'copy', 'http.cookies', 'inspect', 'ipaddress', 'mimetypes', 'pickle', 'tempfile', 'unicodedata')}}
+# what its classes do, and nobody here asks; of http.client it makes a parser of headers, and Headers takes its place.
+later = {'ssl': None, 'zope.schema': None, **{name: types.ModuleType(name) for name in ('http.client', 'zope.interface')},
+         **{name: Later(name) for name in ('calendar', 'configparser', 'copy', 'email.utils', 'http.cookies', 'inspect',
+                                           'ipaddress', 'mimetypes', 'pickle', 'tempfile', 'unicodedata')}}
+vars(later['http.client']).update(responses={status.value: status.phrase for status in http.HTTPStatus}, HTTPMessage=object,
+                                  parse_headers=lambda *_, **__: None)
 vars(later['zope.interface']).update(Interface=object, Attribute=Exception, classImplements=lambda *_: None,
                                      implementer=lambda *_: lambda described: described)
 later = {name: module for name, module in later.items() if name not in sys.modules}
 sys.modules.update(later)
+vars(email).setdefault('utils', later.get('email.utils'))       # where bottle looks for it
 try:
     import urllib.parse
 
@@ -3154,6 +3160,8 @@ class Headers:
     two lengths, where a proxy may have understood something else. Source: RFC 9110, section 5; RFC 9112, sections 5, 6.
     """
 
+    status = ''         # that of gevent's own tells of a line that was too long
+
     def __init__(self, file):
         self._values = values = {}
         for _ in range(MAX_HEADERS + 1):
@@ -3190,6 +3198,15 @@ class Headers:
 
     def items(self):
         return self._values.items()
+
+    @property
+    def headers(self):
+        """Lines, as gevent's own Handler wants them."""
+        return [f'{name}: {value}' for name, value in self.items()]
+
+
+if 'http.client' in later:      # another server in this process would have no headers
+    gevent.pywsgi.headers_factory = lambda file, *_: Headers(file)
 
 
 class Handler(WebSocketHandler):
