@@ -47,6 +47,7 @@ import struct
 import sys
 import threading
 import time
+import tokenize         # for traceback: 3.13 imports it when there is an error, and out of files that would fail
 import traceback
 import types
 import zlib
