@@ -505,7 +505,8 @@ def serve_client(page, name, url='**/assets/todol-*.js'):
 
     The script comes from 'self', so the Content-Security-Policy stays in force.
     """
-    page.route(url, lambda route: route.fulfill(body=client_bundle(name), content_type='text/javascript'))
+    script = client_bundle(name)
+    page.route(url, lambda route: route.fulfill(body=script, content_type='text/javascript'))
 
 
 # axe
@@ -6534,13 +6535,13 @@ CONNECTED = "Boolean(document.querySelector('turbo-cable-stream-source[connected
 
 
 def test_turbo_rails_shows_what_came_between_page_and_socket_and_during_a_cut(server, new_page):
-    page = new_page()
+    page, script = new_page(), client_bundle('turbo-rails')
     page.goto(server.url)
     client = same_user(server, page)
 
     def late(route):        # the script comes when the page is old already
         client.create('between')
-        route.fulfill(body=client_bundle('turbo-rails'), content_type='text/javascript')
+        route.fulfill(body=script, content_type='text/javascript')
 
     page.route('**/assets/todol-*.js', late)
     page.goto(server.url)
