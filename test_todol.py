@@ -1557,7 +1557,7 @@ def open_bell(tmp_path):
     def open_(directory=tmp_path):
         bell, rung = todol.Doorbell(), gevent.event.Event()
         bell.open(str(directory), 'test')
-        bell.wakes(rung)
+        bell.wakes(rung, b'x')
         opened.append(bell)
         return bell, rung
 
@@ -1575,15 +1575,38 @@ def test_a_ring_wakes_every_neighbour_but_not_the_one_who_rings(open_bell):
     eventually(lambda: own.is_set())        # the newcomers rang
     for event in (own, second, third):
         event.clear()
-    bell.ring()
+    bell.ring(b'x')
     assert second.wait(10) and third.wait(10) and not own.is_set()
 
 
-def test_a_full_pipe_still_rings_and_never_blocks(open_bell):
+def test_a_ring_wakes_only_who_wakes_at_its_byte(open_bell):
+    (bell, _), (neighbour, wakes) = open_bell(), open_bell()
+    sleeps = gevent.event.Event()
+    neighbour.wakes(sleeps, b'y')
+    bell.ring(b'x')
+    assert wakes.wait(10) and not sleeps.is_set()
+    bell.ring()
+    assert sleeps.wait(10)
+
+
+def test_a_full_pipe_still_rings_for_everybody_and_never_blocks(open_bell):
     (bell, _), (_, rung) = open_bell(), open_bell()
     for _ in range(100_000):
-        bell.ring()
+        bell.ring(b'y')
+    bell.ring(b'x')
     assert rung.wait(10)
+
+
+def test_what_a_neighbour_rings_for_wakes_the_jobs_or_the_cable_and_not_both(stack, open_bell):
+    neighbour, _ = open_bell(pathlib.Path(todol.settings.data))
+    neighbour.close()       # it came and went: both have looked
+    (neighbour, _), loops = open_bell(pathlib.Path(todol.settings.data)), (todol.jobs, todol.cable)
+    for byte, looks in ((b'j', [True, False]), (b'c', [False, True])):
+        eventually(lambda: not any(loop._bell.is_set() for loop in loops))
+        ran = [statements(loop._db) for loop in loops]
+        neighbour.ring(byte)
+        eventually(lambda: any(ran))
+        assert [bool(each) for each in ran] == looks
 
 
 def test_who_is_alone_waits_for_the_bell_only(open_bell):
@@ -4031,7 +4054,7 @@ def test_a_process_that_was_suspended_misses_nothing(stack, neighbour):
 
 def test_messages_that_no_bell_announced_arrive_by_polling(stack, neighbour, monkeypatch):
     process = neighbour(0.05)
-    monkeypatch.setattr(todol.doorbell, 'ring', lambda: None)
+    monkeypatch.setattr(todol.doorbell, 'ring', lambda _: None)
     stack.cable.broadcast('a', 'quiet')
     assert read_messages(process, 1)[0][1] == 'quiet'
 

@@ -663,7 +663,7 @@ class Loop:
 class Doorbell:
     """A named pipe per process, beside the databases: a byte in it wakes that process within a millisecond.
 
-    A pipe that nobody reads belongs to a dead process, so the pipes also tell who is alive. Where the file system has
+    The byte says who shall look: the loop that wakes at it, or all, at b'*'. A pipe that nobody reads belongs to a dead process, so the pipes also tell who is alive. Where the file system has
     no named pipes nobody is heard, and POLL_SECONDS is how long a message may take.
     """
 
@@ -673,7 +673,7 @@ class Doorbell:
         self._path = self._fd = self._watcher = None
         self._pipes = {}            # name of a neighbour -> file descriptor
         self._seen_at = None        # the directory's time when it was last read
-        self._events = []
+        self._events = {}           # byte -> the events that it sets
 
     def open(self, directory, prefix):
         self.name = f'{os.getpid()}-{secrets.token_hex(4)}'
@@ -703,16 +703,16 @@ class Doorbell:
             os.unlink(self._path)
         self.__init__()
 
-    def wakes(self, event):
-        """Set the event whenever the bell rings."""
-        self._events.append(event)
+    def wakes(self, event, byte):
+        """Set the event whenever a neighbour rings with the byte."""
+        self._events.setdefault(byte, []).append(event)
 
-    def ring(self):
+    def ring(self, byte=b'*'):
         """Wake every other process. Costs a look at the directory's time when there is none."""
         self._look()
         for name, fd in list(self._pipes.items()):
             try:
-                os.write(fd, b'!')
+                os.write(fd, byte)
             except BlockingIOError:
                 pass                # a full pipe wakes as well
             except OSError:
@@ -735,11 +735,14 @@ class Doorbell:
         return POLL_SECONDS if self.neighbours() else None
 
     def _answer(self):
+        rung = b'*'
         with contextlib.suppress(BlockingIOError):
-            os.read(self._fd, 4096)
+            rung = os.read(self._fd, 4096)
         self._seen_at = None
-        for event in self._events:
-            event.set()
+        for byte, events in self._events.items():
+            if byte in rung or b'*' in rung or len(rung) == 4096:     # where so many wait, some may not have fitted
+                for event in events:
+                    event.set()
 
     def _look(self):
         if self._fd is None:
@@ -1325,7 +1328,7 @@ class Jobs:
     def open(self, worker, workers):
         """Start running jobs. worker: the name of this process, as others see it. workers: how many at once."""
         self._worker, self.workers = worker, workers
-        doorbell.wakes(self._bell)
+        doorbell.wakes(self._bell, b'j')
         self._db.transact(self._start_recurring)
         unserved = [queue for queue in self._queues() if queue not in QUEUES]
         if unserved:
@@ -1343,7 +1346,7 @@ class Jobs:
         self._empty_outbox()
         self._db.transact(self._settle, self._settled)
         self._reset()
-        doorbell.ring()
+        doorbell.ring(b'j')
 
     def names(self):
         """The names of the registered jobs."""
@@ -1382,7 +1385,7 @@ class Jobs:
 
     def _wake(self):
         self._bell.set()
-        doorbell.ring()
+        doorbell.ring(b'j')
 
     def _queues(self):
         """The names of the queues that have jobs; a few look-ups in the index, however many jobs there are."""
@@ -1612,7 +1615,7 @@ class Cable:
         self._db.transact(self._name_epoch)
         (self.epoch,), = self._db.execute('SELECT epoch FROM epochs')
         self._last = self._end()
-        doorbell.wakes(self._bell)
+        doorbell.wakes(self._bell, b'c')
         self._loop = Loop('cable', self._turn)
 
     def close(self):
@@ -1630,7 +1633,7 @@ class Cable:
     def broadcast_all(self, messages):
         """broadcast() for each (stream, message) of a list, in one transaction. Gives their ids."""
         ids = self._db.transact(lambda: [self._append(stream, message) for stream, message in messages])
-        doorbell.ring()                 # first: the other processes have further to go
+        doorbell.ring(b'c')             # first: the other processes have further to go
         if ids and ids[-1] > self._last:    # else a neighbour in the transaction was faster, and delivered these too
             self._deliver()
         return ids
