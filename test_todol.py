@@ -1609,6 +1609,15 @@ def test_what_a_neighbour_rings_for_wakes_the_jobs_or_the_cable_and_not_both(sta
         assert [bool(each) for each in ran] == looks
 
 
+def test_who_gives_its_jobs_back_rings_for_the_jobs_of_the_others(stack, open_bell):
+    neighbour, _ = open_bell(pathlib.Path(todol.settings.data))
+    rung = gevent.event.Event()
+    neighbour.wakes(rung, b'j')
+    stack.jobs.close()
+    assert rung.wait(10)
+    stack.jobs.open('w', 1)
+
+
 def test_who_is_alone_waits_for_the_bell_only(open_bell):
     bell, _ = open_bell()
     assert bell.patience() is None and bell.neighbours() == set()
