@@ -626,7 +626,7 @@ app_db, cache_db, job_db, cable_db = (Database(role) for role in MIGRATIONS)
 # "look now". A loop that fails is logged and goes on; /up tells when one is failing.
 
 RESTART_SECONDS = 1.0       # pause of a loop after an error
-POLL_SECONDS = 1.0          # with neighbours, the databases are looked at this often even if no bell rings
+POLL_SECONDS = 2.0          # with neighbours, the databases are looked at this often even if no bell rings
 
 loops = {}                  # name -> Loop, for /up
 
