@@ -663,8 +663,9 @@ class Loop:
 class Doorbell:
     """A named pipe per process, beside the databases: a byte in it wakes that process within a millisecond.
 
-    The byte says who shall look: the loop that wakes at it, or all, at b'*'. A pipe that nobody reads belongs to a dead process, so the pipes also tell who is alive. Where the file system has
-    no named pipes nobody is heard, and POLL_SECONDS is how long a message may take.
+    The byte says who shall look: the loop that wakes at it, or all, at b'*'. A pipe that nobody reads belongs to a dead
+    process, so the pipes also tell who is alive. Where the file system has no named pipes nobody is heard, and
+    POLL_SECONDS is how long a message may take.
     """
 
     def __init__(self):
