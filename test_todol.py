@@ -12,6 +12,7 @@ Real files, real sockets, real processes, a real browser. What a machine lacks (
 import base64
 import collections
 import contextlib
+import email.utils
 import functools
 import gzip
 import hashlib
@@ -1140,8 +1141,17 @@ def test_writes_of_one_moment_share_a_commit_and_each_gets_its_own_result(databa
     assert kept(database) == names and seen.count('COMMIT') <= 3
 
 
-def test_a_lone_writer_does_not_wait_for_company(database):
-    gevent.sleep(0.01)      # the file was made in this turn
+def test_a_lone_write_in_between_does_not_split_a_crowd_that_comes_back(database, monkeypatch):
+    monkeypatch.setattr(todol, 'CROWD_SECONDS', 60)
+    at_once(*(functools.partial(database.transact, keep, database, name) for name in 'abc'))
+    database.transact(keep, database, 'alone')
+    seen = statements(database)
+    at_once(*(functools.partial(database.transact, keep, database, name) for name in 'def'))
+    assert kept(database) == ['a', 'alone', *'bcdef'] and seen.count('COMMIT') == 1
+
+
+def test_a_lone_writer_does_not_wait_for_company(database, monkeypatch):
+    monkeypatch.setattr(todol, 'CROWD_SECONDS', 0)      # the file was made a moment ago
     turns = []
     other = gevent.spawn(turns.append, 'another greenlet ran')
     database.transact(keep, database, 'a')
@@ -2590,6 +2600,32 @@ def test_jobs_of_many_transactions_all_run_in_the_order_of_the_commits(jobs):
         jobs._app_db.transact(jobs.enqueue, 'note', {'n': n}, order_key='one')
     eventually(lambda: len(notes) == 1200, seconds=30)
     assert [note['n'] for note in notes] == list(range(1200))
+
+
+def test_jobs_that_come_by_the_outbox_soon_after_a_crowd_wait_to_be_moved_together(jobs, monkeypatch):
+    notes, turns = noted(jobs), []
+    monkeypatch.setattr(todol, 'CROWD_PAUSE_SECONDS', 0.5)
+    exchange = jobs._exchange
+    monkeypatch.setattr(jobs, '_exchange', lambda settled: turns.append(exchange(settled)) or turns[-1])
+    jobs.open('w', 50)
+
+    def moved():
+        return [len(relayed) for relayed, *_ in turns if relayed]
+
+    def enqueue_one_by_one(number):
+        for _ in range(number):
+            jobs._app_db.transact(jobs.enqueue, 'note')
+            gevent.sleep(0.01)
+
+    enqueue_one_by_one(5)
+    eventually(lambda: len(notes) == 5)
+    assert moved() == [1] * 5, 'one alone keeps nobody waiting'
+    jobs._app_db.transact(lambda: [jobs.enqueue('note') for _ in range(2)])
+    eventually(lambda: len(notes) == 7)
+    enqueue_one_by_one(10)
+    eventually(lambda: len(notes) == 17)
+    assert moved()[5:] == [2, 10]
+    all_done(jobs)
 
 
 def test_a_job_whose_outbox_row_could_not_be_deleted_runs_once(jobs, monkeypatch):
@@ -4468,9 +4504,9 @@ class Page(html.parser.HTMLParser):
         return found[0]
 
     def rows(self):
-        """{id: title} of the rows that are shown."""
+        """{id: title} of the rows that are shown. Streams also have empty ones, in whose place the real ones come."""
         return {int(row.attributes['id'][5:]): self.one('label', within=row).text
-                for row in self.all('li') if row.attributes.get('id', '').startswith('todo_')}
+                for row in self.all('li') if row.attributes.get('id', '').startswith('todo_') and self.all(within=row)}
 
 
 def page(client, path='/', **options):
@@ -4641,6 +4677,8 @@ class Tab:
 
     @staticmethod
     def look(shown, row):
+        if not shown.all(within=row):
+            return None         # an empty one; the next stream fills it
         toggle = shown.one('input', within=row, class_='toggle')
         return row.attributes, shown.one('label', within=row).text, toggle.attributes
 
@@ -4740,6 +4778,12 @@ def test_tabs_of_every_filter_end_as_the_server_has_it_whatever_comes_twice(stac
         for tab in late:
             tab.receive(json.loads(message.payload))
     assert late == tabs
+
+
+def test_a_change_is_told_with_its_row_once(client):
+    for answer in (client.post('/todos', {'title': 'milk'}, accept=todol.TURBO_STREAM),
+                   client.patch(f'/todos/{client.create("bread")}', {'completed': '1'}, accept=todol.TURBO_STREAM)):
+        assert answer.text.count('<label') == 1
 
 
 def test_a_change_of_many_rows_is_told_as_load_the_page_again(client):
@@ -7133,6 +7177,17 @@ def test_a_header_of_the_application_can_not_bring_another_one(status, header):
 
     received = answer_of(application, NEXT)
     assert statuses(received) == [500] and b'Y: b' not in received
+
+
+@pytest.mark.parametrize('own', [[], [('date', 'Thu, 01 Jan 1970 00:00:01 GMT')]], ids=repr)
+def test_every_answer_has_one_date_that_of_the_application_if_it_gives_one(own):
+    def application(environ, start_response):
+        start_response('200 OK', [('Content-Length', '0'), *own])
+        return []
+
+    said, = re.findall(rb'(?im)^Date: (.*)\r$', answer_of(application, NEXT))
+    told_at = email.utils.parsedate_to_datetime(said.decode()).timestamp()
+    assert told_at == 1 if own else abs(told_at - time.time()) < 60
 
 
 def test_an_answer_that_fails_after_its_first_bytes_is_not_followed_by_another():
