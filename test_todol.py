@@ -1424,6 +1424,14 @@ def test_only_the_app_database_is_made_to_survive_power_loss(open_stack):
     assert [each.execute('PRAGMA synchronous')[0][0] for each in databases] == [2, 1, 1, 1]
 
 
+def test_a_new_job_database_has_small_pages_and_an_older_one_keeps_its_own(open_database, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / 'older')) as file:
+        file.executescript('PRAGMA page_size = 4096; PRAGMA journal_mode = WAL')
+    pages = [open_database(role, tmp_path / name).execute('PRAGMA page_size')
+             for role, name in (('job', 'new'), ('job', 'older'), ('app', 'app'))]
+    assert pages == [[(1024,)], [(4096,)], [(4096,)]]
+
+
 def test_the_clock_of_the_statements_can_be_put_in(database):
     database.clock = lambda: 12.5
     assert database.execute('SELECT now_s()') == [(12.5,)]
@@ -3149,6 +3157,67 @@ def test_a_stop_lets_a_running_job_end_and_gives_back_one_that_does_not(new_jobs
     going.open('b', 5)
     all_done(going)
     assert notes == [{'seconds': 60}]
+
+
+def test_a_stop_gives_back_what_is_started_and_has_no_greenlet_yet(jobs, monkeypatch):
+    notes = noted(jobs)
+    jobs.open('w', 5)
+    eventually(lambda: not jobs._backlog, what='the first turn: from then on jobs start where they are enqueued')
+    monkeypatch.setattr(jobs, '_call', lambda: None)
+    enqueue_many(jobs, 'note', 3)
+    assert jobs.stats()['running'] == 3
+    jobs.close(stop_seconds=0)
+    assert jobs._db.execute('SELECT worker, attempt FROM jobs') == [(None, 0)] * 3 and not notes
+    monkeypatch.undo()
+    jobs.open('w', 5)
+    all_done(jobs)
+    assert len(notes) == 3
+
+
+def test_jobs_that_do_not_wait_share_a_greenlet_and_those_that_do_hold_nobody_up(jobs):
+    greenlets, waiting, go_on = [], [], gevent.event.Event()
+
+    @jobs.job()
+    def work(n):
+        greenlets.append(gevent.getcurrent())
+
+    @jobs.job()
+    def wait(n):
+        waiting.append(n)
+        go_on.wait()
+
+    jobs.open('w', 100)
+    enqueue_many(jobs, 'work', 20)
+    eventually(lambda: len(greenlets) == 20)
+    assert len(set(greenlets)) == 1
+    for n in range(20):
+        jobs.enqueue('wait' if n % 2 else 'work', {'n': n})
+    eventually(lambda: len(greenlets) == 30 and len(waiting) == 10, what='the jobs behind one that waits')
+    assert waiting == list(range(1, 20, 2))
+    go_on.set()
+    all_done(jobs)
+    eventually(lambda: not jobs._greenlets, what='the end of the greenlets')
+
+
+def test_jobs_that_do_not_wait_let_others_run_between_them(jobs, monkeypatch):
+    monkeypatch.setattr(todol, 'SLICE_SECONDS', 0)
+    seen = []
+
+    @jobs.job()
+    def work(n):
+        seen.append('job')
+
+    def look():
+        while seen.count('job') < 10:
+            seen.append('other')
+            gevent.sleep(0)
+
+    jobs.open('w', 100)
+    enqueue_many(jobs, 'work', 10)
+    gevent.spawn(look).join(timeout=10)
+    first = seen.index('job')
+    assert 'job job job' not in ' '.join(seen[first:])
+    all_done(jobs)
 
 
 def test_a_stopping_process_takes_no_more_jobs(jobs):
