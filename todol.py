@@ -357,7 +357,7 @@ class Database:
         self.clock = time.time              # what now_s() gives; tests put their own here
         self._connection = None
         self._queue = []                    # writes that wait for the next transaction
-        self._leading = False               # a greenlet is about to run the queue
+        self._leading = None                # set when the greenlet that is about to run the queue has done so
         self._in_transaction = False
         self._wrote_at = self._wrote_by = 0
         self._crowded = False               # the last transaction was of several writers
@@ -442,7 +442,7 @@ class Database:
         try:
             while not write.done:
                 if self._leading:
-                    write.wait()
+                    self._leading.wait()
                 else:
                     self._lead()
         except BaseException:       # killed while it waited: nobody is left to hear the result
@@ -460,7 +460,7 @@ class Database:
 
     def _lead(self):
         """Run the first transaction that the queue allows."""
-        self._leading = True
+        self._leading = gevent.event.Event()
         try:
             # Somebody else wrote a moment ago, or joined the last time: others may be about to. They get one turn of the
             # event loop to join: with 16 clients, fifteen writes share a commit. A lone writer never waits.
@@ -481,9 +481,8 @@ class Database:
             self._crowded = len(group) > 1
             self._run(group)
         finally:
-            self._leading = False
-            for write in self._queue:       # left over, or the leader was killed: one of them leads on
-                write.wake()
+            ended, self._leading = self._leading, None
+            ended.set()         # who is left over, or whose leader was killed, leads on
 
     def _run(self, group):
         """Call the functions of a group in the transaction that is open, and commit it."""
@@ -589,25 +588,16 @@ class Database:
 
 class _Write:
     """A function that waits for its transaction, and what came of it."""
-    __slots__ = ('function', 'value', 'error', 'done', 'alone', '_event')
+    __slots__ = ('function', 'value', 'error', 'done', 'alone')
 
     def __init__(self, function):
         self.function = function
-        self.value = self.error = self._event = None
+        self.value = self.error = None
         self.done = False
         self.alone = False      # it, or a neighbour, failed in a group: it gets a transaction of its own
 
     def finish(self, value=None, error=None):
         self.value, self.error, self.done = value, error, True
-        self.wake()
-
-    def wait(self):
-        self._event = gevent.event.Event()
-        self._event.wait()
-
-    def wake(self):
-        if self._event:
-            self._event.set()
 
 
 def is_busy(error):
