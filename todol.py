@@ -1164,7 +1164,7 @@ LEASE_SECONDS = 15          # a dead worker's jobs wait no longer; a live one re
 STOP_SECONDS = 5            # running jobs may go on so long when the process stops
 KEEP_FAILED_SECONDS = 10 * 86400
 OUTBOX_ROWS = 500           # are moved in one transaction
-CROWD_PAUSE_SECONDS = 0.004     # after moving several: what comes by the outbox meanwhile shares the next transaction
+CROWD_PAUSE_SECONDS = 0.001     # at least, after moving several: what comes by the outbox then shares the next transaction
 MAX_BACKOFF_SECONDS = 3600
 SLICE_SECONDS = 0.005       # jobs that do not wait run one after another so long, then others have a turn
 
@@ -1423,8 +1423,10 @@ class Jobs:
         self._empty_outbox()
         if more:
             return gevent.sleep(0)
-        if crowd:
-            gevent.sleep(CROWD_PAUSE_SECONDS)       # a quarter more changes a second
+        if crowd:       # who asks comes first, for a while: a quarter more changes a second
+            gevent.sleep(CROWD_PAUSE_SECONDS)
+            with gevent.Timeout(4 * CROWD_PAUSE_SECONDS, False):
+                gevent.idle()
         patience = POLL_SECONDS if self._alive != {self._worker} else None      # doorbell.patience() would look once more
         if next_due is not None and (free or not self._backlog):    # else the next one to end rings the bell
             due = max(next_due - now, 0.001)
