@@ -4336,6 +4336,17 @@ def test_a_full_list_takes_no_more_but_repeats_and_other_users_are_welcome(open_
     assert todol.create_todo(USERS[0], 'c')
 
 
+def test_new_todos_stand_together_in_the_index_by_key_whoever_made_them(stack):
+    keys = [f'{1795430000000 + number}-{text}' for number, text in enumerate('zxay')]
+    for number, key in enumerate(keys):
+        todol.create_todo(USERS[number % 2], 'milk', key)
+    assert todol.app_db.execute("SELECT name FROM pragma_index_info('todos_by_key_first')") == [('key',), ('user_id',)]
+    assert [kept.split()[0] for kept, in todol.app_db.execute('SELECT key FROM todos ORDER BY key')] == keys
+    lasting = 'k' * 99
+    ids = {todol.create_todo(user, title, lasting + end).id for _ in range(2) for user in USERS for title in 'ab' for end in 'ab'}
+    assert len(ids) == 8, 'what a key is cut to must not make it another one'
+
+
 def test_what_changes_nothing_tells_nobody(stack):
     id = todol.create_todo(USERS[0], 'a').id
     version = todol.count_todos(USERS[0]).version
@@ -5017,6 +5028,7 @@ def test_a_form_sent_twice_makes_one_todo(client):
     client.post('/todos', {'title': 'bread', 'key': key})       # back, and another text in the same form
     assert client.todos() == [('milk', False), ('bread', False)]
     assert page(client).one('input', name='key').attributes['value'] != key
+    assert abs(int(key.partition('-')[0]) / 1000 - time.time()) < 60, 'it starts with the time'
 
 
 def test_a_program_that_repeats_a_create_gets_the_same_answer(client):
@@ -8306,6 +8318,7 @@ def test_a_new_todo_is_there_before_its_answer_and_looks_as_it_will(open_tab):
     assert not page.locator('.empty').is_visible()
     before = page.locator('#todos').screenshot()
     becomes(page, lambda _: len(asked), 1)
+    assert abs(int(re.search(r'key=(\d+)-0\.\d', asked[0].request.post_data)[1]) / 1000 - time.time()) < 60
     asked[0].continue_()
     becomes(page, titles, [title.strip()])
     assert pending(page) == [] and page.locator('#todos').screenshot() == before

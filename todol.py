@@ -259,6 +259,8 @@ MIGRATIONS = {
                 job         TEXT NOT NULL                        -- the row to insert there, as JSON
             )'''),
         ('006 create secrets', 'CREATE TABLE secrets (name TEXT PRIMARY KEY, value TEXT NOT NULL)'),
+        ('007 index todos by key first', 'CREATE UNIQUE INDEX todos_by_key_first ON todos (key, user_id) WHERE key IS NOT NULL'),
+        ('008 drop index by user and key', 'DROP INDEX todos_by_key'),  # keys start with the time: new ones are in one page
     ],
     'cache': [
         ('001 create entries', '''
@@ -1830,17 +1832,25 @@ def clean_title(title):
     return '' if re.fullmatch(BLANK, title) else title
 
 
+def new_key():
+    """An idempotency key for a todo: milliseconds since 1970, and something that nobody else has."""
+    return f'{time.time_ns() // 10**6}-{secrets.token_urlsafe(9)}'
+
+
 @app_db.transaction
 def create_todo(user, title, key=None):
     """Add a todo at the end of the user's list, and give it. Raises TitleError, LimitError.
 
-    key: an idempotency key of the client's choice: the same key and title again give the same todo.
+    key: an idempotency key of the client's choice: the same key and title again give the same todo. One that starts with
+    the time, as new_key() gives it, costs a sixth less.
     """
     title = clean_title(title)
     if not title:
         raise TitleError('A todo needs a title.')
-    key = hashlib.sha256(f'{key}\0{title}'.encode()).hexdigest()[:32] if key else None
-    rows = app_db.execute(INSERT_TODO, {'user': user, 'title': title, 'key': key})
+    if key:
+        digest = hashlib.sha256(f'{key}\0{title}'.encode()).hexdigest()
+        key = f'{key[:16]} {digest[:24]}'       # in the order of the given ones
+    rows = app_db.execute(INSERT_TODO, {'user': user, 'title': title, 'key': key or None})
     if not rows:
         (id,), = app_db.execute('SELECT id FROM todos WHERE user_id = ? AND key = ?', (user, key))
         return find_todo(user, id)
@@ -2208,7 +2218,7 @@ def render_page(user, showing, todos, totals, position, editing=None, text='', e
     to the field for a new todo."""
     rows = ''.join([render_todo(todo) if todo.id != editing else render_editor(todo, showing, text, error) for todo in todos])
     body = render('page', showing=showing, rows=rows, count=render_count(totals), filters=render_filters(showing),
-                  toggle_all=render_toggle_all(totals), key=secrets.token_urlsafe(9), editing=editing,
+                  toggle_all=render_toggle_all(totals), key=new_key(), editing=editing,
                   text='' if editing else text, error='' if editing else error, position=position,
                   signed_stream_name=sign_stream_name(todos_stream(user)), idle_seconds=settings.idle_seconds)
     return render_layout(f'{totals.active} left · todol' if totals.active else 'todol', body)
@@ -4094,7 +4104,7 @@ addEventListener('submit', event => {
     field.value = '';
     if (!entry.text) return;
     body.set('title', entry.text);
-    body.set('key', crypto.getRandomValues(new Uint32Array(4)).join('-'));
+    body.set('key', `${Date.now()}-${Math.random()}`);
   }
   if (form.id === 'all') {
     entry.all = true;

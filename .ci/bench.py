@@ -499,7 +499,8 @@ for i, cookie in ipairs(cookies) do
 end
 function request()
   sent = sent + 1
-  return wrk.format('POST', '/todos', headers[sent % #headers + 1], 'title=Buy+milk+' .. sent .. '&key=' .. run .. sent)
+  local key = os.time() .. '-' .. run .. sent     -- starts with the time, as those of the page
+  return wrk.format('POST', '/todos', headers[sent % #headers + 1], 'title=Buy+milk+' .. sent .. '&key=' .. key)
 end
 '''
 DONE_LUA = '''
