@@ -499,7 +499,7 @@ for i, cookie in ipairs(cookies) do
 end
 function request()
   sent = sent + 1
-  local key = os.time() .. '-' .. run .. sent     -- starts with the time, as those of the page
+  local key = (begun_ms + sent) .. '-' .. run     -- starts with the time, as those of the page
   return wrk.format('POST', '/todos', headers[sent % #headers + 1], 'title=Buy+milk+' .. sent .. '&key=' .. key)
 end
 '''
@@ -518,7 +518,8 @@ def load(server, cookies, requests_lua, connections, seconds):
     script = pathlib.Path(server.data, 'wrk.lua')
     # A key of another run would only find the todo of that run: no change at all.
     names = ', '.join(json.dumps(cookie) for cookie in cookies)
-    script.write_text(f'cookies, run = {{{names}}}, "{secrets.token_hex(4)}-"\n' + requests_lua + DONE_LUA)
+    script.write_text(f'cookies, run, begun_ms = {{{names}}}, "{secrets.token_hex(8)}", {int(time.time() * 1000)}\n'
+                      + requests_lua + DONE_LUA)
     before_s = cpu_s(server.pid)
     process = start([need('wrk'), '-t1', f'-c{connections}', f'-d{seconds}s', '-s', script, f'http://127.0.0.1:{server.port}'],
                     LOAD_CORE, stdout=subprocess.PIPE, text=True)
