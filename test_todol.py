@@ -3732,12 +3732,44 @@ def test_a_batch_job_is_called_once_for_all_that_start_together_and_alone_for_on
     assert notes == [[1, 2, 3], [4]] and others == [{'n': 0}, {'n': 1}]
 
 
-def test_a_batch_counts_as_many_jobs_as_it_has(jobs):
-    notes = batched(jobs)
-    jobs.open('w', 3)
-    enqueue_together(jobs, range(7))
-    eventually(lambda: sum(map(len, notes)) == 7)
-    assert sorted(n for note in notes for n in note) == list(range(7)) and max(map(len, notes)) == 3
+def test_a_batch_takes_one_worker_however_long_it_is(jobs):
+    batches, others, go_on = [], noted(jobs), gevent.event.Event()
+
+    @jobs.job(batch=True)
+    def batch(calls):
+        batches.append([call['n'] for call in calls])
+        go_on.wait()
+
+    jobs.open('w', 2)
+    jobs._app_db.transact(lambda: [enqueue_together(jobs, range(7)), jobs.enqueue('note', {'n': 'beside it'}),
+                                   enqueue_together(jobs, range(7, 9))])
+    eventually(lambda: batches and others)
+    enqueue_together(jobs, [9])
+    eventually(lambda: len(batches) == 2, what='another batch, by the worker that is free')
+    jobs.enqueue('note', {'n': 'no worker is free'})
+    gevent.sleep(0.05)
+    assert batches == [[*range(9)], [9]] and others == [{'n': 'beside it'}]
+    go_on.set()
+    eventually(lambda: len(others) == 2)
+    all_done(jobs)
+
+
+def test_a_batch_does_not_start_when_no_worker_is_free(jobs):
+    batches, go_on = batched(jobs), gevent.event.Event()
+
+    @jobs.job()
+    def wait():
+        go_on.wait()
+
+    jobs.open('w', 1)
+    jobs.enqueue('wait')
+    eventually(lambda: jobs._running)
+    enqueue_together(jobs, range(3))
+    eventually(lambda: not jobs._app_db.execute('SELECT 1 FROM outbox'))
+    assert not batches and jobs.stats() == {'waiting': 3, 'running': 1, 'failed': 0}
+    go_on.set()
+    all_done(jobs)
+    assert sorted(n for batch in batches for n in batch) == [0, 1, 2]
 
 
 def test_each_job_of_a_batch_that_fails_runs_alone_and_only_the_bad_one_is_tried_again(jobs, clock):
@@ -4886,6 +4918,23 @@ def test_a_broadcast_tells_the_state_of_its_moment_not_of_the_change(client):
     shown = Page(todol.render_changes(user, [id]))
     assert shown.all('turbo-stream')[0].attributes == {'action': 'remove', 'target': f'todo_{id}'}
     assert [shown.one(id=id).attributes['data-version'] for id in ('todo-count', 'toggle-all')] == ['3', '3']
+
+
+def test_who_changes_todos_as_fast_as_it_goes_is_hardly_ahead_of_the_broadcasts(stack):
+    def waiting():
+        return sum(database.execute(f'SELECT count(*) FROM {table}')[0][0]
+                   for database, table in ((todol.app_db, 'outbox'), (todol.job_db, "jobs WHERE name = 'broadcast_todos'")))
+
+    def change(user):
+        for number in range(100):
+            todol.create_todo(user, f'{number}')
+            gevent.sleep(0)
+        backlogs.append(waiting())
+
+    backlogs = []
+    at_once(*(functools.partial(change, f'user {number}') for number in range(16)))
+    assert len(backlogs) == 16 and max(backlogs) < 2 * todol.OUTBOX_ROWS, 'of 1,600'
+    eventually(lambda: not waiting())
 
 
 def test_broadcasts_of_one_user_leave_in_the_order_of_the_changes(client):

@@ -1165,7 +1165,7 @@ QUEUES = {'urgent': 6, 'default': 3, 'low': 1}      # name: weight; how often it
 LEASE_SECONDS = 15          # a dead worker's jobs wait no longer; a live one renews at a third of it
 STOP_SECONDS = 5            # running jobs may go on so long when the process stops
 KEEP_FAILED_SECONDS = 10 * 86400
-OUTBOX_ROWS = 500           # are moved in one transaction
+OUTBOX_ROWS = 200           # are moved in one transaction
 CROWD_PAUSE_SECONDS = 0.001     # at least, after moving several: what comes by the outbox then shares the next transaction
 MAX_BACKOFF_SECONDS = 3600
 SLICE_SECONDS = 0.005       # jobs that do not wait run one after another so long, then others have a turn
@@ -1249,7 +1249,8 @@ class Jobs:
         self._worker = None
         self._bell = gevent.event.Event()
         self._relayed = []              # ids of the outbox rows that are in the job database
-        self._running = set()           # jobs that are leased and not settled
+        self._running = set()           # jobs that are leased and have not ended
+        self._busy = 0                  # workers that have one of them, or a batch
         self._started = collections.deque()     # lists of those that no greenlet has taken yet
         self._greenlets = set()
         self._called = False            # a greenlet is about to look for such a list
@@ -1266,8 +1267,8 @@ class Jobs:
 
         It is called with the job's arguments as keywords, possibly more than once. A failure is tried again after
         retry_seconds, twice that, and so on, with some jitter; after so many attempts the job is parked.
-        batch: call it once for all its jobs that start together, with a list of their arguments (dicts) instead. If that
-        fails, each of them runs alone.
+        batch: call it once for all its jobs that start together, with a list of their arguments (dicts) instead, by one
+        worker. If that fails, each of them runs alone.
         """
         if queue not in QUEUES:
             raise JobError(f'queue {queue!r} is not one of {", ".join(QUEUES)}')
@@ -1412,14 +1413,14 @@ class Jobs:
         try:
             self._relayed, claimed, next_due, self._alive = self._db.transact(self._exchange, settled)
             settled = []
-            for batch in self._batches(claimed):
+            for batch in claimed:
                 self._start(batch)
         except BaseException:
             self._settled = settled + self._settled
             raise
         now = self._db.clock()
         self._backlog = next_due is not None and next_due <= now
-        free = len(self._running) < self.workers
+        free = self._busy < self.workers
         more = len(self._relayed) == OUTBOX_ROWS or (self._backlog and free and claimed)
         crowd = len(self._relayed) > 1
         self._empty_outbox()
@@ -1451,19 +1452,17 @@ class Jobs:
 
     def _may_start(self):
         """Whether a new job can start at once, without overtaking one that waits."""
-        return not self._backlog and len(self._running) < self.workers
+        return not self._backlog and self._busy < self.workers
 
-    def _batches(self, claimed):
-        """The jobs in lists of those that run together. One that was tried before runs alone: it may be what ends the others."""
-        batches = {}
-        for job in claimed:
-            task = self._tasks.get(job.name)
-            joins = task and task.batch and job.attempt == 1
-            batches.setdefault(job.name if joins else job.id, []).append(job)
-        return batches.values()
+    def _join(self, batches, job):
+        """Put a job to those that run with it. One that was tried before runs alone: it may be what ends the others."""
+        task = self._tasks.get(job.name)
+        joins = task and task.batch and job.attempt == 1
+        batches.setdefault(job.name if joins else job.id, []).append(job)
 
     def _start(self, batch):
         self._running.update(batch)
+        self._busy += 1
         self._started.append(batch)
         self._call()
 
@@ -1491,20 +1490,21 @@ class Jobs:
     def _exchange(self, settled):
         """In one transaction: settle what ended, renew, give back, claim, insert what the outbox holds.
 
-        Gives the outbox rows that were moved, the claimed jobs, the time when the next one falls due (None: never), and
-        the names of the live processes.
+        Gives the outbox rows that were moved, the claimed jobs in lists of those that run together, the time when the next
+        one falls due (None: never), and the names of the live processes. A batch takes one worker, however long it is:
+        with one for each of its jobs, who changes todos as fast as the server can is seconds ahead of who looks on.
         The outbox is read under the lock of the job database, and its rows go before their jobs can end: so a neighbour
         that reads it too can't insert a job that is done already.
         """
         outbox = self._app_db.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?', (OUTBOX_ROWS,))
-        free = self.workers - len(self._running)
+        free = self.workers - self._busy
         self._settle(settled)
         self._renew_leases()
         alive = doorbell.neighbours() | {self._worker}      # under the lock: who takes a job has its pipe before
         if alive != self._alive and not doorbell.deaf:
             self._free_dead_workers(alive)
         now = self._db.clock()
-        claimed, times = [], []
+        claimed, times = {}, []
         for name, due_at in self._db.execute('SELECT name, due_at FROM recurring'):
             if name in self._recurring:
                 if due_at <= now:
@@ -1516,19 +1516,20 @@ class Jobs:
         for queue in sorted(QUEUES, key=lambda name: random.random() ** (1 / QUEUES[name]), reverse=True):
             (due_at,), = self._db.execute(FIRST_DUE, (queue,))
             if due_at is not None and due_at <= now and free > len(claimed):
-                claimed += sorted(self._db.execute(CLAIM_JOBS, {'queue': queue, 'limit': free - len(claimed),
-                                                                'worker': self._worker, 'lease': LEASE_SECONDS}))
+                rows = self._db.execute(CLAIM_JOBS, {'queue': queue, 'limit': free - len(claimed), 'worker': self._worker,
+                                                     'lease': LEASE_SECONDS})
+                for row in sorted(rows):
+                    self._join(claimed, Job(*row))
                 (due_at,), = self._db.execute(FIRST_DUE, (queue,))
             times.append(due_at)
-        claimed = [Job(*row) for row in claimed]
         for row in [json.loads(row) for _, row in outbox]:
-            lease = row['run_at'] <= now and free > len(claimed)
+            lease = row['run_at'] <= now and (free > len(claimed) or row['name'] in claimed)
             job = self._insert(row, lease)
             if job:
-                claimed.append(job)
+                self._join(claimed, job)
             elif not lease:
                 times.append(row['run_at'])
-        return [(id,) for id, _ in outbox], claimed, min((at for at in times if at is not None), default=None), alive
+        return [(id,) for id, _ in outbox], list(claimed.values()), min((at for at in times if at is not None), default=None), alive
 
     def _settle(self, settled):
         # Most are done; deleted in one call they cost half.
@@ -1583,6 +1584,7 @@ class Jobs:
             ids = ','.join(str(job.id) for job in batch)
             log.error('job failed id=%s name=%s attempt=%s error=%r', ids, name, attempt, failure)
         finally:
+            self._busy -= 1
             if outcome == 'failed' and len(batch) > 1:
                 for job in batch:
                     self._start([job])
