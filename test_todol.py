@@ -4920,7 +4920,9 @@ def test_a_broadcast_tells_the_state_of_its_moment_not_of_the_change(client):
     assert [shown.one(id=id).attributes['data-version'] for id in ('todo-count', 'toggle-all')] == ['3', '3']
 
 
-def test_who_changes_todos_as_fast_as_it_goes_is_hardly_ahead_of_the_broadcasts(stack):
+def test_who_changes_todos_as_fast_as_it_goes_is_hardly_ahead_of_the_broadcasts(open_stack):
+    open_stack(TODOL_JOB_WORKERS='1')
+
     def waiting():
         return sum(database.execute(f'SELECT count(*) FROM {table}')[0][0]
                    for database, table in ((todol.app_db, 'outbox'), (todol.job_db, "jobs WHERE name = 'broadcast_todos'")))
