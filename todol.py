@@ -1492,7 +1492,7 @@ class Jobs:
 
         Gives the outbox rows that were moved, the claimed jobs in lists of those that run together, the time when the next
         one falls due (None: never), and the names of the live processes. A batch takes one worker, however long it is:
-        with one for each of its jobs, who changes todos as fast as the server can is seconds ahead of who looks on.
+        with one for each of its jobs, those that HTTP clients enqueue as fast as they can run seconds late.
         The outbox is read under the lock of the job database, and its rows go before their jobs can end: so a neighbour
         that reads it too can't insert a job that is done already.
         """
