@@ -20,7 +20,8 @@ EXPOSE 8080
 # Without BUCKET_NAME: todol alone. With it, four steps, each of which ends the start if it fails:
 #   1. A variable that is empty says so; it does not mean "no backups".
 #   2. Fetch the databases that are not here (all of them on a new machine, none on a volume). A bucket that does not
-#      answer is no empty bucket: an app that started empty would write over its own backup.
+#      answer is no empty bucket: an app that started empty would write over its own backup. A cache that todol left open
+#      when it ran without a bucket may be torn: todol would begin a new one, but not while Litestream reads it.
 #   3. Create what was in neither place, and copy once: keys that can't write are found now, not when they are needed.
 #   4. Litestream starts todol, copies while it runs, and passes signals on.
 # TODOL_LITESTREAM leaves checkpoints to Litestream. `exec` makes it, or todol, the process that gets the signals.
@@ -30,6 +31,8 @@ CMD ["sh", "-euc", "\
     \"${AWS_ACCESS_KEY_ID:?is empty, and BUCKET_NAME is set}\" \
     \"${AWS_SECRET_ACCESS_KEY:?is empty, and BUCKET_NAME is set}\"; \
   export TODOL_LITESTREAM=on; \
+  cache=\"$TODOL_DATA/${TODOL_ENV}_cache.sqlite3\"; \
+  if [ -s \"$cache-boot\" ]; then rm -f \"$cache\" \"$cache\"-*; fi; \
   for role in '' _cache _job; do \
     litestream restore -if-db-not-exists -if-replica-exists \"$TODOL_DATA/$TODOL_ENV$role.sqlite3\"; \
   done; \

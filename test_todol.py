@@ -1418,10 +1418,142 @@ def test_the_files_are_in_wal_mode_with_the_synchronous_setting_asked_for(open_d
         assert [database.execute(f'PRAGMA {name}')[0][0] for name in pragmas] == ['wal', number, 1, 0]
 
 
-def test_only_the_app_database_is_made_to_survive_power_loss(open_stack):
-    open_stack(TODOL_SYNC='FULL')
+OFF, NORMAL, FULL = range(3)        # what PRAGMA synchronous gives
+
+
+@pytest.mark.parametrize(('chosen', 'modes'), [({}, [NORMAL, OFF, NORMAL, OFF]), ({'TODOL_SYNC': 'FULL'}, [FULL, OFF, NORMAL, OFF]),
+                                               ({'TODOL_LITESTREAM': 'on'}, [NORMAL, NORMAL, NORMAL, OFF])])
+def test_only_what_may_be_lost_is_not_synced(open_stack, reboot, chosen, modes):
+    open_stack(**chosen)
     databases = (todol.app_db, todol.cache_db, todol.job_db, todol.cable_db)
-    assert [each.execute('PRAGMA synchronous')[0][0] for each in databases] == [2, 1, 1, 1]
+    assert [each.execute('PRAGMA synchronous')[0][0] for each in databases] == modes
+
+
+@pytest.fixture
+def reboot(monkeypatch, tmp_path):
+    """reboot() starts the machine anew, as far as its boot id tells."""
+    def start():
+        boot_id.write_text(f'{os.urandom(16).hex()}\n')
+
+    boot_id = tmp_path / 'boot_id'
+    start()
+    monkeypatch.setattr(todol, 'BOOT_ID', str(boot_id))
+    return start
+
+
+def copied(database, to):
+    """A copy of the files of a database as they are now: what a machine that goes down leaves, if it wrote all of it."""
+    for file in pathlib.Path(database.path).parent.glob(f'{pathlib.Path(database.path).name}*'):
+        shutil.copy(file, f'{to}{file.name.removeprefix(pathlib.Path(database.path).name)}')
+    return to
+
+
+def test_a_file_without_sync_starts_empty_if_the_machine_went_down_while_it_was_open(open_database, reboot, tmp_path, caplog):
+    database = open_database('app', tmp_path / 'open', synchronous='OFF')
+    keep(database, 'a')
+    torn, whole = copied(database, tmp_path / 'torn'), copied(database, tmp_path / 'whole')
+    os.truncate(torn, 5000)
+    reboot()
+    for left in (torn, whole):
+        assert kept(open_database('app', left, synchronous='OFF')) == []
+        assert f'{left} was open when the machine went down' in caplog.text
+
+
+def test_a_file_without_sync_is_kept_when_only_the_process_died(open_database, reboot, tmp_path):
+    database = open_database('app', tmp_path / 'open', synchronous='OFF')
+    keep(database, 'a')
+    assert kept(open_database('app', copied(database, tmp_path / 'left'), synchronous='OFF')) == ['a']
+
+
+def test_a_file_without_sync_that_was_closed_outlives_the_machine(open_database, reboot, tmp_path):
+    for name in ('a', 'b'):
+        database = open_database('app', tmp_path / 'file', synchronous='OFF')
+        keep(database, name)
+        database.close()
+        reboot()
+    assert kept(open_database('app', tmp_path / 'file', synchronous='OFF')) == ['a', 'b']
+
+
+def test_a_file_without_sync_is_open_until_the_last_process_closes_it(open_database, reboot, tmp_path):
+    first, second, third = (open_database('app', tmp_path / 'file', synchronous='OFF') for _ in range(3))
+    keep(first, 'a')
+    first.close()
+    left = copied(second, tmp_path / 'left')
+    second.close()
+    third.close()
+    reboot()
+    assert kept(open_database('app', left, synchronous='OFF')) == []
+    assert kept(open_database('app', tmp_path / 'file', synchronous='OFF')) == ['a']
+
+
+def test_a_file_without_sync_is_marked_on_the_disk_before_its_first_write_and_synced_before_the_mark_goes(
+        open_database, reboot, tmp_path, monkeypatch):
+    path, mark = tmp_path / 'file', tmp_path / 'file-boot'
+    synced, fsync = [], os.fsync
+
+    def recorded(fd):
+        synced.append((os.path.basename(os.readlink(f'/proc/self/fd/{fd}')), mark.read_bytes() == boot, path.exists()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, 'fsync', recorded)
+    boot = pathlib.Path(todol.BOOT_ID).read_bytes()
+    database = open_database('app', path, synchronous='OFF')
+    assert synced == [('file-boot', True, False)]
+    keep(database, 'a')
+    synced.clear()
+    database.close()
+    assert synced == [('file', True, True)] and mark.read_bytes() == b''
+
+
+def test_a_file_without_sync_is_marked_also_if_the_last_process_closes_it_during_the_opening(
+        open_database, reboot, tmp_path, monkeypatch):
+    first = open_database('app', tmp_path / 'file', synchronous='OFF')
+    flock = todol.fcntl.flock
+
+    def after_the_first(fd, how):
+        if how == todol.fcntl.LOCK_SH:
+            monkeypatch.setattr(todol.fcntl, 'flock', flock)
+            first.close()
+            assert (tmp_path / 'file-boot').read_bytes() == b''
+        flock(fd, how)
+
+    monkeypatch.setattr(todol.fcntl, 'flock', after_the_first)
+    keep(open_database('app', tmp_path / 'file', synchronous='OFF'), 'a')
+    assert (tmp_path / 'file-boot').read_bytes() == pathlib.Path(todol.BOOT_ID).read_bytes()
+
+
+def test_processes_that_start_together_after_the_machine_went_down_lose_nothing_of_each_other(tmp_path):
+    program = """if True:
+        import sys, todol
+        todol.BOOT_ID = sys.argv[1]
+        for number in range(50):
+            database = todol.Database('app')
+            database.open(sys.argv[2], synchronous='OFF')
+            database.execute('INSERT INTO secrets (name, value) VALUES (?, ?)', (f'{sys.argv[3]}-{number}', ''))
+            database.close()"""
+    for name in ('then', 'now'):
+        (tmp_path / name).write_text(f'boot of {name}\n')
+    (tmp_path / 'file-boot').write_text((tmp_path / 'then').read_text())
+    plain_file('CREATE TABLE torn (row)')(tmp_path / 'file')
+    processes = [subprocess.Popen([sys.executable, '-c', program, tmp_path / 'now', tmp_path / 'file', str(name)], cwd=HERE)
+                 for name in range(4)]
+    assert [process.wait(60) for process in processes] == [0] * 4
+    with contextlib.closing(sqlite3.connect(tmp_path / 'file')) as file:
+        assert file.execute('SELECT count(*) FROM secrets').fetchone() == (200,)
+    assert (tmp_path / 'file-boot').read_bytes() == b''
+
+
+@pytest.mark.parametrize('lacking', ['BOOT_ID', 'fcntl'])
+def test_a_file_is_synced_where_nothing_tells_that_the_machine_went_down(open_database, tmp_path, monkeypatch, lacking):
+    monkeypatch.setattr(todol, lacking, '/nowhere' if lacking == 'BOOT_ID' else None)
+    database = open_database('app', synchronous='OFF')
+    assert database.execute('PRAGMA synchronous') == [(NORMAL,)] and not list(tmp_path.glob('*-boot'))
+
+
+def test_a_mark_that_can_not_be_written_is_told(open_database, reboot, tmp_path):
+    (tmp_path / 'file-boot').mkdir()
+    with pytest.raises(todol.StorageError, match='file-boot can not be read: Is a directory'):
+        open_database('app', tmp_path / 'file', synchronous='OFF')
 
 
 def test_a_new_job_database_has_small_pages_and_an_older_one_keeps_its_own(open_database, tmp_path):
@@ -4941,7 +5073,7 @@ def test_who_changes_todos_as_fast_as_it_goes_is_hardly_ahead_of_the_broadcasts(
 
 def test_broadcasts_of_one_user_leave_in_the_order_of_the_changes(client):
     messages = heard(client)
-    for number in range(20):
+    for number in range(50):
         client.create(f'{number}')
     eventually(lambda: len(messages) == 20)
     versions = [version_of(message.payload) for message in messages]
@@ -6393,7 +6525,7 @@ def test_a_change_made_through_one_process_reaches_a_socket_on_another(start_ser
     identifier = stream_identifier(here)        # the page came from one process, its socket goes to the other
     client_of_same_user(one, here).create('between')
     socket = subscribed(connect, two, there, identifier, EXTENDED)
-    for number in range(20):
+    for number in range(50):
         (here if number % 2 else there).create(f'todo {number}')
     received = [socket.receive() for _ in range(21)]
     assert [(message['offset'], message['message']) for message in received] == logged(one, todos_of(here))
@@ -7482,7 +7614,7 @@ def test_it_stays_under_40_mb_of_memory_after_serving(server, connect):
     status = pathlib.Path(f'/proc/{server.process.pid}/status')
     need(status.exists(), 'this system has no /proc')
     client = get_session(server)
-    for number in range(20):
+    for number in range(50):
         client.create(f'todo {number}')
     sockets = [connect(server, client) for _ in range(3)]
     for _ in range(100):
@@ -7776,6 +7908,34 @@ def test_a_check_finds_a_torn_page(start_server, tmp_path):
     path.write_bytes(content)
     status, output, _ = command(tmp_path, 'check')
     assert status == 1 and 'damaged' in output
+
+
+def test_a_cache_that_a_power_loss_tore_is_no_damage_and_a_restore_brings_it_back(start_server, tmp_path):
+    server = start_server()
+    client = server.client()
+    client.create('one')
+    with contextlib.closing(server.database('cache')) as file:
+        counters = file.execute('SELECT key, number FROM entries').fetchall()
+    assert counters and command(tmp_path, 'backup', 'copy')[0] == 0
+    server.kill()
+    files = [tmp_path / 'db' / f'test_{role}.sqlite3' for role in ('cache', 'cable')]
+    for file in files:
+        pathlib.Path(f'{file}-boot').write_text('the boot before')
+        file.write_bytes(b'torn')
+    assert command(tmp_path, 'check') == (0, 'ok\n', '')
+    assert command(tmp_path, 'restore', 'copy', '--force')[0] == 0
+    server = start_server()
+    with contextlib.closing(server.database('cache')) as file:
+        assert file.execute('SELECT key, number FROM entries').fetchall() == counters
+    assert 'starts empty' not in server.log
+    server.kill()
+    for file in files:
+        pathlib.Path(f'{file}-boot').write_text('the boot before')
+        file.write_bytes(b'torn')
+    server = start_server()
+    cookies, client = client.cookies, server.client()
+    client.cookies = cookies
+    assert client.todos() == [('one', False)] and server.log.count('starts empty') == 2
 
 
 # === Styles: values, then meanings, then rules ========================================================================
@@ -9657,6 +9817,20 @@ def test_without_a_bucket_todol_runs_alone_and_with_one_later_its_files_are_kept
     assert not list(this.data.glob('.*-litestream')), 'Litestream was there'
     this.environment.update(BUCKET_NAME=machine_buckets.pop(), AWS_ENDPOINT_URL_S3=storage.url)
     titles += write(this.start().assert_has(client, titles), 3, 'later')
+    this.outlives_its_disk(client, titles)
+
+
+def test_a_cache_that_was_left_open_without_a_bucket_is_made_anew_with_one(machine, storage):
+    this = machine().start()
+    titles = write(client := this.client(), 3)
+    this.kill()
+    cache, mark = (this.data / f'production_cache.sqlite3{suffix}' for suffix in ('', '-boot'))
+    assert mark.read_bytes() == pathlib.Path(todol.BOOT_ID).read_bytes()
+    mark.write_text('of an earlier boot')
+    cache.write_bytes(b'torn')
+    this.environment.update(BUCKET_NAME=machine_buckets.pop(), AWS_ENDPOINT_URL_S3=storage.url)
+    this.start().assert_has(client, titles)
+    assert not mark.exists()
     this.outlives_its_disk(client, titles)
 
 
