@@ -1494,7 +1494,8 @@ def test_a_file_without_sync_is_marked_on_the_disk_before_its_first_write_and_sy
     synced, fsync = [], os.fsync
 
     def recorded(fd):
-        synced.append((os.path.basename(os.readlink(f'/proc/self/fd/{fd}')), mark.read_bytes() == boot, path.exists()))
+        name, = [file.name for file in (path, mark, tmp_path) if file.exists() and os.path.samestat(os.fstat(fd), file.stat())]
+        synced.append((name, mark.read_bytes() == boot, path.exists()))
         fsync(fd)
 
     monkeypatch.setattr(os, 'fsync', recorded)
@@ -1504,7 +1505,7 @@ def test_a_file_without_sync_is_marked_on_the_disk_before_its_first_write_and_sy
     keep(database, 'a')
     synced.clear()
     database.close()
-    assert synced == [('file', True, True)] and mark.read_bytes() == b''
+    assert synced == [('file', True, True), (tmp_path.name, True, True)] and mark.read_bytes() == b''
 
 
 def test_a_file_without_sync_is_marked_also_if_the_last_process_closes_it_during_the_opening(
@@ -1513,7 +1514,7 @@ def test_a_file_without_sync_is_marked_also_if_the_last_process_closes_it_during
     flock = todol.fcntl.flock
 
     def after_the_first(fd, how):
-        if how == todol.fcntl.LOCK_SH:
+        if how & todol.fcntl.LOCK_SH:
             monkeypatch.setattr(todol.fcntl, 'flock', flock)
             first.close()
             assert (tmp_path / 'file-boot').read_bytes() == b''
@@ -1559,6 +1560,48 @@ def test_a_mark_that_can_not_be_written_is_told(open_database, reboot, tmp_path)
     (tmp_path / 'file-boot').mkdir()
     with pytest.raises(todol.StorageError, match='file-boot can not be read: Is a directory'):
         open_database('app', tmp_path / 'file', synchronous='OFF')
+
+
+def test_a_torn_file_that_can_not_be_deleted_stays_known_as_torn(open_database, reboot, tmp_path, monkeypatch):
+    (tmp_path / 'file').write_bytes(b'torn')
+    (tmp_path / 'file-boot').write_text('an earlier boot')
+    with monkeypatch.context() as patched:
+        patched.setattr(os, 'unlink', lambda path: os.rmdir(path))
+        with pytest.raises(todol.StorageError, match='file can not be'):
+            open_database('app', tmp_path / 'file', synchronous='OFF')
+    assert (tmp_path / 'file-boot').read_text() == 'an earlier boot'
+    assert kept(open_database('app', tmp_path / 'file', synchronous='OFF')) == []
+
+
+def test_a_torn_file_is_not_opened_with_sync_either(open_database, reboot, tmp_path):
+    (tmp_path / 'file').write_bytes(b'torn')
+    (tmp_path / 'file-boot').write_text('an earlier boot')
+    with pytest.raises(todol.StorageError, match='file was open when the machine went down, .*delete it and .*file-boot'):
+        open_database('app', tmp_path / 'file')
+    assert (tmp_path / 'file').read_bytes() == b'torn'
+
+
+def test_a_mark_that_somebody_else_keeps_locked_is_told(open_database, reboot, tmp_path, monkeypatch):
+    monkeypatch.setattr(todol, 'BUSY_SECONDS', 0.1)
+    with open(tmp_path / 'file-boot', 'w') as other:
+        todol.fcntl.flock(other, todol.fcntl.LOCK_EX)
+        with pytest.raises(todol.BusyError, match='file-boot was locked by another process'):
+            open_database('app', tmp_path / 'file', synchronous='OFF')
+
+
+def test_a_mark_that_root_makes_belongs_to_who_owns_the_directory(open_database, reboot, tmp_path):
+    need(os.geteuid() == 0, 'only root can give files away')
+    (tmp_path / 'db').mkdir()
+    os.chown(tmp_path / 'db', 65534, -1)
+    open_database('app', tmp_path / 'db/file', synchronous='OFF')
+    assert (tmp_path / 'db/file-boot').stat().st_uid == 65534
+
+
+def test_a_disk_that_fails_at_the_last_sync_is_logged_and_leaves_the_mark(open_database, reboot, tmp_path, monkeypatch, caplog):
+    database = open_database('app', tmp_path / 'file', synchronous='OFF')
+    monkeypatch.setattr(os, 'fsync', lambda fd: os.rmdir(database.path))     # as an error of the disk: an OSError
+    database.close()
+    assert 'file can not be synced' in caplog.text and (tmp_path / 'file-boot').read_bytes()
 
 
 def test_a_new_job_database_has_small_pages_and_an_older_one_keeps_its_own(open_database, tmp_path):
@@ -7928,6 +7971,8 @@ def test_a_cache_that_a_power_loss_tore_is_no_damage_and_a_restore_brings_it_bac
         pathlib.Path(f'{file}-boot').write_text('the boot before')
         file.write_bytes(b'torn')
     assert command(tmp_path, 'check') == (0, 'ok\n', '')
+    status, _, errors = command(tmp_path, 'backup', 'another')
+    assert status == 1 and errors.count('\n') == 1 and 'start todol once before a backup' in errors
     assert command(tmp_path, 'restore', 'copy', '--force')[0] == 0
     server = start_server()
     with contextlib.closing(server.database('cache')) as file:

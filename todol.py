@@ -378,16 +378,18 @@ class Database:
         synchronous: of SQLite. With OFF nothing waits for the disk (add() of 10 kB in the cache takes half the time, a POST
         6 % less), and the file starts empty if the machine went down while it was open; where that can't be known, it is
         NORMAL instead. Raises MigrationError for a file that is not ours and StorageError for one that can't be used;
-        neither is changed.
+        neither is changed then.
         """
         self.path = path
         try:
-            if synchronous == 'OFF':
-                if fcntl and contents_of(BOOT_ID):
-                    self._mark = BootMark(path)
-                    self._mark.set()
-                else:
-                    synchronous = 'NORMAL'
+            mark = BootMark(path)
+            if synchronous == 'OFF' and fcntl and boot_id():
+                self._mark = mark
+                mark.set()
+            elif mark.is_stale():
+                raise StorageError(f'{path} was open when the machine went down, and may be torn: delete it and {path}-boot')
+            elif synchronous == 'OFF':
+                synchronous = 'NORMAL'
             pending = self.examine(path)
             self._connection = connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False,
                                                             cached_statements=256)
@@ -418,7 +420,10 @@ class Database:
         self._disconnect()
         if self._mark:
             mark, self._mark = self._mark, None
-            mark.release()
+            try:
+                mark.release()
+            except OSError as error:
+                log.error('%s can not be synced: %s', self.path, error)
 
     def _disconnect(self):
         if self._connection:
@@ -630,64 +635,92 @@ class BootMark:
     """Lies beside a file that is written without fsync, and tells after a start of the machine whether that one is whole.
 
     It holds the boot id of the machine from before the first write until the last process that has the file open has
-    closed and synced it. Each of them has a shared lock on the mark. The mark is never deleted: somebody could be about to
-    lock it, and another one make a new mark.
+    closed and synced it. Each of them has a shared lock on the mark.
     """
 
     def __init__(self, database_path):
         self._database_path = database_path
         self._path = database_path + '-boot'
         self._fd = None
+        self._is_set = False
 
     def is_stale(self):
-        """Whether the machine went down while the file was open."""
-        return contents_of(self._path) not in (b'', contents_of(BOOT_ID))
+        """Whether the machine went down while the file was open. Raises OSError."""
+        try:
+            with open(self._path, 'rb') as file:
+                return file.read() not in (b'', boot_id())
+        except FileNotFoundError:
+            return False
 
     def set(self):
-        """Lock and write the mark. If it is stale, the file is deleted. Raises OSError."""
-        boot = contents_of(BOOT_ID)
+        """Lock and write the mark. If it is stale, the file is deleted. Raises OSError and BusyError."""
+        boot = boot_id()
+        directory = os.path.dirname(os.path.abspath(self._path))
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        if os.geteuid() == 0:       # a command that root runs for once makes it for who runs the app
+            os.fchown(self._fd, os.stat(directory).st_uid, -1)
+        deadline = time.monotonic() + BUSY_SECONDS
         while True:
-            if self._is_alone():
-                if self.is_stale():
+            if self._lock(fcntl.LOCK_EX):       # nobody else has the file open
+                if os.pread(self._fd, 100, 0) not in (b'', boot):
                     log.warning('%s was open when the machine went down; it may be torn, so it starts empty', self._database_path)
                     delete_files(self._database_path, DATABASE_SUFFIXES)
-                os.ftruncate(self._fd, os.pwrite(self._fd, boot, 0))
-                os.fsync(self._fd)
-            fcntl.flock(self._fd, fcntl.LOCK_SH)
-            if contents_of(self._path) == boot:         # else the last of the others closed the file meanwhile
-                return
+                    sync_to_disk(directory)
+                self._write(boot)
+            if self._lock(fcntl.LOCK_SH):
+                held = os.pread(self._fd, 100, 0)
+                if not held:                    # the last of the others closed the file meanwhile
+                    self._write(boot)
+                if held in (b'', boot):
+                    self._is_set = True
+                    return
+            if time.monotonic() > deadline:
+                raise BusyError(f'{self._path} was locked by another process for {BUSY_SECONDS} seconds')
+            gevent.sleep(0.01)
 
     def release(self):
-        """Unlock the mark; the last one syncs the file and empties the mark."""
+        """Unlock the mark; the last one syncs the file and empties the mark. Raises OSError, and leaves the mark then."""
         if self._fd is None:
             return
         try:
-            if self._is_alone():
-                for suffix in DATABASE_SUFFIXES:
-                    with contextlib.suppress(FileNotFoundError), open(self._database_path + suffix, 'rb') as file:
-                        os.fsync(file.fileno())
+            if self._is_set and self._lock(fcntl.LOCK_EX):
+                for path in (self._database_path, self._database_path + '-wal', os.path.dirname(os.path.abspath(self._path))):
+                    with contextlib.suppress(FileNotFoundError):
+                        sync_to_disk(path)
                 os.ftruncate(self._fd, 0)
         finally:
             os.close(self._fd)
             self._fd = None
 
-    def _is_alone(self):
-        """Lock the mark for this process alone, and say whether that went."""
+    def _write(self, boot):
+        os.ftruncate(self._fd, os.pwrite(self._fd, boot, 0))
+        os.fsync(self._fd)
+
+    def _lock(self, kind):
+        """Lock the mark, in the place of the lock that it has, and say whether that went."""
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             return False
 
 
-def contents_of(path):
-    """The bytes of a small file; none if it can't be read."""
+def boot_id():
+    """Names the time from one start of the machine to the next, in bytes; none where the system does not tell."""
     try:
-        with open(path, 'rb') as file:
+        with open(BOOT_ID, 'rb') as file:
             return file.read()
     except OSError:
         return b''
+
+
+def sync_to_disk(path):
+    """fsync a file or a directory. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def delete_files(path, suffixes):
@@ -3633,7 +3666,8 @@ def open_databases(chosen):
     except OSError as error:
         raise SettingError(f'TODOL_DATA is {settings.data!r}, which can not be a directory: {error.strerror}') from None
     for database in (app_db, cache_db, job_db, cable_db):
-        litestream = settings.litestream and database.role in KEPT_ROLES    # it syncs: OFF would give nothing, and it may
+        # What Litestream copies is synced by its checkpoints, and not deleted while Litestream has it open.
+        litestream = settings.litestream and database.role in KEPT_ROLES
         synchronous = {'app': settings.sync, 'job': 'NORMAL'}.get(database.role, 'NORMAL' if litestream else 'OFF')
         database.open(database_path(database.role), synchronous, checkpoints=not litestream)
 
@@ -3750,6 +3784,8 @@ def backup(target):
     os.makedirs(target, mode=0o700, exist_ok=True)
     for role in KEPT_ROLES:
         path = os.path.join(target, os.path.basename(database_path(role)))
+        if BootMark(database_path(role)).is_stale():
+            raise BackupError(f'{database_path(role)} was open when the machine went down; start todol once before a backup')
         with contextlib.closing(read_only(database_path(role))) as source, \
                 contextlib.closing(sqlite3.connect(path + '.new')) as copy:
             source.backup(copy)
