@@ -2425,8 +2425,18 @@ def render_changes(user, ids):
 
 @jobs.job(queue='urgent', retry_seconds=0.5, batch=True)
 def broadcast_todos(changes):
-    """changes: dicts of a user, and the ids of the todos that changed, or None for too many."""
-    cable.broadcast_all([(todos_stream(change['user']), functools.partial(render_changes, **change)) for change in changes])
+    """changes: dicts of a user, and the ids of the todos that changed, or None for too many.
+
+    What changed of one user goes out together, in messages of at most BROADCAST_ROWS todos.
+    """
+    changed, messages = {}, []
+    for change in changes:
+        changed.setdefault(change['user'], []).extend(change['ids'] or [None])
+    for user, ids in changed.items():
+        ids = list(dict.fromkeys(ids))
+        parts = [None] if None in ids else [ids[at:at + BROADCAST_ROWS] for at in range(0, len(ids), BROADCAST_ROWS)]
+        messages += [(todos_stream(user), functools.partial(render_changes, user, part)) for part in parts]
+    cable.broadcast_all(messages)
 
 
 # === Routes: one function for each request ============================================================================
