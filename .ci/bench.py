@@ -994,6 +994,7 @@ def sockets(effort, count=1000):
             server.request('POST', '/todos', f'title={title}', cookie)
             for client in clients:
                 client.read_until(title.encode())
+            server.settle()
             return {'cpu_ms': 1000 * (cpu_s(server.pid) - before_s)}
 
         samples = alternate({'todol': measure}, effort.rounds + 2)      # a heartbeat falls into some
