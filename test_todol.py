@@ -6592,9 +6592,13 @@ def test_a_change_made_through_one_process_reaches_a_socket_on_another(start_ser
     socket = subscribed(connect, two, there, identifier, EXTENDED)
     for number in range(20):
         (here if number % 2 else there).create(f'todo {number}')
-    received = [socket.receive() for _ in range(21)]
-    assert [(message['offset'], message['message']) for message in received] == logged(one, todos_of(here))
-    assert until_answered(socket) == []
+    with contextlib.closing(one.database()) as app_file, contextlib.closing(one.database('job')) as job_file:
+        eventually(lambda: not app_file.execute('SELECT 1 FROM outbox').fetchone()
+                   and not job_file.execute("SELECT 1 FROM jobs WHERE name = 'broadcast_todos'").fetchone())
+    told = logged(one, todos_of(here))
+    received = [socket.receive() for _ in told]
+    assert [(message['offset'], message['message']) for message in received] == told and until_answered(socket) == []
+    assert 'data-version="21"><strong>' in told[-1][1]
 
 
 # --- hostile bytes ---
