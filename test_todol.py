@@ -7980,6 +7980,7 @@ def test_a_check_finds_a_torn_page(start_server, tmp_path):
 
 
 def test_a_cache_that_a_power_loss_tore_is_no_damage_and_a_restore_brings_it_back(start_server, tmp_path):
+    need(todol.boot_id(), 'this system has no boot id')
     server = start_server()
     client = server.client()
     client.create('one')
@@ -9892,6 +9893,7 @@ def test_without_a_bucket_todol_runs_alone_and_with_one_later_its_files_are_kept
 
 
 def test_a_cache_that_was_left_open_without_a_bucket_is_made_anew_with_one(machine, storage):
+    need(todol.boot_id(), 'this system has no boot id')
     this = machine().start()
     titles = write(client := this.client(), 3)
     this.kill()

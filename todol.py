@@ -641,6 +641,7 @@ class BootMark:
     def __init__(self, database_path):
         self._database_path = database_path
         self._path = database_path + '-boot'
+        self._directory = os.path.dirname(os.path.abspath(database_path))
         self._fd = None
         self._is_set = False
 
@@ -655,17 +656,16 @@ class BootMark:
     def set(self):
         """Lock and write the mark. If it is stale, the file is deleted. Raises OSError and BusyError."""
         boot = boot_id()
-        directory = os.path.dirname(os.path.abspath(self._path))
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         if os.geteuid() == 0:       # a command that root runs for once makes it for who runs the app
-            os.fchown(self._fd, os.stat(directory).st_uid, -1)
+            os.fchown(self._fd, os.stat(self._directory).st_uid, -1)
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
             if self._lock(fcntl.LOCK_EX):       # nobody else has the file open
                 if os.pread(self._fd, 100, 0) not in (b'', boot):
                     log.warning('%s was open when the machine went down; it may be torn, so it starts empty', self._database_path)
                     delete_files(self._database_path, DATABASE_SUFFIXES)
-                    sync_to_disk(directory)
+                    sync_to_disk(self._directory)
                 self._write(boot)
             if self._lock(fcntl.LOCK_SH):
                 held = os.pread(self._fd, 100, 0)
@@ -684,7 +684,7 @@ class BootMark:
             return
         try:
             if self._is_set and self._lock(fcntl.LOCK_EX):
-                for path in (self._database_path, self._database_path + '-wal', os.path.dirname(os.path.abspath(self._path))):
+                for path in (self._database_path, self._database_path + '-wal', self._directory):
                     with contextlib.suppress(FileNotFoundError):
                         sync_to_disk(path)
                 os.ftruncate(self._fd, 0)
@@ -3844,10 +3844,12 @@ def check():
     """What is wrong with the four files, as sentences. They are only read; the app may run."""
     problems = []
     for role in MIGRATIONS:
-        if role not in KEPT_ROLES and not os.path.exists(database_path(role)) or BootMark(database_path(role)).is_stale():
-            continue                # a restore leaves no cable, the next start makes a new one; so it does with a torn file
+        path = database_path(role)
+        missing = role not in KEPT_ROLES and not os.path.exists(path)      # as a restore leaves the cable
+        if missing or BootMark(path).is_stale():
+            continue                # the next start makes a new one
         try:
-            refuse_damage(role, database_path(role))
+            refuse_damage(role, path)
         except TodolError as error:
             problems.append(str(error))
     if problems:
