@@ -140,8 +140,12 @@ def start(command, core=None, **options):
     """A process in the environment of this one, without variables for todol or Python; core: the one that it may use."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(('TODOL_', 'PYTHON'))}
     environment.update(options.pop('environment', {}))
-    pin = functools.partial(os.sched_setaffinity, 0, CORES if core is None else {core})
-    return subprocess.Popen([str(word) for word in command], env=environment, preexec_fn=pin, **options)
+    ours = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES if core is None else {core})      # it inherits that; a preexec_fn would copy this process
+    try:
+        return subprocess.Popen([str(word) for word in command], env=environment, **options)
+    finally:
+        os.sched_setaffinity(0, ours)
 
 
 def end(process):
