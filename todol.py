@@ -3585,7 +3585,19 @@ class Server(WSGIServer):
         super().__init__(listener, application, spawn=self.spawn, log=None, error_log=LogFile(), handler_class=Handler,
                          environ={'SERVER_NAME': settings.host})
 
-    # spawn() and full() are called by gevent, which accepts nothing while the server is full.
+    # What follows is called by gevent, which accepts nothing while the server is full.
+
+    def do_read(self):
+        """Accept a connection. Out of files it says so in a line: a traceback would have to open some."""
+        try:
+            return super().do_read()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            log.error('can not accept a connection: %s', error.strerror)
+            self.stop_accepting()
+            gevent.spawn_later(RESTART_SECONDS, self._start_accepting_if_started)
+            return None
 
     def spawn(self, *arguments):
         greenlet = gevent.spawn(*arguments)
