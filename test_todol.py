@@ -13,6 +13,7 @@ import base64
 import collections
 import contextlib
 import email.utils
+import errno
 import functools
 import gzip
 import hashlib
@@ -707,9 +708,26 @@ def test_what_the_first_page_does_without_is_imported_by_nobody_before_it(start_
     later = set(python('import todol; print(*(name for name, module in todol.later.items() if module))').split())
     assert {'pickle', 'zope.interface'} <= later
     server = start_server(PYTHONPROFILEIMPORTTIME='1')      # the log tells what is imported
-    assert server.client().get('/').status == 200 and server.stop() == 0
-    imported = set(re.findall(r'^import time: +\d+ \| +\d+ \| +(\S+)$', server.log, re.MULTILINE))
+    assert server.client().get('/').status == 200
+    start = server.log.partition(' is at http://')[0]
+    for_errors = eventually(lambda: re.search(r'^.*\| +token$', server.log, re.MULTILINE))     # after the first page
+    imported = set(re.findall(r'^import time: +\d+ \| +\d+ \| +(\S+)$', server.log[:for_errors.start()], re.MULTILINE))
+    assert for_errors.start() > len(start), 'tokenize waits for the first page too'
     assert 'bottle' in imported and not imported & (later | {'gevent.pool'})
+
+
+def test_out_of_files_it_tries_again_to_import_what_errors_need(monkeypatch):
+    files, imported = [OSError(errno.EMFILE, 'Too many open files'), None, None], []
+
+    def import_module(name):
+        if error := files.pop(0):
+            raise error
+        imported.append(name)
+
+    monkeypatch.setattr(todol, 'RESTART_SECONDS', 0)
+    monkeypatch.setattr(todol.importlib, 'import_module', import_module)
+    todol.import_for_errors()
+    assert set(imported) == {'tokenize', 'traceback'} and not files
 
 
 def test_whoever_imports_later_what_start_up_does_without_gets_it():

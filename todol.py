@@ -33,7 +33,6 @@ import hmac
 import http
 import importlib
 import json
-import logging
 import mmap
 import os
 import random
@@ -41,14 +40,11 @@ import re
 import secrets
 import select
 import signal
-import socket
 import sqlite3
 import struct
 import sys
 import threading
 import time
-import tokenize         # for traceback: 3.13 imports it when there is an error, and out of files that would fail
-import traceback
 import types
 import zlib
 
@@ -67,20 +63,27 @@ class Later(types.ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-# What bottle, gevent and urllib import, and todol does without: 28 ms of the start and 5 MB. todol speaks no TLS, a proxy
+# What the modules below import, and the first page does without: 32 ms of the start and 5 MB. todol speaks no TLS, a proxy
 # in front of it does (the monkey patch below brings ssl back, for jobs that need it). gevent only tells zope.interface
-# what its classes do, and nobody here asks; of http.client it makes a parser of headers, and Headers takes its place.
-later = {'ssl': None, 'zope.schema': None, **{name: types.ModuleType(name) for name in ('http.client', 'zope.interface')},
-         **{name: Later(name) for name in ('calendar', 'configparser', 'copy', 'email.utils', 'http.cookies', 'inspect',
-                                           'ipaddress', 'mimetypes', 'pickle', 'tempfile', 'unicodedata')}}
+# what its classes do, and tidies their help with textwrap, and nobody here asks; of http.client it makes a parser of
+# headers, and Headers takes its place. Errors take traceback: import_for_errors() brings it when the port is open.
+later = {'ssl': None, 'zope.schema': None, 'geventwebsocket.resource': None,
+         **{name: types.ModuleType(name) for name in ('http.client', 'textwrap', 'zope.interface')},
+         **{name: Later(name) for name in (
+             'calendar', 'configparser', 'copy', 'email.utils', 'gevent._tblib', 'http.cookies', 'inspect', 'ipaddress',
+             'mimetypes', 'pickle', 'selectors', 'tempfile', 'traceback', 'unicodedata')}}
 vars(later['http.client']).update(responses={status.value: status.phrase for status in http.HTTPStatus}, HTTPMessage=object,
                                   parse_headers=lambda *_, **__: None)
+vars(later['textwrap']).update(dedent=str)
 vars(later['zope.interface']).update(Interface=object, Attribute=Exception, classImplements=lambda *_: None,
                                      implementer=lambda *_: lambda described: described)
 later = {name: module for name, module in later.items() if name not in sys.modules}
 sys.modules.update(later)
 vars(email).setdefault('utils', later.get('email.utils'))       # where bottle looks for it
 try:
+    import logging
+    import socket
+    import traceback
     import urllib.parse
 
     import gevent
@@ -3748,6 +3751,17 @@ def listen():
         raise SettingError(f'can not listen on HOST {settings.host} PORT {settings.port}: {reason}{hint}') from None
 
 
+def import_for_errors():
+    """Import what it takes to tell of an error: out of files, when there are errors, nothing can be imported any more."""
+    while True:
+        try:
+            importlib.import_module('tokenize')
+            importlib.import_module('traceback')
+            return
+        except OSError:
+            gevent.sleep(RESTART_SECONDS)
+
+
 def serve(chosen):
     """Run until SIGTERM or SIGINT. Gives the exit status."""
     gc.freeze()         # what there is now stays, so no collection needs to look at it: 7 ms each
@@ -3764,6 +3778,7 @@ def serve(chosen):
         close_stack()
         raise
     server.start()
+    gevent.spawn_later(0.1, import_for_errors)      # after the first page, if somebody waits for it
     host, port = server.socket.getsockname()[:2]
     log.info('todol %s is at http://%s:%s (data in %s; Ctrl-C stops it)', __version__,
              f'[{host}]' if ':' in host else host, port, os.path.abspath(settings.data))
