@@ -1318,6 +1318,8 @@ WRONG_FILES = {
                  todol.MigrationError, 'another program'),
     'newer': (own_file('app', "INSERT INTO schema_migrations VALUES ('999 later', 0)"), todol.MigrationError,
               "'999 later'.*newer"),
+    'newer, from before the id': (own_file('app', "INSERT INTO schema_migrations VALUES ('999 later', 0)",
+                                           'PRAGMA application_id = 0'), todol.MigrationError, "'999 later'.*newer"),
     'another role': (own_file('job'), todol.MigrationError, 'another of its four files'),
 }
 
@@ -1332,6 +1334,12 @@ def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(open_database, tmp
         open_database('app', path)
     assert str(path) in str(refused.value) and '\n' not in str(refused.value)
     assert (path.is_file() and contents(path)) == before
+
+
+def test_a_file_with_our_id_is_looked_at_once(open_database, tmp_path, monkeypatch):
+    own_file()(tmp_path / 'ours.sqlite3')
+    monkeypatch.setattr(todol.Database, 'examine', None)
+    assert open_database('app', tmp_path / 'ours.sqlite3').execute('PRAGMA application_id') == [(todol.APPLICATION_ID,)]
 
 
 def test_the_command_says_in_one_sentence_that_a_file_is_not_ours(tmp_path):
