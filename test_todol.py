@@ -1653,6 +1653,7 @@ def test_executemany_is_refused_outside_a_transaction(database):
 def use_everything(client):
     """Do each thing that runs a statement, as a day of use does."""
     todol.job_db.transact(todol.jobs._start_recurring)
+    todol.keys.load()
     ids = [client.create(f'todo {number}', key=f'key-{number}') for number in range(3)]
     client.patch(f'/todos/{ids[0]}', {'title': 'renamed'})
     client.patch('/todos', {'completed': '1', 'ids[]': ids[:2]})

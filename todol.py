@@ -2102,6 +2102,7 @@ def _changed(user, ids, active=0, completed=0):
 SESSION_COOKIE = 'todol_session'
 SESSION_SECONDS = 400 * 86400       # the longest that browsers keep a cookie
 RENEW_SESSION_SECONDS = 7 * 86400   # an older cookie gets a new date
+KEPT_SECRET = "SELECT value FROM secrets WHERE name = 'secret'"
 
 
 class Keys:
@@ -2109,14 +2110,14 @@ class Keys:
 
     def load(self):
         """Take the secret from the settings, or else make one, once, and keep it in the app database."""
-        secret = settings.secret or app_db.transact(self._kept)
+        secret = settings.secret or (app_db.execute(KEPT_SECRET) or app_db.transact(self._made))[0][0]
         for purpose in ('session', 'stream'):
             setattr(self, purpose, hmac.digest(secret.encode(), f'todol {purpose}'.encode(), 'sha256'))
 
     @staticmethod
-    def _kept():
+    def _made():
         app_db.execute("INSERT INTO secrets (name, value) VALUES ('secret', ?) ON CONFLICT DO NOTHING", (new_secret(),))
-        return app_db.execute("SELECT value FROM secrets WHERE name = 'secret'")[0][0]
+        return app_db.execute(KEPT_SECRET)
 
 
 keys = Keys()
