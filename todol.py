@@ -2515,11 +2515,10 @@ class TooManyWrites(TodolError):
     status = 429
 
 
-@app.get('/')
-@app.get('/<showing:re:active|completed>')
-def show_list(showing='all'):
+@app.get([*PATHS.values()])
+def show_list():
     """The list through a filter."""
-    user = current_user()
+    user, showing = current_user(), bottle.request.path[1:] or 'all'
     position = cable.position()         # before the rows: what comes between is replayed, and harmless twice
     todos, totals = list_todos(user, showing), count_todos(user)
     if wanted() == 'json':
