@@ -1018,7 +1018,7 @@ class Cache:
             self._front.move_to_end(key)
         entry.used_at = now
         self._hits += 1
-        return entry.own()
+        return json.loads(entry.value) if entry.is_json else entry.value    # own(), whose call is a tenth of a hit
 
     def get_many(self, keys):
         """A dict of those that are there."""
