@@ -1804,6 +1804,25 @@ def test_a_ring_wakes_every_neighbour_but_not_the_one_who_rings(open_bell):
     assert second.wait(10) and third.wait(10) and not own.is_set()
 
 
+def test_a_ring_reaches_each_neighbour_once_and_a_known_one_before_the_look_for_new_ones(open_bell, monkeypatch):
+    (bell, _), (known, _) = open_bell(), open_bell()
+    bell.ring(b'x')
+    newcomer, _ = open_bell()
+    os.read(known._fd, 100)         # what was rung so far
+    look = bell._look
+
+    def look_late():
+        assert os.read(known._fd, 100) == b'y'
+        look()
+
+    monkeypatch.setattr(bell, '_look', look_late)
+    bell.ring(b'y')
+    assert os.read(newcomer._fd, 100) == b'y'
+    for neighbour in (known, newcomer):
+        with pytest.raises(BlockingIOError):
+            os.read(neighbour._fd, 100)
+
+
 def test_a_ring_wakes_only_who_wakes_at_its_byte(open_bell):
     (bell, _), (neighbour, wakes) = open_bell(), open_bell()
     sleeps = gevent.event.Event()
