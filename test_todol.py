@@ -1179,6 +1179,25 @@ def test_a_lone_writer_does_not_wait_for_company(database, monkeypatch):
     other.get(timeout=10)
 
 
+KEEP = "INSERT INTO secrets (name, value) VALUES (?, '') RETURNING name"
+
+
+def test_a_statement_that_writes_needs_no_begin_alone_and_shares_a_commit_in_a_crowd(database, open_database, monkeypatch):
+    neighbour, seen, names = open_database('app'), statements(database), [f'{number:02}' for number in range(20)]
+    monkeypatch.setattr(todol, 'CROWD_SECONDS', 60)
+    database._wrote_at = float('-inf')          # nobody wrote for a while
+    assert database.write(KEEP, ('alone',)) == [('alone',)] and 'BEGIN IMMEDIATE' not in seen
+
+    def write(name):
+        result = database.write(KEEP, (name,))
+        assert name in kept(neighbour), 'the result came before the commit'
+        return result
+
+    assert at_once(*(functools.partial(write, name) for name in names)) == [[(name,)] for name in names]
+    assert kept(database) == [*names, 'alone'] and 1 <= seen.count('COMMIT') <= 3
+    assert database.transact(database.write, KEEP, ('inner',)) == [('inner',)]
+
+
 def fail_after(work):
     work()
     raise ValueError('this one only')

@@ -446,6 +446,14 @@ class Database:
                 raise self._explained(error) from error
         return self._patiently(statement, parameters)
 
+    def write(self, statement, parameters=()):
+        """execute() for a statement that many greenlets may want to run at once: a crowd shares its commits, as in transact();
+        a lone one does without BEGIN and COMMIT, a third more of them a second."""
+        if not self._in_transaction and self._is_crowd():
+            return self.transact(self.execute, statement, parameters)
+        self._note_writer()
+        return self.execute(statement, parameters)
+
     def executemany(self, statement, rows):
         """Run one statement for each of rows; only inside a transaction."""
         assert self._in_transaction, 'executemany() outside a transaction would commit row by row'
@@ -498,12 +506,11 @@ class Database:
         """Run the first transaction that the queue allows."""
         self._leading = gevent.event.Event()
         try:
-            # Somebody else wrote a moment ago, or joined the last time: others may be about to. They get one turn of the
-            # event loop to join: with 16 clients, fifteen writes share a commit. A lone writer never waits.
-            now, writer = time.monotonic(), id(gevent.getcurrent())
-            if self._crowded or (now - self._wrote_at < CROWD_SECONDS and writer != self._wrote_by):
+            # A crowd gets one turn of the event loop to join: with 16 clients, fifteen writes share a commit. A lone writer
+            # never waits.
+            if self._is_crowd():
                 gevent.sleep(0)
-            self._wrote_at, self._wrote_by = now, writer
+            self._note_writer()
             try:
                 self._patiently('BEGIN IMMEDIATE')
             except StorageError as error:
@@ -519,6 +526,14 @@ class Database:
         finally:
             ended, self._leading = self._leading, None
             ended.set()         # who is left over, or whose leader was killed, leads on
+
+    def _is_crowd(self):
+        """Whether somebody else wrote a moment ago, or joined the last time: others may be about to."""
+        return self._crowded or (self._wrote_by != id(gevent.getcurrent())
+                                 and time.monotonic() - self._wrote_at < CROWD_SECONDS)
+
+    def _note_writer(self):
+        self._wrote_at, self._wrote_by = time.monotonic(), id(gevent.getcurrent())
 
     def _run(self, group):
         """Call the functions of a group in the transaction that is open, and commit it."""
@@ -1814,7 +1829,10 @@ class Cable:
 
     def broadcast_all(self, messages):
         """broadcast() for each (stream, message) of a list, in one transaction. Gives their ids."""
-        ids = self._db.transact(lambda: [self._append(stream, message) for stream, message in messages])
+        if len(messages) == 1 and not callable(messages[0][1]):
+            ids = [self._append(*messages[0])]
+        else:
+            ids = self._db.transact(lambda: [self._append(stream, message) for stream, message in messages])
         doorbell.ring(b'c')             # first: the other processes have further to go
         if ids and ids[-1] > self._last:    # else a neighbour in the transaction was faster, and delivered these too
             self._deliver()
@@ -1872,8 +1890,8 @@ class Cable:
 
     def _append(self, stream, message):
         payload = compact_json(message() if callable(message) else message)
-        (id,), = self._db.execute('INSERT INTO messages (stream, payload, created_at) VALUES (?, ?, now_s()) RETURNING id',
-                                  (stream, payload))
+        (id,), = self._db.write('INSERT INTO messages (stream, payload, created_at) VALUES (?, ?, now_s()) RETURNING id',
+                                (stream, payload))
         if id % TRIM_EVERY == 0:
             self.prune()
         return id
