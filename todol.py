@@ -25,7 +25,6 @@ if __name__ == '__main__':
 import base64
 import collections
 import contextlib
-import email
 import errno
 import functools
 import hashlib
@@ -67,11 +66,12 @@ class Later(types.ModuleType):
 # in front of it does (the monkey patch below brings ssl back, for jobs that need it). gevent only tells zope.interface
 # what its classes do, and tidies their help with textwrap, and nobody here asks; of http.client it makes a parser of
 # headers, and Headers takes its place. Errors take traceback: import_for_errors() brings it when the port is open.
-later = {'ssl': None, 'zope.schema': None, 'geventwebsocket.resource': None,
-         **{name: types.ModuleType(name) for name in ('http.client', 'textwrap', 'zope.interface')},
+later = {**{name: None for name in ('geventwebsocket.resource', 'ssl', 'zope.schema')},
+         **{name: types.ModuleType(name) for name in ('email', 'http.client', 'textwrap', 'zope.interface')},
          **{name: Later(name) for name in (
-             'calendar', 'configparser', 'copy', 'email.utils', 'gevent._tblib', 'http.cookies', 'inspect', 'ipaddress',
-             'mimetypes', 'pickle', 'selectors', 'tempfile', 'traceback', 'unicodedata')}}
+             'array', 'calendar', 'configparser', 'copy', 'email.utils', 'gevent._tblib', 'geventwebsocket.utf8validator',
+             'http.cookies', 'inspect', 'ipaddress', 'mimetypes', 'pickle', 'selectors', 'tempfile', 'traceback',
+             'unicodedata')}}
 vars(later['http.client']).update(responses={status.value: status.phrase for status in http.HTTPStatus}, HTTPMessage=object,
                                   parse_headers=lambda *_, **__: None)
 vars(later['textwrap']).update(dedent=str)
@@ -79,7 +79,7 @@ vars(later['zope.interface']).update(Interface=object, Attribute=Exception, clas
                                      implementer=lambda *_: lambda described: described)
 later = {name: module for name, module in later.items() if name not in sys.modules}
 sys.modules.update(later)
-vars(email).setdefault('utils', later.get('email.utils'))       # where bottle looks for it
+vars(sys.modules['email']).setdefault('utils', later.get('email.utils'))        # where bottle looks for it
 try:
     import logging
     import socket
