@@ -448,7 +448,7 @@ class Database:
 
     def write(self, statement, parameters=()):
         """execute() for a statement that many greenlets may want to run at once: a crowd shares its commits, as in transact();
-        a lone one does without BEGIN and COMMIT, a third more of them a second."""
+        a lone one does without BEGIN and COMMIT, which saves a tenth of a broadcast, a fifth after a pause."""
         if not self._in_transaction and self._is_crowd():
             return self.transact(self.execute, statement, parameters)
         self._note_writer()
