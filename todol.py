@@ -3443,6 +3443,8 @@ if 'http.client' in later:      # another server in this process would have no h
 class Handler(WebSocketHandler):
     """One HTTP connection: gevent's handler, with the upgrade to /cable done strictly, and an answer in one packet."""
 
+    logger = log        # as shipped, one of the library's own, made for the first request and looked up for each
+
     def handle(self):
         """Serve the connection. As shipped, who does not stay to hear that a request was bad causes a traceback."""
         with contextlib.suppress(OSError):
