@@ -580,26 +580,25 @@ def startup(effort):
     with scratch() as directory:
         servers = {name: Server(name, directory) for name in ('todol', TODOL_MODULE, STARLETTE, FLASK)}
 
-        def start_and_end(server):
+        def measure(server, pages):
             with server:
-                return {'ms': server.start_ms}
-
-        def serve_pages(server):
-            with server:
-                cookie, = server.visitors(1)
-                for _ in range(100 if effort is QUICK else 1000):
+                cookie, = server.visitors(1) if pages else ['']
+                for _ in range(pages):
                     server.request('GET', '/', cookie=cookie)
-                return {'mb': resident_mb(server.pid)}
+                return {'ms': server.start_ms, **({'mb': resident_mb(server.pid)} if pages else {})}
 
-        samples, served = (alternate({name: functools.partial(measure, server) for name, server in servers.items()}, rounds)
-                           for measure, rounds in ((start_and_end, effort.starts), (serve_pages, effort.rounds)))
+        samples = {name: [] for name in servers}
+        for pages, rounds in ((100 if effort is QUICK else 1000, effort.rounds), (0, effort.starts - effort.rounds)):
+            for name, measured in alternate({name: functools.partial(measure, server, pages)
+                                             for name, server in servers.items()}, rounds).items():
+                samples[name] += measured
     with_bytecode = {**samples, 'todol': samples[TODOL_MODULE]}
     return [compared('start to the first 200', 'ms', samples, 'ms', STARLETTE, at_most=300, ratio_at_most=0.65),
             compared('start to the first 200', 'ms', samples, 'ms', FLASK, ratio_at_most=0.4),
             compared(f'– as `{TODOL_MODULE}`', 'ms', with_bytecode, 'ms', STARLETTE),
             compared(f'– as `{TODOL_MODULE}`', 'ms', with_bytecode, 'ms', FLASK),
-            compared('resident after serving', 'MB', served, 'mb', STARLETTE, at_most=40),
-            compared('resident after serving', 'MB', served, 'mb', FLASK)]
+            compared('resident after serving', 'MB', samples, 'mb', STARLETTE, at_most=40),
+            compared('resident after serving', 'MB', samples, 'mb', FLASK)]
 
 
 @contextlib.contextmanager
