@@ -54,7 +54,7 @@ except ImportError:     # Windows
 
 
 class Later(types.ModuleType):
-    """Stands in for a module while another one imports functions from it; the real one is imported when they are called."""
+    """Stands in for a module while others import it, or functions from it; the real one is imported when those are used."""
 
     def __getattr__(self, name):
         if sys.modules.get(self.__name__) is self:
@@ -62,7 +62,7 @@ class Later(types.ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-# What the modules below import, and the first page does without: 32 ms of the start and 5 MB. todol speaks no TLS, a proxy
+# What the modules below import, and the first page does without: 30 ms of the start and 6 MB. todol speaks no TLS, a proxy
 # in front of it does (the monkey patch below brings ssl back, for jobs that need it). gevent only tells zope.interface
 # what its classes do, and tidies their help with textwrap, and nobody here asks; of http.client it makes a parser of
 # headers, and Headers takes its place. Errors take traceback: import_for_errors() brings it when the port is open.
@@ -339,7 +339,7 @@ MIGRATIONS = {
 
 BUSY_SECONDS = 5            # longer than any transaction of this file, shorter than a proxy's patience
 CROWD_SECONDS = 0.01        # a crowd that wrote is expected back within this
-APPLICATION_ID = 0x746f646f # in the header of our files: one that has it needs no long look
+APPLICATION_ID = 0x746f646f     # in the header of our files: one that has it needs no long look
 JOURNAL_LIMIT_BYTES = 16 * 1024 * 1024
 CHECKPOINT_PAGES = 4000     # 16 MB; with SQLite's 1000 there are four times as many waits for the disk, each half as long
 BOOT_ID = '/proc/sys/kernel/random/boot_id'             # of Linux: another one after each start of the machine
@@ -1829,7 +1829,7 @@ class Cable:
 
     def broadcast_all(self, messages):
         """broadcast() for each (stream, message) of a list, in one transaction. Gives their ids."""
-        if len(messages) == 1 and not callable(messages[0][1]):
+        if len(messages) == 1 and not callable(messages[0][1]):     # its statement is a transaction of its own
             ids = [self._append(*messages[0])]
         else:
             ids = self._db.transact(lambda: [self._append(stream, message) for stream, message in messages])
@@ -3625,7 +3625,7 @@ class Server(WSGIServer):
         super().__init__(listener, application, spawn=self.spawn, log=None, error_log=LogFile(), handler_class=Handler,
                          environ={'SERVER_NAME': settings.host})
 
-    # What follows is called by gevent, which accepts nothing while the server is full.
+    # do_read(), spawn() and full() are called by gevent, which accepts nothing while the server is full.
 
     def do_read(self):
         """Accept a connection. Out of files it says so in a line: a traceback would have to open some."""
