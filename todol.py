@@ -1,148 +1,121 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["bottle==0.13.4", "gevent==26.9.0", "gevent-websocket==0.10.1"]
+# dependencies = ["bottle>=0.13", "gevent>=23.9", "gevent-websocket>=0.10.1"]
 # ///
-"""todol: a live todo app whose database, cache, job queue and cable are four SQLite files and this one Python file.
+"""todol: a live web app with its database, cache, job queue and cable in one file.
 
     pip install bottle gevent gevent-websocket && python todol.py
     open http://127.0.0.1:8080 in two windows: what one does, the other shows
 
+    python todol.py new chat.py     an app of your own: this stack, and a small app to change
+    python todol.py --help          what else it can do
+
 A change travels so:
 
-    browser --HTTP--> routes --> todos --> app database --outbox--> job database --> worker --> broadcast
-       ^                                                                                           |
-       +-------- WebSocket /cable <-- connections <-- delivery, doorbell <-- cable database <------+
+    browser --HTTP--> route --> app database --outbox--> job database --> worker --> broadcast
+       ^                                                                                 |
+       +----- WebSocket /cable <-- connections <-- cable database <----------------------+
 
-Each room uses only the rooms above it (`grep '^# ===' todol.py` prints them). To make it your own app, replace
-Todos, Templates, Broadcasts and Routes, and the styles and scripts at the end; the rest knows nothing of todos.
+A section uses only sections above it; `grep '^# ===' todol.py` prints them all. Everything above
+"The app" is the stack, which knows nothing of the app below it.
 """
-import gc
-
-if __name__ == '__main__':
-    gc.disable()        # until serve(): imports leave next to nothing to collect, and the looking takes 6 ms
-
 import base64
 import collections
 import contextlib
+import datetime
 import errno
+import fcntl
 import functools
+import gc
 import hashlib
 import hmac
-import http
-import importlib
+import inspect
+import io
+import itertools
 import json
+import keyword
+import logging
+import math
 import mmap
 import os
 import random
 import re
 import secrets
-import select
+import shutil
 import signal
+import socket
 import sqlite3
 import struct
 import sys
-import threading
+import tarfile
+import tempfile
 import time
+import traceback
 import types
+import typing
+import urllib.parse
+import zipfile
 import zlib
+import zoneinfo
 
 try:
-    import fcntl
-except ImportError:     # Windows
-    fcntl = None
-
-
-class Later(types.ModuleType):
-    """Stands in for a module while others import it, or functions from it; the real one is imported when those are used."""
-
-    def __getattr__(self, name):
-        if sys.modules.get(self.__name__) is self:
-            return lambda *arguments, **options: getattr(self, name)(*arguments, **options)
-        return getattr(importlib.import_module(self.__name__), name)
-
-
-# What the modules below import, and the first page does without: 30 ms of the start and 6 MB. todol speaks no TLS, a proxy
-# in front of it does (the monkey patch below brings ssl back, for jobs that need it). gevent only tells zope.interface
-# what its classes do, and tidies their help with textwrap, and nobody here asks; of http.client it makes a parser of
-# headers, and Headers takes its place. Errors take traceback: import_for_errors() brings it when the port is open.
-later = {**{name: None for name in ('geventwebsocket.resource', 'ssl', 'zope.schema')},
-         **{name: types.ModuleType(name) for name in ('email', 'http.client', 'textwrap', 'zope.interface')},
-         **{name: Later(name) for name in (
-             'array', 'calendar', 'configparser', 'copy', 'email.utils', 'gevent._tblib', 'geventwebsocket.utf8validator',
-             'http.cookies', 'inspect', 'ipaddress', 'mimetypes', 'pickle', 'selectors', 'tempfile', 'traceback',
-             'unicodedata')}}
-vars(later['http.client']).update(responses={status.value: status.phrase for status in http.HTTPStatus}, HTTPMessage=object,
-                                  parse_headers=lambda *_, **__: None)
-vars(later['textwrap']).update(dedent=str)
-vars(later['zope.interface']).update(Interface=object, Attribute=Exception, classImplements=lambda *_: None,
-                                     implementer=lambda *_: lambda described: described)
-later = {name: module for name, module in later.items() if name not in sys.modules}
-sys.modules.update(later)
-vars(sys.modules['email']).setdefault('utils', later.get('email.utils'))        # where bottle looks for it
-try:
-    import logging
-    import socket
-    import traceback
-    import urllib.parse
-
+    import bottle
     import gevent
     import gevent.event
     import gevent.local
+    import gevent.pool
+    import gevent.queue
     import gevent.socket
-    gevent.config.format_context = 'builtins.repr'      # as shipped, pprint, and what that imports: 5 ms
-
-    # There is no monkey.patch_all() here: it doubles the time to the first page, and nothing below needs it. Only bottle's
-    # current request must belong to a greenlet instead of a thread. Jobs that call blocking network libraries do need
-    # it: put `from gevent import monkey; monkey.patch_all()` above every other import then.
-    thread_local, threading.local = threading.local, gevent.local.local
-    import bottle
-    threading.local = thread_local
-
-    from gevent.pywsgi import WSGIServer
+    from gevent.pywsgi import Input, WSGIServer, _InvalidClientInput
     from geventwebsocket.exceptions import ProtocolError, WebSocketError
     from geventwebsocket.handler import WebSocketHandler
     from geventwebsocket.websocket import WebSocket
 except ImportError as missing:
     if __name__ != '__main__':
         raise
-    sys.exit(f'Error: todol needs the package {(missing.name or str(missing)).split(".")[0]!r}, which is not installed for '
-             f'{sys.executable}.\nTry: {sys.executable} -m pip install bottle gevent gevent-websocket')
-finally:
-    for name, module in later.items():
-        if sys.modules.get(name) is module:
-            sys.modules.pop(name, None)     # who imports it later gets it
+    sys.exit(f'Error: the package {missing.name or missing} is not installed for {sys.executable}'
+             f'\nTry: {sys.executable} -m pip install bottle gevent gevent-websocket')
 
-__version__ = '1.0.0'
+APP = 'todol'       # the name of the program: of its cookie, settings, logger, files and titles
 
-log = logging.getLogger('todol')
-compact_json = json.JSONEncoder(separators=(',', ':')).encode     # json.dumps() makes such an encoder at each call: 3 us
+__version__ = '2.0.0'
+
+log = logging.getLogger(APP)
 
 
-# === Settings: one table of environment variables, checked once, at the start =========================================
-# Nothing below reads os.environ. An error of this file is a TodolError: a sentence, and the HTTP status that fits it.
+# === Settings: one table of environment variables, read once, at the start ===============
+# Nothing below reads os.environ. An app adds its own with app_settings().
 
-class TodolError(Exception):
-    """A sentence for the person who can do something about it. status: the HTTP status it answers with."""
+PREFIX = re.sub(r'\W', '_', APP).upper() + '_'
+
+
+class AppError(Exception):
+    """A sentence for the person who can do something about it, and the answer to a request.
+
+    status: of HTTP. target: id of the element that shows it. streams: Turbo Streams beside it.
+    """
     status = 500
+    target = 'notice'
+    streams = ''
 
 
-class SettingError(TodolError):
+class SettingError(AppError):
     """A setting has a value that is not allowed."""
 
 
-class StorageError(TodolError):
-    """A database can't be used now: locked for too long, disk full, damaged. What was asked for did not happen."""
-    status = 503
+class Setting(typing.NamedTuple):
+    """An environment variable."""
+    name: str                       # without the app's prefix
+    default: str                    # as it would be written in the environment
+    meaning: str                    # one line, with the unit
+    parse: typing.Callable          # str -> value; raises ValueError with what is allowed
+    secret: bool = False            # its value is never shown
+    prefixed: bool = True           # <APP>_NAME; else NAME, as everybody calls it
 
-
-Setting = collections.namedtuple('Setting', (      # not typing.NamedTuple: importing typing takes 3 ms
-    'name',             # of the environment variable
-    'default',          # as it would be written in the environment
-    'meaning',          # one line, with the unit
-    'parse',            # str -> value; raises ValueError with what is allowed
-    'secret',           # whether its value is never shown
-), defaults=[False])
+    @property
+    def variable(self):
+        return PREFIX + self.name if self.prefixed else self.name
 
 
 def whole_number(low, high):
@@ -166,303 +139,270 @@ def one_of(*allowed):
 
 def switch(text):
     """A parser of on and off."""
-    return {'on': True, '1': True, 'off': False, '0': False}[one_of('on', 'off', '1', '0')(text)]
+    return one_of('on', 'off', '1', '0')(text) in ('on', '1')
 
 
 def some_text(text):
+    """A parser of text that is not empty."""
     if not text:
         raise ValueError('not empty')
     return text
 
 
+def words(text):
+    """A parser of lower-case words between commas."""
+    return [word.strip().lower() for word in text.split(',') if word.strip()]
+
+
 def secret_text(text):
+    """A parser of a secret."""
     if text and len(text) < 32:
-        raise ValueError('at least 32 characters; `python todol.py secret` makes one')
+        raise ValueError('at least 32 characters; the command `secret` makes one')
     return text
 
 
-SETTINGS = (
-    Setting('PORT', '8080', 'TCP port to listen on; 0 takes a free one', whole_number(0, 65535)),
-    Setting('HOST', '127.0.0.1', 'address to listen on; 0.0.0.0 for all', some_text),
-    Setting('TODOL_ENV', 'development', 'development, test or production: names the files, sets what errors show',
-            one_of('development', 'test', 'production')),
-    Setting('TODOL_DATA', 'db', 'directory of the four database files', some_text),
-    Setting('TODOL_SECRET', '', 'signs sessions and stream names; unset: made once and kept in the app database',
-            secret_text, secret=True),
-    Setting('TODOL_SYNC', 'NORMAL', 'synchronous of the app database: NORMAL, or FULL to survive power loss',
-            one_of('NORMAL', 'FULL')),
-    Setting('TODOL_JOB_WORKERS', '20', 'greenlets that run jobs', whole_number(1, 10_000)),
-    Setting('TODOL_MAX_TITLE_CHARS', '500', 'longest title, characters', whole_number(1, 10_000)),
-    Setting('TODOL_MAX_TODOS', '10000', 'most todos of one user', whole_number(1, 1_000_000)),
-    Setting('TODOL_MAX_BODY_BYTES', '262144', 'largest request body, bytes', whole_number(1024, 2**30)),
-    Setting('TODOL_MAX_MESSAGE_BYTES', '65536', 'largest WebSocket message from a client, bytes', whole_number(1024, 2**30)),
-    Setting('TODOL_MAX_SOCKETS', '100', 'most WebSockets of one user', whole_number(1, 1_000_000)),
-    Setting('TODOL_WRITES_PER_MINUTE', '600', 'most changes of one session in a minute; above it 429', whole_number(1, 10**9)),
-    Setting('TODOL_IDLE_SECONDS', '0', 'a visible tab without a sign of life drops its socket after this; 0: never',
-            whole_number(0, 10**6)),
-    Setting('TODOL_TRUST_PROXY', 'off', "on: take the client's address and scheme from the proxy's headers", switch),
-    Setting('TODOL_LITESTREAM', 'off', 'on: Litestream runs beside; checkpoints are left to it, an early stop waits for it', switch),
-    Setting('TODOL_LOG', 'text', 'form of the log lines: text or json', one_of('text', 'json')),
-)
+SETTINGS = []                           # every Setting, in the order of declaration
+settings = types.SimpleNamespace()      # their values: PORT is .port, <APP>_ENV is .env
+
+
+def app_settings(*declared):
+    """Declare settings; they have their defaults until load_settings() reads the environment."""
+    SETTINGS.extend(declared)
+    for setting in declared:
+        setattr(settings, setting.name.lower(), setting.parse(setting.default))
 
 
 def load_settings(environ):
-    """Every setting as an attribute: PORT is .port, TODOL_MAX_TODOS is .max_todos. Raises SettingError.
-
-    An empty variable counts as unset, as `docker run -e NAME=` and compose files write it.
-    """
-    settings = types.SimpleNamespace()
+    """Read every setting from a dict of variables into `settings`. Raises SettingError, and
+    changes nothing then. An empty variable counts as unset, as `docker run -e NAME=` writes it."""
+    values = {}
     for setting in SETTINGS:
-        text = environ.get(setting.name) or setting.default
+        text = environ.get(setting.variable) or setting.default
         try:
-            value = setting.parse(text)
+            values[setting.name.lower()] = setting.parse(text)
         except ValueError as allowed:
             shown = 'a value' if setting.secret else repr(text)
-            raise SettingError(f'{setting.name} is {shown}; it must be {allowed} ({setting.meaning})') from None
-        setattr(settings, setting.name.lower().removeprefix('todol_'), value)
+            raise SettingError(f'{setting.variable} is {shown}; it must be {allowed} '
+                               f'({setting.meaning})') from None
+    known = {setting.variable for setting in SETTINGS}
     for name in sorted(environ):
-        if name.startswith('TODOL_') and not name.startswith('TODOL_TEST_') and name not in {each.name for each in SETTINGS}:
-            log.warning('unknown setting %s is ignored; `todol.py settings` lists those there are', name)
-    return settings
+        if name.startswith(PREFIX) and not name.startswith(f'{PREFIX}TEST_') and name not in known:
+            log.warning('unknown setting %s is ignored; the command `settings` lists those '
+                        'there are', name)
+    vars(settings).update(values)
 
 
-settings = load_settings({})    # the defaults, until choose() puts others in their place
+app_settings(
+    Setting('PORT', '8080', 'TCP port to listen on; 0 takes a free one',
+            whole_number(0, 65535), prefixed=False),
+    Setting('HOST', '127.0.0.1', 'address to listen on; 0.0.0.0 for all', some_text,
+            prefixed=False),
+    Setting('ENV', 'development', 'development, test or production: names the files, sets '
+            'what errors show', one_of('development', 'test', 'production')),
+    Setting('DATA', 'db', 'directory of the database files', os.path.abspath),
+    Setting('SECRET', '', 'signs sessions and stream names; unset: made once and kept in the '
+            'app database', secret_text, secret=True),
+    Setting('SYNC', 'NORMAL', 'synchronous of the app database: NORMAL, or FULL to survive '
+            'power loss', one_of('NORMAL', 'FULL')),
+    Setting('JOB_WORKERS', '20', 'jobs that run at once', whole_number(1, 10_000)),
+    Setting('MAX_BODY_BYTES', '262144', 'largest request body, bytes',
+            whole_number(1024, 2**30)),
+    Setting('MAX_MESSAGE_BYTES', '65536', 'largest WebSocket message from a client, bytes',
+            whole_number(1024, 2**30)),
+    Setting('MAX_SOCKETS', '100', 'most WebSockets of one user', whole_number(1, 1_000_000)),
+    Setting('WRITES_PER_MINUTE', '600', 'most changes of one session in a minute, ten times as '
+            'many of one address; above it 429', whole_number(1, 10**9)),
+    Setting('IDLE_SECONDS', '0', 'a visible tab without a sign of life drops its socket after '
+            'this; 0: never', whole_number(0, 10**6)),
+    Setting('HOSTS', '', 'names that it answers to, between commas; others get 421; unset: any',
+            words),
+    Setting('TRUST_PROXY', 'off', "on: take scheme and host from the proxy's headers", switch),
+    Setting('CLIENT_IP_HEADER', '', "header in which the proxy passes the client's address",
+            str),
+    Setting('LITESTREAM', 'off', 'on: Litestream runs beside; checkpoints are left to it, an '
+            'early stop waits for it', switch),
+    Setting('LOG', 'text', 'form of the log lines: text or json', one_of('text', 'json')),
+)
 
 
-def choose(chosen):
-    """Make these the settings in force."""
-    global settings
-    settings = chosen
+def now():
+    """Wall time in Unix seconds: what is stored."""
+    return time.time()
 
 
-# === Migrations: the schema of the four files, oldest first ===========================================================
-# The lists only grow. One statement each, in the SQL that SQLite >= 3.35 and PostgreSQL share. Times are seconds since
-# 1970 as floats, from now_s(). AUTOINCREMENT: an id is never used twice, so an old message can't mean a new row. It costs
-# an insert 5 us, a page more to write.
-
-MIGRATIONS = {
-    'app': [
-        ('001 create todos', '''
-            CREATE TABLE todos (
-                id          INTEGER PRIMARY KEY AUTOINCREMENT,   -- also the order of the list
-                user_id     TEXT NOT NULL,
-                title       TEXT NOT NULL,
-                completed   INTEGER NOT NULL DEFAULT 0,          -- 0 or 1
-                version     INTEGER NOT NULL,                    -- of the list when this row last changed
-                key         TEXT,                                -- idempotency key of the create; NULL: none was given
-                created_at  REAL NOT NULL
-            )'''),
-        ('002 index todos by user', 'CREATE INDEX todos_by_user ON todos (user_id, id)'),
-        ('003 index todos by key', 'CREATE UNIQUE INDEX todos_by_key ON todos (user_id, key) WHERE key IS NOT NULL'),
-        ('004 create lists', '''
-            CREATE TABLE lists (                                 -- one row a user: counts that need no counting
-                user_id     TEXT PRIMARY KEY,
-                active      INTEGER NOT NULL,
-                completed   INTEGER NOT NULL,
-                version     INTEGER NOT NULL                     -- grows with every change
-            )'''),
-        ('005 create outbox', '''
-            CREATE TABLE outbox (                                -- jobs on their way to the job database
-                id          INTEGER PRIMARY KEY AUTOINCREMENT,
-                job         TEXT NOT NULL                        -- the row to insert there, as JSON
-            )'''),
-        ('006 create secrets', 'CREATE TABLE secrets (name TEXT PRIMARY KEY, value TEXT NOT NULL)'),
-        ('007 index todos by key first', 'CREATE UNIQUE INDEX todos_by_key_first ON todos (key, user_id) WHERE key IS NOT NULL'),
-        ('008 drop index by user and key', 'DROP INDEX todos_by_key'),  # keys start with the time: new ones are in one page
-    ],
-    'cache': [
-        ('001 create entries', '''
-            CREATE TABLE entries (
-                id          INTEGER PRIMARY KEY,                 -- a rowid table: big values stay out of the key's pages
-                key         TEXT NOT NULL UNIQUE,
-                number      INTEGER,                             -- the value, if it is a whole number (a counter)
-                value       BLOB,                                -- the value otherwise: bytes, or JSON in UTF-8
-                is_json     INTEGER NOT NULL,                    -- 1: value is JSON
-                expires_at  REAL NOT NULL,
-                used_at     REAL NOT NULL                        -- last use, a little late: reads are written by evictions
-            )'''),
-        ('002 index entries by use', 'CREATE INDEX entries_by_use ON entries (used_at)'),
-        ('003 index entries by expiry', 'CREATE INDEX entries_by_expiry ON entries (expires_at)'),
-        ('004 drop index by expiry', 'DROP INDEX entries_by_expiry'),   # a fifth of every write, for a sweep once an hour
-        ('005 drop index by use', 'DROP INDEX entries_by_use'),         # another sixth, and the order of ids will do
-    ],
-    'job': [
-        ('001 create jobs', '''
-            CREATE TABLE jobs (
-                id          INTEGER PRIMARY KEY,                 -- used again when the newest are gone: a lease has run_at too
-                uid         TEXT,                                -- if it came by the outbox: moved twice, inserted once
-                name        TEXT NOT NULL,
-                arguments   TEXT NOT NULL,                       -- JSON object
-                queue       TEXT NOT NULL,
-                unique_key  TEXT,                                -- at most one unfinished job has it
-                order_key   TEXT,                                -- its jobs run in order, one at a time
-                run_at      REAL NOT NULL,                       -- not before
-                due_at      REAL,                                -- when to take it: run_at, a retry's time, or the end of
-                                                                 -- the lease; NULL: parked, or behind another of its key
-                worker      TEXT,                                -- the process that has the lease; NULL: nobody
-                attempt     INTEGER NOT NULL DEFAULT 0,          -- how often it was taken; fences late finishers, with run_at
-                enqueued_at REAL NOT NULL,
-                failed_at   REAL,                                -- when it was parked after its last attempt
-                error       TEXT                                 -- traceback of the last failure
-            )'''),
-        ('002 index jobs by due time', 'CREATE INDEX jobs_by_due ON jobs (queue, due_at) WHERE due_at IS NOT NULL'),
-        ('003 index jobs by unique key', '''
-            CREATE UNIQUE INDEX jobs_by_unique_key ON jobs (unique_key)
-            WHERE unique_key IS NOT NULL AND failed_at IS NULL'''),
-        ('004 index jobs by order key', '''
-            CREATE INDEX jobs_by_order_key ON jobs (order_key, id) WHERE order_key IS NOT NULL AND failed_at IS NULL'''),
-        ('005 index jobs by worker', 'CREATE INDEX jobs_by_worker ON jobs (worker) WHERE worker IS NOT NULL'),
-        ('006 index failed jobs', 'CREATE INDEX jobs_by_failure ON jobs (failed_at) WHERE failed_at IS NOT NULL'),
-        ('007 create recurring', 'CREATE TABLE recurring (name TEXT PRIMARY KEY, due_at REAL NOT NULL)'),
-        ('008 index jobs by uid', 'CREATE UNIQUE INDEX jobs_by_uid ON jobs (uid) WHERE uid IS NOT NULL'),
-        ('009 drop index by worker', 'DROP INDEX jobs_by_worker'),     # an eighth of an enqueue; leases are due soon
-    ],
-    'cable': [
-        ('001 create messages', '''
-            CREATE TABLE messages (
-                id          INTEGER PRIMARY KEY AUTOINCREMENT,   -- the offset of a position
-                stream      TEXT NOT NULL,
-                payload     TEXT NOT NULL,                       -- JSON
-                created_at  REAL NOT NULL
-            )'''),
-        ('002 index messages by stream', 'CREATE INDEX messages_by_stream ON messages (stream, id)'),
-        ('003 index messages by time', 'CREATE INDEX messages_by_time ON messages (created_at)'),
-        ('004 create epochs', 'CREATE TABLE epochs (epoch TEXT PRIMARY KEY)'),   # one row: the name of this file
-        ('005 drop index by time', 'DROP INDEX messages_by_time'),     # ids are in the order of time
-    ],
-}
+# JSON as RFC 8259 has it: NaN and Infinity are refused.
+to_json = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
+JSON_ERRORS = (TypeError, ValueError, RecursionError)       # what it raises
 
 
-# === Database: one SQLite file, used by many greenlets ================================================================
-# SQLite never waits in C, where it would stop every greenlet: a locked file is tried again from Python, for a while.
-# A transaction never switches greenlets, so one connection serves all, and nobody sees half a transaction.
+# === Database: SQLite files, each used by many greenlets =================================
+# SQLite never waits in C, where it would stop every greenlet: a locked file is tried again from
+# Python, for a while. A transaction never switches greenlets, so one connection serves all, and
+# nobody sees half a transaction.
 
-BUSY_SECONDS = 5            # longer than any transaction of this file, shorter than a proxy's patience
-CROWD_SECONDS = 0.01        # a crowd that wrote is expected back within this
-APPLICATION_ID = 0x746f646f     # in the header of our files: one that has it needs no long look
+BUSY_SECONDS = 5            # longer than any transaction here, shorter than a proxy's patience
 JOURNAL_LIMIT_BYTES = 16 * 1024 * 1024
-CHECKPOINT_PAGES = 4000     # 16 MB; with SQLite's 1000 there are four times as many waits for the disk, each half as long
-BOOT_ID = '/proc/sys/kernel/random/boot_id'             # of Linux: another one after each start of the machine
-PAGE_BYTES = {'job': 1024}  # of a new file, if not SQLite's own 4096: small rows that soon go write less, a fifth more jobs
-DATABASE_SUFFIXES = ('', '-wal', '-shm', '-journal')    # of the names of the files that it may have
-TOLERATED_TABLES = ('sqlite_', '_litestream_')      # prefixes of tables that others keep in our files
+CHECKPOINT_PAGES = 4000     # 16 MB: SQLite's 1000 wait for the disk four times as often
+DATABASE_SUFFIXES = ('', '-wal', '-shm', '-journal')    # of the names of the files it may have
+TOLERATED_TABLES = ('sqlite_', '_litestream_')          # that others keep in our files
+
+# What SQLite says when a file can't be used now, by primary result code. Everything else that it
+# raises is an error of the program, and stays as it is. Source: sqlite.org/rescode.html
+STORAGE_ERRORS = {
+    5: ('database is locked', f'is locked by another process for {BUSY_SECONDS} seconds'),
+    6: ('database table is locked', 'is locked by another connection'),
+    8: ('attempt to write a readonly database', 'can not be written: it is read-only'),
+    10: ('disk I/O error', 'can not be used: the disk reports an error'),
+    11: ('database disk image is malformed', 'is damaged; restore it from a backup'),
+    13: ('database or disk is full', 'can not be written: the disk is full'),
+    14: ('unable to open database file', 'can not be opened; check the directory and its owner'),
+    26: ('file is not a database', 'is damaged, or not an SQLite database'),
+}
+BUSY, READ_ONLY, DAMAGED = (5, 6), 8, (11, 26)
+
+databases = {}              # name -> Database: what open_stack() opens
+
+
+class StorageError(AppError):
+    """A database can't be used now: locked for too long, disk full, damaged. What was asked for
+    did not happen."""
+    status = 503
 
 
 class BusyError(StorageError):
     """Somebody else held the write lock for all of BUSY_SECONDS."""
 
 
-class MigrationError(TodolError):
-    """The file is not one of ours, or from a newer todol. It was left as it is."""
+class DamagedError(StorageError):
+    """The file is damaged, or not an SQLite database."""
+
+
+class MigrationError(AppError):
+    """The file is another program's, or from a newer version. It was left as it is."""
+
+
+class MisuseError(RuntimeError):
+    """A call from where it can't be made: inside a transaction, from another thread, or before
+    open_stack()."""
 
 
 class Database:
-    """One of the four files. role: a key of MIGRATIONS.
+    """A file <data>/<environment>[_<name>].sqlite3.
 
-    Statements are constants (sqlite3 keeps them compiled by their text), rows are tuples, and a statement outside
-    transact() is a transaction of its own. Everything raises StorageError when the file can't be used, and lets
-    sqlite3.IntegrityError through.
+    name: 'app' is the one without a suffix. migrations: a list of (name, SQL statement) that only
+    grows; sections and apps add to it before it is opened. disposable: a damaged one is set aside
+    and made anew. copied: backups and Litestream take it along.
+
+    Rows are tuples, and a statement outside transact() is a transaction of its own. SQL has
+    now_s() for the time. Every verb raises StorageError when the file can't be used, MisuseError
+    from another thread, and lets other errors of sqlite3 through.
     """
+    current = None          # the Database whose transaction is running; nothing switches in one
 
-    def __init__(self, role):
-        self.role = role
-        self.path = None
-        self.clock = time.time              # what now_s() gives; tests put their own here
-        self._connection = None
-        self._mark = None                   # BootMark of a file that is written without fsync
-        self._queue = []                    # writes that wait for the next transaction
-        self._leading = None                # set when the greenlet that is about to run the queue has done so
-        self._in_transaction = False
-        self._wrote_at = self._wrote_by = 0
-        self._crowded = False               # the last transaction was of several writers
+    def __init__(self, name, migrations=(), disposable=False, copied=True, declared=True):
+        self.name = name
+        self.migrations = list(migrations)
+        self.disposable = disposable
+        self.copied = copied
+        self.path = self.damage = None
+        self._connection = self._hub = None     # each OS thread has its own hub
+        self._queue = []            # writes that wait for the next transaction
+        self._leading = None        # an Event while a greenlet is about to run the queue
+        self._after_commit = []     # functions to call after the transaction that is running
+        if declared:
+            databases[name] = self
 
-    def open(self, path, synchronous='NORMAL', checkpoints=True):
-        """Open or create the file at path and bring its schema up to date. checkpoints: off where Litestream makes them.
+    @property
+    def default_path(self):
+        """Where the settings put the file."""
+        suffix = '' if self.name == 'app' else f'_{self.name}'
+        return os.path.join(settings.data, f'{settings.env}{suffix}.sqlite3')
 
-        synchronous: of SQLite. With OFF nothing waits for the disk (10 kB are added to the cache in 0.6 of the time, a POST
-        takes 6 % less), and the file starts empty if the machine went down while it was open; where that can't be known, it
-        is NORMAL instead. Raises MigrationError for a file that is not ours and StorageError for one that can't be used;
-        neither is changed then.
-        """
-        self.path = path
+    def open(self, path=None):
+        """Open or create the file (path, or where the settings put it), and migrate it. Raises
+        MigrationError and StorageError, and leaves the file as it is then."""
+        self.path = path or self.default_path
         try:
-            mark = BootMark(path)
-            if synchronous == 'OFF' and fcntl and boot_id():
-                self._mark = mark
-                mark.set()
-            elif mark.is_stale():
-                raise StorageError(f'{path} was open when the machine went down, and may be torn: delete it and {path}-boot')
-            elif synchronous == 'OFF':
-                synchronous = 'NORMAL'
-            pending = None if self._has_our_id() else self.examine(path)        # 0.3 ms
-            self._connection = connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False,
-                                                            cached_statements=256)
-            # Called deterministic, it is called once for each run of a statement, as PostgreSQL's STABLE functions are.
-            connection.create_function('now_s', 0, lambda: self.clock(), deterministic=True)
-            connection.execute(f'PRAGMA page_size = {PAGE_BYTES.get(self.role, 4096)}')
-            pending = self._pending() if pending is None else pending
+            self._open()
+        except DamagedError as error:
+            if not self.disposable:
+                raise
+            self._set_aside(error)
+            self._open()
+
+    def _open(self):
+        try:
+            pending = self.examine(self.path)
+            make_private(self.path)
+            self._connect(urllib.parse.quote(os.fsencode(self.path)))
             self._patiently('PRAGMA journal_mode = WAL')
-            # Debian's SQLite fills freed pages with zeros, and writes those too: a third of what a full cache does. FAST does
-            # it only where the page is written anyway.
-            for pragma in (f'synchronous = {synchronous}', 'foreign_keys = ON', 'secure_delete = FAST',
-                           f'journal_size_limit = {JOURNAL_LIMIT_BYTES}'):
-                connection.execute(f'PRAGMA {pragma}')
-            connection.execute(f'PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES if checkpoints else 0}')
+            litestream = settings.litestream and self.copied
+            for pragma in (f'synchronous = {settings.sync if self.name == "app" else "NORMAL"}',
+                           'foreign_keys = ON', f'journal_size_limit = {JOURNAL_LIMIT_BYTES}',
+                           'secure_delete = FAST',      # Debian's ON writes freed pages anew
+                           f'wal_autocheckpoint = {0 if litestream else CHECKPOINT_PAGES}'):
+                self._connection.execute(f'PRAGMA {pragma}')
             if pending:
                 self.transact(self._migrate)
         except sqlite3.Error as error:
-            self.close()
-            raise self._explained(error) from error
+            self._disconnect()
+            self._raise(error)
         except OSError as error:
-            self.close()
-            raise StorageError(f'{error.filename or path} can not be read: {error.strerror}') from None
-        except TodolError:
-            self.close()
+            self._disconnect()
+            raise StorageError(f'{error.filename or self.path} can not be used: '
+                               f'{error.strerror}') from None
+        except AppError:
+            self._disconnect()
             raise
+
+    def open_read_only(self, path=None):
+        """Open the file without the right to change it. Raises MigrationError, StorageError."""
+        self.path = path or self.default_path
+        if not os.path.exists(self.path):
+            raise StorageError(f'{self.path} does not exist')
+        try:
+            self._connect(urllib.parse.quote(os.fsencode(self.path)) + '?mode=ro')
+            self._patiently('SELECT count(*) FROM sqlite_master')
+        except sqlite3.Error as error:
+            self._disconnect()
+            self._raise(error)
 
     def close(self):
         """Close the file; the last process that does so folds the write-ahead log into it."""
         self._disconnect()
-        if self._mark:
-            mark, self._mark = self._mark, None
-            try:
-                mark.release()
-            except OSError as error:
-                log.error('%s can not be synced: %s', self.path, error)
-
-    def _disconnect(self):
-        if self._connection:
-            connection, self._connection = self._connection, None
-            connection.close()
+        if self.damage and self.disposable:
+            self._set_aside(self.damage)
+        self.damage = None
 
     def execute(self, statement, parameters=()):
-        """The rows of one statement, as a list of tuples."""
+        """The rows of one statement, as a list of tuples.
+
+        parameters: a tuple for ?, or a dict for :name. Inside the transaction of another database
+        it may only read.
+        """
+        self._check()
+        current = Database.current
+        self._refuse_undone()
+        if current not in (None, self) and not statement.lstrip()[:6].upper() == 'SELECT':
+            return self._only_read(statement, parameters)
         try:
             return self._connection.execute(statement, parameters).fetchall()
-        except sqlite3.IntegrityError:
-            raise
         except sqlite3.Error as error:
-            if self._in_transaction or not is_busy(error):
-                raise self._explained(error) from error
+            if current or result_code(error) not in BUSY:
+                self._raise(error)
         return self._patiently(statement, parameters)
 
-    def write(self, statement, parameters=()):
-        """execute() for a statement that many greenlets may want to run at once: a crowd shares its commits, as in transact();
-        a lone one does without BEGIN and COMMIT, which saves a tenth of a broadcast, a fifth after a pause."""
-        if not self._in_transaction and self._is_crowd():
-            return self.transact(self.execute, statement, parameters)
-        self._note_writer()
-        return self.execute(statement, parameters)
-
     def executemany(self, statement, rows):
-        """Run one statement for each of rows; only inside a transaction."""
-        assert self._in_transaction, 'executemany() outside a transaction would commit row by row'
+        """Run one statement for each of rows; only inside a transaction, which makes it whole."""
+        self._check()
+        if Database.current is not self:
+            raise MisuseError(f'executemany() outside a transaction of the {self.name} database '
+                              'would commit row by row')
+        self._refuse_undone()
         try:
             self._connection.executemany(statement, rows)
-        except sqlite3.IntegrityError:
-            raise
         except sqlite3.Error as error:
-            raise self._explained(error) from error
+            self._raise(error)
 
     def transaction(self, function):
         """A decorator: calls of the function go through transact()."""
@@ -471,17 +411,23 @@ class Database:
             return self.transact(function, *arguments, **options)
         return in_transaction
 
-    def transact(self, function, *arguments, **options):
-        """Call the function in a transaction and give what it returns, after the commit. Inside another one: join it.
+    def transact(self, function, /, *arguments, **options):
+        """Call the function in a transaction, and give what it returns, after the commit.
 
-        Writes of several greenlets share one commit (2 to 3 times the writes a second, and one fsync for all at FULL):
-        who comes first leads, the others' functions are called by the leader. So a function here must not use the
-        current request, can't wait (an attempt raises RuntimeError), and may be called a second time, after a rollback,
-        when a neighbour failed: it should change nothing but the database. If it raises, nothing of it is kept.
+        The function is called once. If it raises, all that it did is undone, and nothing else.
+        Inside another transaction of this database it joins that one, as a part that can be undone
+        alone; inside one of another database it is refused (MisuseError): enqueue a job, which is
+        written with the transaction. It can't wait: an attempt raises MisuseError.
+
+        Greenlets that write at the same time share a commit: who comes first leads, and calls the
+        others' functions too. So a function must not use the current request.
         """
-        if self._in_transaction:
-            return function(*arguments, **options)
-        write = _Write(functools.partial(function, *arguments, **options))
+        self._check()
+        call = functools.partial(function, *arguments, **options)
+        if Database.current is self:
+            return self._savepoint(call)
+        refuse_in_transaction(f'a write to the {self.name} database')
+        write = _Write(call)
         self._queue.append(write)
         try:
             while not write.done:
@@ -499,72 +445,101 @@ class Database:
 
     @property
     def in_transaction(self):
-        """Whether the caller is inside transact(); as nothing switches there, it can be nobody else."""
-        return self._in_transaction
+        """Whether the caller is inside transact() of this database."""
+        return Database.current is self
+
+    def after_commit(self, function):
+        """Call the function when the running transaction is committed; once, however often it is
+        asked for, and not at all if the part that asked is undone."""
+        self._after_commit.append(function)
 
     def _lead(self):
-        """Run the first transaction that the queue allows."""
-        self._leading = gevent.event.Event()
+        """Run everybody who is in the queue one turn of the event loop later."""
+        self._leading = ended = gevent.event.Event()
+        calls = ()
         try:
-            # A crowd gets one turn of the event loop to join: with 16 clients, fifteen writes share a commit. A lone writer
-            # never waits.
-            if self._is_crowd():
-                gevent.sleep(0)
-            self._note_writer()
+            gevent.sleep(0)         # others that are about to write join
             try:
                 self._patiently('BEGIN IMMEDIATE')
             except StorageError as error:
                 group, self._queue = self._queue, []
                 for write in group:
-                    write.finish(error=error)
+                    write.finish(error)
                 return
-            # From here to the commit nothing switches.
-            size = 1 if self._queue[0].alone else len(self._queue)
-            group, self._queue = self._queue[:size], self._queue[size:]
-            self._crowded = len(group) > 1
-            self._run(group)
+            group, self._queue = self._queue, []        # from here to the commit nothing switches
+            calls = self._run(group)
         finally:
-            ended, self._leading = self._leading, None
-            ended.set()         # who is left over, or whose leader was killed, leads on
-
-    def _is_crowd(self):
-        """Whether somebody else wrote a moment ago, or joined the last time: others may be about to."""
-        return self._crowded or (self._wrote_by != id(gevent.getcurrent())
-                                 and time.monotonic() - self._wrote_at < CROWD_SECONDS)
-
-    def _note_writer(self):
-        self._wrote_at, self._wrote_by = time.monotonic(), id(gevent.getcurrent())
+            self._leading = None
+            ended.set()             # who is left over, or whose leader was killed, leads on
+        for call in calls:
+            try:
+                call()
+            except Exception:
+                log.exception('a call after a commit failed database=%s', self.name)
 
     def _run(self, group):
-        """Call the functions of a group in the transaction that is open, and commit it."""
-        leader = gevent.getcurrent()
-        self._in_transaction, leader.switch_out = True, _refuse_to_switch
-        outcomes = []
+        """Call the functions of a group in the transaction that is open, and commit it. Gives what
+        is to be called then."""
+        leader, tried, failure = gevent.getcurrent(), [], None
+        Database.current, leader.switch_out = self, _refuse_to_switch
         try:
             for write in group:
-                changes = self._connection.total_changes
-                try:
-                    outcomes.append((write.function(), None))
-                except Exception as error:
-                    if self._connection.total_changes != changes or not self._connection.in_transaction:
-                        raise           # it left something behind
-                    outcomes.append((None, error))
-            self._connection.execute('COMMIT')
+                tried.append(write)
+                write.run(self._savepoint if len(group) > 1 else None)
+                if not self._connection.in_transaction:     # as SQLite does when the disk is full
+                    failure = StorageError(f'the transaction of the {self.name} database was '
+                                           f'rolled back; nothing was changed')
+                    break
+            if failure is None and any(write.error is None for write in tried):
+                self._connection.execute('COMMIT')
+        except sqlite3.Error as error:
+            failure = self._explained(error)
         except BaseException as error:
-            if self._connection.in_transaction:     # SQLite may have rolled back by itself
-                self._connection.execute('ROLLBACK')
-            if len(group) == 1 or len(outcomes) == len(group) or not isinstance(error, Exception):
-                outcomes = [(None, self._explained(error))] * len(group)
-            else:                       # only the one that failed shall fail: each on its own
-                for write in group:
-                    write.alone = True
-                self._queue = group + self._queue
-                return
+            failure = StorageError(f'the commit of the {self.name} database failed: {error!r}')
         finally:
-            self._in_transaction = False
+            Database.current = None
             del leader.switch_out
-        for write, outcome in zip(group, outcomes):
-            write.finish(*outcome)
+            if self._connection.in_transaction:
+                self._connection.execute('ROLLBACK')
+            self._queue[:0] = group[len(tried):]            # these were not called yet
+            for write in tried:
+                write.finish(failure)
+        calls, self._after_commit = dict.fromkeys(self._after_commit), []
+        return calls if any(write.error is None for write in tried) else ()
+
+    def _savepoint(self, call):
+        """Call a function as a part of the transaction that can be undone alone."""
+        asked = len(self._after_commit)
+        self._refuse_undone()
+        self._connection.execute('SAVEPOINT part')
+        try:
+            value = call()
+            self._refuse_undone()
+            self._connection.execute('RELEASE part')
+            return value
+        except BaseException:
+            del self._after_commit[asked:]
+            if self._connection.in_transaction:
+                self._connection.execute('ROLLBACK TO part')
+                self._connection.execute('RELEASE part')
+            raise
+
+    def _refuse_undone(self):
+        # A function may catch the error of a full disk, and go on, outside of any transaction.
+        if Database.current is self and not self._connection.in_transaction:
+            raise StorageError(f'the transaction of the {self.name} database was rolled back')
+
+    def _only_read(self, statement, parameters):
+        """Run a statement inside the transaction of another database."""
+        self._connection.execute('PRAGMA query_only = ON')
+        try:
+            return self._connection.execute(statement, parameters).fetchall()
+        except sqlite3.Error as error:
+            if result_code(error) == READ_ONLY:
+                refuse_in_transaction(f'a write to the {self.name} database')
+            self._raise(error)
+        finally:
+            self._connection.execute('PRAGMA query_only = OFF')
 
     def _patiently(self, statement, parameters=()):
         deadline = time.monotonic() + BUSY_SECONDS
@@ -572,584 +547,767 @@ class Database:
         while True:
             try:
                 return self._connection.execute(statement, parameters).fetchall()
-            except sqlite3.IntegrityError:
-                raise
             except sqlite3.Error as error:
-                if not is_busy(error) or time.monotonic() > deadline:
-                    raise self._explained(error) from error
+                if result_code(error) not in BUSY or time.monotonic() > deadline:
+                    self._raise(error)
             gevent.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 1.5, 0.01)
 
+    def _raise(self, error):
+        """Raise an error of sqlite3 as what it means here."""
+        explained = self._explained(error)
+        if explained is error:
+            raise error
+        raise explained from error
+
     def _explained(self, error):
-        """The same error as a sentence with the file's name, where it is one of SQLite's."""
-        if not isinstance(error, sqlite3.DatabaseError) or isinstance(error, sqlite3.IntegrityError):
+        code = result_code(error)
+        if code not in STORAGE_ERRORS:
             return error
-        text = str(error)
-        if is_busy(error):
-            return BusyError(f'{self.path} was locked by another process for {BUSY_SECONDS} seconds; nothing was changed')
-        if 'full' in text:
-            return StorageError(f'{self.path}: the disk is full; nothing was changed')
-        if 'unable to open' in text or 'readonly' in text:
-            return StorageError(f'{self.path} can not be opened for writing ({text}); check the directory and its owner')
-        if 'malformed' in text or 'not a database' in text:
-            return StorageError(f'{self.path} is damaged or not an SQLite database ({text}); restore it from a backup')
-        return StorageError(f'{self.path}: {text}')
+        kind = BusyError if code in BUSY else DamagedError if code in DAMAGED else StorageError
+        explained = kind(f'the {self.name} database {STORAGE_ERRORS[code][1]}')
+        if kind is DamagedError:
+            self.damage = explained
+        return explained
+
+    def _check(self):
+        if self._hub is not gevent.get_hub():
+            raise MisuseError(f'the {self.name} database is not open: see open_stack()'
+                              if self._connection is None else
+                              'called from another thread; in_thread() runs what blocks, and its '
+                              'caller uses the stack')
+
+    def _connect(self, address):
+        self._hub = gevent.get_hub()
+        self._connection = sqlite3.connect('file:' + address, uri=True, timeout=0,
+                                           isolation_level=None, cached_statements=256)
+        # Called deterministic, it is called once for each run of a statement.
+        self._connection.create_function('now_s', 0, lambda: now(), deterministic=True)
+
+    def _disconnect(self):
+        self._hub = None
+        if self._connection:
+            connection, self._connection = self._connection, None
+            connection.close()
+
+    def _set_aside(self, error):
+        """Rename a damaged file, so that the next start makes a new one."""
+        log.error('%s is set aside as %s.damaged, and made anew: %s', self.path, self.path, error)
+        self.damage = None
+        for suffix in DATABASE_SUFFIXES:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.path + suffix, f'{self.path}.damaged{suffix}')
 
     def examine(self, path):
-        """Look at a file without the right to write, and give the migrations that it has not seen. Raises MigrationError or
-        StorageError if it is not one of ours."""
-        self.path = path
-        if not os.path.exists(self.path) or os.path.getsize(self.path) == 0:
-            return MIGRATIONS[self.role]
-        with open(self.path, 'rb') as file:
-            if not file.read(16) == b'SQLite format 3\0':
-                raise MigrationError(f'{self.path} is not an SQLite database; move it away or set TODOL_DATA')
-        address = 'file:' + urllib.parse.quote(os.path.abspath(self.path)) + '?mode=ro'
-        self._connection = sqlite3.connect(address, uri=True, timeout=0, isolation_level=None)
+        """Look at a file without changing it, and give the migrations that it has not seen. Raises
+        MigrationError or StorageError if it is not one of ours."""
+        if not os.path.exists(path) or os.path.getsize(path) == 0:
+            return self.migrations
+        with open(path, 'rb') as file:
+            if file.read(16) != b'SQLite format 3\0':
+                raise DamagedError(f'{path} is damaged, or not an SQLite database; restore it from '
+                                   f'a backup, or move it away')
         try:
-            tables = [name for name, in self._patiently("SELECT name FROM sqlite_master WHERE type = 'table'")
+            self.open_read_only(path)
+            tables = [name for name, in self._patiently(
+                          "SELECT name FROM sqlite_master WHERE type = 'table'")
                       if not name.startswith(TOLERATED_TABLES)]
-            if not tables:
-                return MIGRATIONS[self.role]
-            if ('name',) not in self._patiently("SELECT name FROM pragma_table_info('schema_migrations')"):
-                raise MigrationError(f'{self.path} is an SQLite database of another program (it has a table {tables[0]!r}); '
-                                     f'move it away or set TODOL_DATA')
-            return self._pending()
+            if tables and ('name',) not in self._patiently(
+                    "SELECT name FROM pragma_table_info('schema_migrations')"):
+                raise MigrationError(f'{path} is a database of another program (it has a table '
+                                     f'{tables[0]!r}); move it away, or set {PREFIX}DATA')
+            return self._pending() if tables else self.migrations
         finally:
             self._disconnect()
 
-    def _has_our_id(self):
-        with contextlib.suppress(FileNotFoundError), open(self.path, 'rb') as file:
-            return file.read(72)[68:] == APPLICATION_ID.to_bytes(4, 'big')
-
     def _pending(self):
-        """The migrations that this file has not seen. Raises MigrationError if it has seen others."""
         applied = {name for name, in self._patiently('SELECT name FROM schema_migrations')}
-        known = {name for name, _ in MIGRATIONS[self.role]}
-        if applied - known:
-            raise MigrationError(f'{self.path}: migration {min(applied - known)!r} is unknown here; the file is from a newer '
-                                 f'todol, or another of its four files')
-        return [(name, statement) for name, statement in MIGRATIONS[self.role] if name not in applied]
+        unknown = applied - {name for name, _ in self.migrations}
+        if unknown:
+            raise MigrationError(f'{self.path}: the migration {min(unknown)!r} is unknown here; '
+                                 f'the file is from a newer version, or of another app')
+        return [(name, statement) for name, statement in self.migrations if name not in applied]
 
     def _migrate(self):
-        self.execute('CREATE TABLE IF NOT EXISTS schema_migrations (name TEXT PRIMARY KEY, applied_at REAL NOT NULL)')
+        self.execute('CREATE TABLE IF NOT EXISTS schema_migrations '
+                     '(name TEXT PRIMARY KEY, applied_at REAL NOT NULL)')
         pending = self._pending()           # looked at again: another process may have been faster
         for name, statement in pending:
             self.execute(statement)
-            self.execute('INSERT INTO schema_migrations (name, applied_at) VALUES (?, now_s())', (name,))
-        if pending:
-            self.execute(f'PRAGMA application_id = {APPLICATION_ID}')
-            log.info('migrated %s to %r', self.path, name)
+            self.execute('INSERT INTO schema_migrations VALUES (?, now_s())', (name,))
+        log.info('migrated %s: %s', self.path, ', '.join(name for name, _ in pending) or 'nothing')
 
 
 class _Write:
     """A function that waits for its transaction, and what came of it."""
-    __slots__ = ('function', 'value', 'error', 'done', 'alone')
 
-    def __init__(self, function):
-        self.function = function
+    def __init__(self, call):
+        self.call = call
         self.value = self.error = None
         self.done = False
-        self.alone = False      # it, or a neighbour, failed in a group: it gets a transaction of its own
 
-    def finish(self, value=None, error=None):
-        self.value, self.error, self.done = value, error, True
-
-
-class BootMark:
-    """Lies beside a file that is written without fsync, and tells after a start of the machine whether that one is whole.
-
-    It holds the boot id of the machine from before the first write until the last process that has the file open has
-    closed and synced it. Each of them has a shared lock on the mark.
-    """
-
-    def __init__(self, database_path):
-        self._database_path = database_path
-        self._path = database_path + '-boot'
-        self._directory = os.path.dirname(os.path.abspath(database_path))
-        self._fd = None
-        self._is_set = False
-
-    def is_stale(self):
-        """Whether the machine went down while the file was open. Raises OSError."""
+    def run(self, around):
+        """Call the function, by around() if given. What it raises is its own."""
         try:
-            with open(self._path, 'rb') as file:
-                return file.read() not in (b'', boot_id())
-        except FileNotFoundError:
-            return False
+            self.value = around(self.call) if around else self.call()
+        except BaseException as error:
+            self.error = error
 
-    def set(self):
-        """Lock and write the mark. If it is stale, the file is deleted. Raises OSError and BusyError."""
-        boot = boot_id()
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        if os.geteuid() == 0:       # a command that root runs for once makes it for who runs the app
-            os.fchown(self._fd, os.stat(self._directory).st_uid, -1)
-        deadline = time.monotonic() + BUSY_SECONDS
-        while True:
-            if self._lock(fcntl.LOCK_EX):       # nobody else has the file open
-                if os.pread(self._fd, 100, 0) not in (b'', boot):
-                    log.warning('%s was open when the machine went down; it may be torn, so it starts empty', self._database_path)
-                    delete_files(self._database_path, DATABASE_SUFFIXES)
-                    sync_to_disk(self._directory)
-                self._write(boot)
-            if self._lock(fcntl.LOCK_SH):
-                held = os.pread(self._fd, 100, 0)
-                if not held:                    # the last of the others closed the file meanwhile
-                    self._write(boot)
-                if held in (b'', boot):
-                    self._is_set = True
-                    return
-            if time.monotonic() > deadline:
-                raise BusyError(f'{self._path} was locked by another process for {BUSY_SECONDS} seconds')
-            gevent.sleep(0.01)
-
-    def release(self):
-        """Unlock the mark; the last one syncs the file and empties the mark. Raises OSError, and leaves the mark then."""
-        if self._fd is None:
-            return
-        try:
-            if self._is_set and self._lock(fcntl.LOCK_EX):
-                for path in (self._database_path, self._database_path + '-wal', self._directory):
-                    with contextlib.suppress(FileNotFoundError):
-                        sync_to_disk(path)
-                os.ftruncate(self._fd, 0)
-        finally:
-            os.close(self._fd)
-            self._fd = None
-
-    def _write(self, boot):
-        os.ftruncate(self._fd, os.pwrite(self._fd, boot, 0))
-        os.fsync(self._fd)
-
-    def _lock(self, kind):
-        """Lock the mark, in the place of the lock that it has, and say whether that went."""
-        try:
-            fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
+    def finish(self, failure):
+        """failure: of the transaction; None if it was committed."""
+        self.error, self.done = self.error or failure, True
 
 
-def boot_id():
-    """Names the time from one start of the machine to the next, in bytes; none where the system does not tell."""
-    try:
-        with open(BOOT_ID, 'rb') as file:
-            return file.read()
-    except OSError:
-        return b''
+def result_code(error):
+    """The primary result code of an error of sqlite3, or None."""
+    code = getattr(error, 'sqlite_errorcode', None)
+    if code is not None:
+        return code & 0xFF
+    if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError):
+        for code, (message, _) in STORAGE_ERRORS.items():       # Python 3.10 has no codes
+            if str(error).startswith(message):
+                return code
+    return None
 
 
-def sync_to_disk(path):
-    """fsync a file or a directory. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def delete_files(path, suffixes):
-    """Delete the files of a path with these suffixes, where there are some."""
-    for suffix in suffixes:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + suffix)
-
-
-def is_busy(error):
-    """Whether an error of sqlite3 means that somebody else holds the lock. (Error codes came with Python 3.11.)"""
-    return isinstance(error, sqlite3.OperationalError) and ('locked' in str(error) or 'busy' in str(error))
+def refuse_in_transaction(what):
+    """Raises MisuseError inside a transaction: what can not be undone with it."""
+    if Database.current is not None:
+        raise MisuseError(f'{what} can not be a part of a transaction of the '
+                          f'{Database.current.name} database; enqueue a job in it, which does that')
 
 
 def _refuse_to_switch():
     # gevent calls a greenlet's switch_out() before it lets another one run.
-    raise RuntimeError('a transaction must not wait: this call would let other greenlets run before the commit')
+    raise MisuseError('a transaction can not wait: others would run before its commit')
 
 
-app_db, cache_db, job_db, cable_db = (Database(role) for role in MIGRATIONS)
+def in_thread(function, /, *arguments, **options):
+    """Call a function that blocks (requests, smtplib, subprocess) in a thread of a pool, and wait
+    for what it returns or raises, while others run. It must not use the stack."""
+    refuse_in_transaction('a wait for a thread')
+    return gevent.get_hub().threadpool.apply(function, arguments, options)
 
 
-# === Processes: loops that go on, and a doorbell for neighbours =======================================================
-# Several processes may share one data directory. What they tell each other is in the databases; the doorbell only says
-# "look now". A loop that fails is logged and goes on; /up tells when one is failing.
+def make_private(path):
+    """Create a file, if there is none, that only its owner can read: who owns the directory."""
+    with contextlib.suppress(FileExistsError):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            give_to_owner(fd, path)
+        finally:
+            os.close(fd)
 
-RESTART_SECONDS = 1.0       # pause of a loop after an error
-POLL_SECONDS = 2.0          # with neighbours, the databases are looked at this often even if no bell rings
+
+def give_to_owner(file, path):
+    """What root makes in the directory of another user belongs to that user. file: path or fd."""
+    if os.geteuid() == 0:
+        owner = os.stat(os.path.dirname(path))
+        try:
+            os.chown(file, owner.st_uid, owner.st_gid)
+        except OSError as error:            # a container without the right to
+            log.warning('%s stays with root: %s', path, error.strerror)
+
+
+checks = []                     # functions that the command `check` calls
+
+
+def check(function):
+    """A decorator: the function gives a sentence for each thing that is wrong in the databases,
+    which are open for reading then."""
+    checks.append(function)
+    return function
+
+
+app_db = Database('app')        # of the app; sections of the stack keep two small tables there
+
+
+# === Processes: loops that go on, bells between processes, and who is alive ==============
+# Several processes may share a data directory. What they tell each other is in the databases; a
+# bell only says "look now". Alive is what the kernel says: each process holds a lock on a file of
+# its own, and shares one on the directory. To delete any of these files costs latency only.
+
+RESTART_SECONDS, MAX_RESTART_SECONDS = 0.5, 8.0     # pause of a loop after an error; doubles
+POLL_SECONDS = 2.0          # with neighbours the databases are looked at so often, bell or no bell
+LONELY_POLL_SECONDS = 60.0  # without any: somebody may have deleted our bell
 
 loops = {}                  # name -> Loop, for /up
 
 
 class Loop:
-    """A greenlet that calls a function for ever. The function does one turn, waiting included."""
+    """A greenlet that calls a function for ever. It does one turn, and gives another function, if
+    any, that waits for the next: a loop that waits is well."""
 
     def __init__(self, name, turn):
         self.name = name
         self.error = None           # of the last turn; None: it went well
         self._turn = turn
+        self._stopping = False
         self._greenlet = gevent.spawn(self._run)
         loops[name] = self
 
     def _run(self):
-        while True:
+        pause = RESTART_SECONDS
+        while not self._stopping:
             try:
-                self._turn()
-                self.error = None
-            except Exception as error:
+                wait = self._turn()
+                self.error, pause = None, RESTART_SECONDS
+                if wait:
+                    wait()
+            except BaseException as error:      # a kill too, unless it is ours
+                if self._stopping:
+                    return
                 self.error = error
-                log.exception('loop failed, goes on name=%s', self.name)
-                gevent.sleep(RESTART_SECONDS)
+                log.exception('loop failed, goes on in %s s name=%s', pause, self.name)
+                with contextlib.suppress(gevent.GreenletExit):
+                    gevent.sleep(pause)
+                pause = min(2 * pause, MAX_RESTART_SECONDS)
 
     @property
     def alive(self):
         return self.error is None and not self._greenlet.dead
 
     def stop(self):
+        self._stopping = True
         self._greenlet.kill()
         loops.pop(self.name, None)
 
 
-class Doorbell:
-    """A named pipe per process, beside the databases: a byte in it wakes that process within a millisecond.
-
-    The byte says who shall look: the loop that wakes at it, or all, at b'*'. A pipe that nobody reads belongs to a dead
-    process, so the pipes also tell who is alive. Where the file system has no named pipes nobody is heard, and
-    POLL_SECONDS is how long a message may take.
-    """
+class Processes:
+    """This process among those that share its data directory."""
 
     def __init__(self):
-        self.name = None            # of this process; also its name as a worker
-        self.deaf = False           # no named pipes here
-        self._path = self._fd = self._watcher = None
-        self._pipes = {}            # name of a neighbour -> file descriptor
-        self._seen_at = None        # the directory's time when it was last read
+        self.name = None            # of this process, for ever its own: also its name as a worker
+        self._files = None          # an ExitStack that closes and removes what is open
+        self._has_locks = True      # whether the file system has
+        self._fifo = None           # the file descriptor of our bell; None: no named pipes here
+        self._bells = {}            # name of another process -> file descriptor
+        self._others = set()        # names of the other processes that have a file
+        self._seen_at = None        # the directory's time when that was looked up
+        self._reachable = False     # our bell is in the directory
         self._events = {}           # byte -> the events that it sets
 
-    def open(self, directory, prefix):
-        self.name = f'{os.getpid()}-{secrets.token_hex(4)}'
-        self._directory, self._prefix = directory, f'{prefix}.bell.'
-        self._path = os.path.join(directory, self._prefix + self.name)
+    def open(self):
+        """Be there for the others. Raises StorageError while a backup is being restored."""
+        directory, files = settings.data, contextlib.ExitStack()
         try:
-            # Made under another name, so that no neighbour finds it before it is read and takes it for dead.
-            os.mkfifo(self._path + '.new', 0o600)
-            self._fd = os.open(self._path + '.new', os.O_RDWR | os.O_NONBLOCK)
-            os.rename(self._path + '.new', self._path)
-        except (OSError, AttributeError) as error:
-            self.deaf = True
+            if not lock_directory(directory, fcntl.LOCK_SH, files, BUSY_SECONDS):
+                files.close()
+                raise StorageError(f'{directory} is being restored')
+        except OSError as error:
+            self._has_locks = False
+            log.warning('no locks in %s, a dead process is noticed by its leases alone: %s',
+                        directory, error)
+        self.name = f'{os.getpid()}-{secrets.token_hex(4)}'
+        self._directory, self._prefix, self._files = directory, settings.env, files
+        if self._has_locks:
+            try:
+                self._lock_file(self._path('process', self.name))
+            except OSError as error:
+                self.close()
+                raise StorageError(f'{directory} can not be used: {error.strerror}') from None
+        try:
+            self._open_bell(self._path('bell', self.name))
+        except OSError as error:
             log.warning('no named pipes in %s, other processes are polled: %s', directory, error)
-            return
-        self._watcher = gevent.get_hub().loop.io(self._fd, 1)
-        self._watcher.start(self._answer)
         self.ring()                 # the others learn that they are not alone
 
     def close(self):
-        if self._watcher:
-            self._watcher.stop()
-            self._watcher.close()
-        for fd in (self._fd, *self._pipes.values()):
-            if fd is not None:
-                os.close(fd)
-        if self._fd is not None:
-            os.unlink(self._path)
+        self._files.close()
+        for fd in self._bells.values():
+            os.close(fd)
         self.__init__()
 
     def wakes(self, event, byte):
-        """Set the event whenever a neighbour rings with the byte."""
+        """Set the event whenever another process rings with the byte."""
         self._events.setdefault(byte, []).append(event)
 
     def ring(self, byte=b'*'):
-        """Wake every other process. Costs a look at the directory's time when there is none."""
-        known = dict(self._pipes)
-        self._write(known, byte)        # first: the look takes a twentieth of the time until a message is there
+        """Wake every other process: the events of the byte, or all at b'*'. It never fails."""
         self._look()
-        self._write({name: fd for name, fd in self._pipes.items() if name not in known}, byte)
-
-    def neighbours(self):
-        """The names of the other live processes; never empty where they can't be known."""
-        if self.deaf:
-            return {'unknown'}
-        self._look()
-        for name, fd in list(self._pipes.items()):
-            poll = select.poll()
-            poll.register(fd, 0)
-            if poll.poll(0):            # an error: nobody reads it any more
-                self._forget(name)
-        return set(self._pipes)
-
-    def patience(self):
-        """How long a loop may sleep when nothing is due, in seconds; None: until the bell rings."""
-        return POLL_SECONDS if self.neighbours() else None
-
-    def _write(self, pipes, byte):
-        for name, fd in pipes.items():
+        for name, fd in list(self._bells.items()):
             try:
                 os.write(fd, byte)
             except BlockingIOError:
                 pass                # a full pipe wakes as well
-            except OSError:
-                self._forget(name)
+            except OSError:         # nobody reads any more
+                os.close(self._bells.pop(name))
+
+    def patience(self):
+        """How long a loop may sleep when nothing is due, in seconds."""
+        self._look()
+        return POLL_SECONDS if self._others or not self._reachable else LONELY_POLL_SECONDS
+
+    def is_alive(self, name):
+        """Whether a process holds the lock on its file; None: it has no file, so nobody knows."""
+        if name == self.name:
+            return True
+        try:
+            with open(self._path('process', name), 'rb') as file:
+                return not lock(file.fileno(), fcntl.LOCK_SH) if self._has_locks else None
+        except OSError:
+            return None
+
+    def dead(self):
+        """The names of the processes that left a file and no lock; bury() them afterwards."""
+        self._look()
+        return {name for name in self._others if self.is_alive(name) is False}
+
+    def bury(self, names):
+        for name in names:
+            for kind in ('process', 'bell'):
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path(kind, name))
+
+    def _path(self, kind, name):
+        return os.path.join(self._directory, f'{self._prefix}.{kind}.{name}')
+
+    def _lock_file(self, path):
+        # Made and locked under another name, so that nobody finds it unlocked.
+        make_private(path + '.new')
+        fd = os.open(path + '.new', os.O_RDWR)
+        self._files.callback(os.close, fd)
+        lock(fd, fcntl.LOCK_EX)
+        os.rename(path + '.new', path)
+        self._files.callback(remove, path)
+
+    def _open_bell(self, path):
+        os.mkfifo(path + '.new', 0o600)
+        self._files.callback(remove, path + '.new')
+        give_to_owner(path + '.new', path)
+        fd = os.open(path + '.new', os.O_RDWR | os.O_NONBLOCK)
+        self._files.callback(os.close, fd)
+        os.rename(path + '.new', path)
+        self._files.callback(remove, path)
+        watcher = gevent.get_hub().loop.io(fd, 1)
+        self._files.callback(watcher.close)
+        watcher.start(self._answer)
+        self._files.callback(watcher.stop)
+        self._fifo = fd
 
     def _answer(self):
-        rung = b'*'
-        with contextlib.suppress(BlockingIOError):
-            rung = os.read(self._fd, 4096)
+        try:
+            rung = os.read(self._fifo, 4096)
+        except OSError:
+            rung = b'*'
         self._seen_at = None
         for byte, events in self._events.items():
-            if byte in rung or b'*' in rung or len(rung) == 4096:     # where so many wait, some may not have fitted
+            if byte in rung or b'*' in rung or len(rung) == 4096:   # some may not have fitted
                 for event in events:
                     event.set()
 
     def _look(self):
-        if self._fd is None:
+        """Look who is there, if the directory has changed since."""
+        if self._files is None:
             return
-        now = os.stat(self._directory).st_mtime_ns
-        if now == self._seen_at:
+        try:
+            changed_at = os.stat(self._directory).st_mtime_ns
+            if changed_at == self._seen_at:
+                return
+            files = set(os.listdir(self._directory))
+        except OSError:
+            self._reachable = False
             return
-        self._seen_at = now
-        present = set()
-        for file in os.listdir(self._directory):
-            if not file.startswith(self._prefix) or file.endswith('.new'):
-                continue
-            name = file[len(self._prefix):]
-            if name == self.name:
-                continue
-            present.add(name)
-            if name not in self._pipes:
-                path = os.path.join(self._directory, file)
-                try:
-                    self._pipes[name] = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-                except OSError as error:
-                    if error.errno == errno.ENXIO:      # nobody reads: its process died
-                        self._forget(name)
-        for name in set(self._pipes) - present:
-            self._forget(name)
-
-    def _forget(self, name):
-        fd = self._pipes.pop(name, None)
-        if fd is not None:
-            os.close(fd)
-        with contextlib.suppress(OSError):
-            os.unlink(os.path.join(self._directory, self._prefix + name))
+        self._seen_at = changed_at
+        names = {kind: {file[len(f'{self._prefix}.{kind}.'):] for file in files
+                        if file.startswith(f'{self._prefix}.{kind}.') and not file.endswith('.new')}
+                 for kind in ('process', 'bell')}
+        self._reachable = self.name in names['bell']
+        for name in set(self._bells) - names['bell']:
+            os.close(self._bells.pop(name))
+        for name in names['bell'] - set(self._bells) - {self.name}:
+            with contextlib.suppress(OSError):      # nobody reads it: its process is dead
+                self._bells[name] = os.open(self._path('bell', name), os.O_WRONLY | os.O_NONBLOCK)
+        self._others = names['process'] - {self.name} | self._bells.keys()
 
 
-doorbell = Doorbell()
+def lock(fd, kind):
+    """Take a lock that ends with the process, if it is free, and say whether it was. Raises
+    OSError where the file system has none."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
-# === Cache: what is dear to compute, and counters, kept in the cache database =========================================
-# In front of the file is a dict, kept true between processes by a shared page of generations: a key falls into one of
-# SLOTS, whoever commits a change of a key gives its slot a new number, and an entry of the dict counts only while its
-# slot has the number it was read under. A hit costs no system call. set() is written behind, so a crash may lose the
-# last FLUSH_SECONDS of it; incr() and add() are in the file when they return. The file is not synced: when the machine
-# goes down, all is lost. Trouble with the file is a miss, never an error of the app.
+def lock_directory(directory, kind, files, seconds=0):
+    """lock() the directory until the ExitStack ends, trying for some seconds. Shared: an app runs
+    on it; exclusive: none does. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY)
+    files.callback(os.close, fd)
+    deadline = time.monotonic() + seconds
+    while not lock(fd, kind):
+        if time.monotonic() >= deadline:
+            return False
+        gevent.sleep(0.02)
+    return True
+
+
+def remove(path):
+    """Delete a file, if it is there."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+processes = Processes()
+
+
+# === Cache: what is dear to compute, and counters ========================================
+# In front of the file is a dict, which version stamps keep true between processes. set() and
+# delete() are written behind, so a crash may lose the last FLUSH_SECONDS of them; incr() and add()
+# are in the file when they return. Trouble with the file is a miss, never an error of the app.
 
 CACHE_LIMIT_BYTES = 128 * 1024 * 1024
 FRONT_LIMIT_BYTES = 16 * 1024 * 1024
+PENDING_LIMIT_BYTES = 16 * 1024 * 1024      # wait to be written; more is written at once
 FLUSH_SECONDS = 0.02
+FLUSH_ROWS = 200                    # are written in one transaction
 FOREVER_SECONDS = 400 * 86400       # the time to live where none is given
-SLOTS = 4096
-MAX_NOTED_USES = 1000               # wait to be written when something is evicted; more are not noted
-MAX_PENDING = 10_000                # values that wait for a file that can't be written; more are dropped
-REST_SECONDS = 1.0
+REST_SECONDS = 1.0                  # a file in trouble is left alone so long
 EVICT_ROWS = 200                    # are looked at in one transaction when the file is full
 PRUNE_ROWS = 500                    # are looked at in one turn of the event loop
+MAX_NOTED_USES = 10_000
+MAX_KEY_CHARS = 500
+IMMUTABLES = (str, int, float, bool, type(None))    # of JSON: kept as they are
 
+CACHE_MIGRATIONS = [
+    ('001 create entries', '''
+        CREATE TABLE entries (
+            id          INTEGER PRIMARY KEY,    -- in the order in which they came
+            key         TEXT NOT NULL UNIQUE,
+            number      INTEGER,                -- the value, if it is a whole number (a counter)
+            value       BLOB,                   -- the value otherwise: bytes, or JSON in UTF-8
+            is_json     INTEGER NOT NULL,       -- 1: value is JSON
+            expires_at  REAL NOT NULL,
+            used_at     REAL NOT NULL           -- when it was written
+        )'''),
+    ('002 index entries by use', 'CREATE INDEX entries_by_use ON entries (used_at)'),
+    ('003 index entries by expiry', 'CREATE INDEX entries_by_expiry ON entries (expires_at)'),
+    ('004 drop index by expiry', 'DROP INDEX entries_by_expiry'),
+    ('005 drop index by use', 'DROP INDEX entries_by_use'),
+]
 UPSERT_ENTRY = '''
-    INSERT INTO entries (key, number, value, is_json, expires_at, used_at) VALUES (?, ?, ?, ?, ?, ?)
-    ON CONFLICT (key) DO UPDATE SET number = excluded.number, value = excluded.value, is_json = excluded.is_json,
-                                    expires_at = excluded.expires_at, used_at = excluded.used_at'''
-ADD_ENTRY = UPSERT_ENTRY + ' WHERE entries.expires_at <= excluded.used_at RETURNING id'
-# A live counter keeps its window. An expired one, or a missing one, starts with a new window. excluded.used_at is now.
-INCREMENT_ENTRY = '''
-    INSERT INTO entries (key, number, value, is_json, expires_at, used_at) VALUES (?, ?, NULL, 0, ?, ?)
+    INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
+    VALUES (?, ?, ?, ?, ?, now_s())
     ON CONFLICT (key) DO UPDATE SET
-        number     = excluded.number + CASE WHEN entries.expires_at <= excluded.used_at THEN 0 ELSE entries.number END,
-        expires_at = CASE WHEN entries.expires_at <= excluded.used_at THEN excluded.expires_at ELSE entries.expires_at END,
-        value = NULL, is_json = 0, used_at = excluded.used_at
-    WHERE entries.number IS NOT NULL OR entries.expires_at <= excluded.used_at
+        number = excluded.number, value = excluded.value, is_json = excluded.is_json,
+        expires_at = excluded.expires_at, used_at = excluded.used_at'''
+ADD_ENTRY = UPSERT_ENTRY + ' WHERE entries.expires_at <= now_s() RETURNING id'
+# A live counter keeps its window. An expired one, or a missing one, starts with a new window. A sum
+# beyond 64 bits would become a float: nothing is changed then.
+INCREMENT_ENTRY = '''
+    INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
+    VALUES (:key, :by, NULL, 0, :expires_at, now_s())
+    ON CONFLICT (key) DO UPDATE SET
+        number = CASE WHEN entries.expires_at <= now_s() THEN :by ELSE entries.number + :by END,
+        expires_at = CASE WHEN entries.expires_at <= now_s() THEN :expires_at
+                          ELSE entries.expires_at END,
+        value = NULL, is_json = 0, used_at = now_s()
+    WHERE entries.expires_at <= now_s() OR typeof(entries.number + :by) = 'integer'
     RETURNING number'''
-GET_ENTRY = 'SELECT number, value, is_json, expires_at FROM entries WHERE key = ? AND expires_at > ?'
-ENTRIES_AFTER = 'SELECT max(id) FROM (SELECT id FROM entries WHERE id > ? ORDER BY id LIMIT ?) AS next'
-PRUNE_ENTRIES = 'DELETE FROM entries WHERE id > ? AND id <= ? AND expires_at <= now_s() RETURNING id'
-FIRST_ENTRIES = 'SELECT id, key, used_at, expires_at > now_s() FROM entries ORDER BY id LIMIT ?'
-USE_ENTRY = 'UPDATE entries SET used_at = :at WHERE key = :key AND used_at < :at'
-MOVE_ENTRY = 'UPDATE entries SET id = (SELECT max(id) FROM entries) + 1, used_at = now_s() WHERE id = ?'
-EVICT_ENTRIES = 'DELETE FROM entries WHERE id <= ? RETURNING key'
+GET_ENTRY = '''SELECT number, value, is_json, expires_at FROM entries
+               WHERE key = ? AND expires_at > now_s()'''
+TOUCH_ENTRY = '''UPDATE entries SET expires_at = ?, used_at = now_s()
+                 WHERE key = ? AND expires_at > now_s() RETURNING id'''
+FIRST_ENTRIES = '''SELECT id, key, used_at, expires_at > now_s() FROM entries
+                   ORDER BY id LIMIT ?'''
+MOVE_ENTRY = '''UPDATE entries SET id = (SELECT max(id) FROM entries) + 1, used_at = now_s()
+                WHERE id = ?'''
 
 _MISSING = object()
 
 
-class CacheError(TodolError):
-    """A key or value that the cache can't hold, or incr() of something that is not a whole number."""
+class CacheError(AppError):
+    """A key, value or time to live that the cache can't hold, or incr() of something that is not
+    a whole number."""
+
+
+class VersionStamps:
+    """A page of memory that all processes share: a stamp for each slot of keys.
+
+    A copy of an entry is true while its slot has the stamp under which it was read. Who changes
+    an entry makes the stamp odd before the commit, which says "don't copy now", and gives a new
+    even one after it: a process that dies between leaves no false copy behind.
+    """
+    SLOTS = 4096
+
+    def __init__(self, path):
+        """Raises OSError."""
+        make_private(path)
+        with open(path, 'r+b') as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            missing = self.SLOTS * 8 - os.path.getsize(path)
+            if missing > 0:         # written out: a hole would kill the process on a full disk
+                file.seek(0, os.SEEK_END)
+                file.write(bytes(missing))
+                file.flush()
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)        # the map keeps the file open
+            self._map = mmap.mmap(file.fileno(), self.SLOTS * 8)
+        self._stamps = memoryview(self._map).cast('Q')
+
+    def close(self):
+        self._stamps.release()
+        self._map.close()
+
+    def slot(self, key):
+        """The same in every process, unlike hash(). The key is text."""
+        return zlib.crc32(key.encode()) % self.SLOTS
+
+    def get(self, slot):
+        return self._stamps[slot]
+
+    def begin(self, slots):
+        """Before the commit of changes."""
+        for slot in slots:
+            self._stamps[slot] |= 1
+
+    def end(self, slots):
+        """After it, or after it failed."""
+        for slot in slots:
+            self._stamps[slot] = time.perf_counter_ns() & ~1
 
 
 class Cache:
-    """Values by key, each with a time to live, in a bounded file: the first to come go first, unless they were used since.
+    """Values by key, each with a time to live, in a bounded file: the first to come go first,
+    unless they were used since.
 
-    A value is bytes or anything that JSON has. What get() gives is the caller's own: changing it changes nothing here.
+    A value is bytes or anything that JSON has; what get() gives is the caller's own. A key is text
+    of at most MAX_KEY_CHARS characters. Inside a transaction the cache can only be read.
     """
 
     def __init__(self, database):
         self._db = database
         self.limit_bytes = CACHE_LIMIT_BYTES
-        self.clock = time.time
         self._reset()
 
     def _reset(self):
         self._front = collections.OrderedDict()     # key -> _Entry, the last used at the end
         self._front_bytes = 0
-        self._pending = {}                          # key -> _Entry not yet written; value _MISSING: to delete
-        self._used = {}                             # key -> parameters of USE_ENTRY: when it was read from the file
-        self._computing = {}                        # key -> AsyncResult, for fetch()
+        self._pending = {}          # key -> _Entry not yet written; value _MISSING: to delete
+        self._pending_bytes = 0
+        self._used = {}             # keys that were read from the file, the last at the end
+        self._computing = {}        # key -> (AsyncResult, greenlet), for fetch()
         self._dirty = gevent.event.Event()
-        self._slots = self._map = self._loop = None
+        self._stamps = self._loop = None
         self._resting_until = 0
         self._hits = self._misses = self._evicted = 0
 
     def open(self):
-        """Start serving; the database is open already. The generations lie beside it."""
-        path = self._db.path + '-generations'
+        """Start serving; the database is open already, and the stamps lie beside it."""
         try:
-            with open(path, 'r+b' if os.path.exists(path) else 'w+b') as file:
-                if os.path.getsize(path) < SLOTS * 8:   # written out: a hole in it would kill the process on a full disk
-                    file.write(bytes(SLOTS * 8))
-                    file.flush()
-                self._map = mmap.mmap(file.fileno(), SLOTS * 8)
+            self._stamps = VersionStamps(self._db.path + '-stamps')
         except OSError as error:
-            raise StorageError(f'{path} can not be written: {error.strerror}') from None
-        self._slots = memoryview(self._map).cast('Q')
-        self._loop = Loop('cache', self._flush_later)
+            raise StorageError(f'{self._db.path}-stamps can not be written: '
+                               f'{error.strerror}') from None
+        self._loop = Loop('cache', self._turn)
 
     def close(self):
-        """Write what waits and stop."""
+        """Write what waits, and stop."""
         self._loop.stop()
         self._flush()
-        self._slots.release()
-        self._map.close()
+        self._stamps.close()
         self._reset()
 
     def get(self, key, default=None):
         """The value, or default if there is none or it has expired."""
+        self._db._check()
         entry = self._front.get(key)
-        now = self.clock()
-        if entry is None or entry.expires_at <= now or self._slots[entry.slot] != entry.generation:
-            entry = self._read(key, now)
-            if entry is None:
-                self._misses += 1
-                return default
-        else:
+        if entry and entry.expires_at > now() and self._stamps.get(entry.slot) == entry.stamp:
             self._front.move_to_end(key)
-        entry.used_at = now
+        else:
+            entry = self._read(key)
+        if entry is None:
+            self._misses += 1
+            return default
         self._hits += 1
-        return json.loads(entry.value) if entry.is_json else entry.value    # own(), whose call is a tenth of a hit
+        entry.used = True
+        return entry.decoded()
 
     def get_many(self, keys):
         """A dict of those that are there."""
         found = ((key, self.get(key, _MISSING)) for key in keys)
         return {key: value for key, value in found if value is not _MISSING}
 
+    def __contains__(self, key):
+        return self.get(key, _MISSING) is not _MISSING
+
     def set(self, key, value, ttl=FOREVER_SECONDS):
-        """Keep a value for ttl seconds. In the file, and seen by other processes, FLUSH_SECONDS later."""
-        self._remember(key, self._entry(key, value, ttl))
+        """Keep a value for ttl seconds. In the file, and seen by other processes, FLUSH_SECONDS
+        later. Raises CacheError."""
+        self._put(key, self._entry(key, value, ttl))
 
     def set_many(self, values, ttl=FOREVER_SECONDS):
-        """set() for each item of a dict."""
-        for key, value in values.items():
-            self.set(key, value, ttl)
+        """set() for each item of a dict. Raises CacheError, and keeps none then."""
+        for key, entry in [(key, self._entry(key, value, ttl)) for key, value in values.items()]:
+            self._put(key, entry)
 
     def delete(self, key):
         """Forget a value, if it is there."""
-        self._forget(key)
-        slot = slot_of(key)
-        self._pending[key] = _Entry(_MISSING, 0, slot, self._slots[slot], self.clock(), False)
-        self._dirty.set()
+        self._put(key, _Entry(_MISSING, 0, self._slot(key)))
 
     def add(self, key, value, ttl=FOREVER_SECONDS):
-        """Keep a value if the key has none, and say whether it was kept. Atomic between processes."""
-        entry = self._entry(key, value, ttl)
-        return self._through(key, lambda: bool(self._db.execute(ADD_ENTRY, entry.row(key))), otherwise=True)
+        """Keep a value if the key has none, and say whether it was kept. Atomic between processes.
+        Raises CacheError."""
+        row = self._entry(key, value, ttl).row(key)
+        return self._through(key, lambda: bool(self._db.execute(ADD_ENTRY, row)), otherwise=True)
 
     def incr(self, key, by=1, ttl=FOREVER_SECONDS):
-        """Add to a whole number and give the sum. A missing or expired one starts at 0 with a new time to live; a live
-        one keeps the time it has, so that a key is a fixed window. Atomic between processes. Raises CacheError."""
-        now = self.clock()
-        rows = self._through(key, lambda: self._db.execute(INCREMENT_ENTRY, (key, by, now + ttl, now)), otherwise=[(by,)])
+        """Add to a whole number and give the sum. A missing or expired one starts at 0 with a new
+        time to live; a live one keeps the time it has, so that a key is a fixed window. Atomic
+        between processes. Raises CacheError, and leaves the value then, if it is not a whole
+        number or the sum has more than 64 bits."""
+        if type(by) is not int or not -2**63 <= by < 2**63:
+            raise CacheError(f'incr() adds a whole number of 64 bits, not {_shown(by)}')
+        row = {'key': key, 'by': by, 'expires_at': self._expiry(key, ttl)}
+        rows = self._through(key, lambda: self._db.execute(INCREMENT_ENTRY, row), [(by,)])
         if not rows:
-            raise CacheError(f'the value of {key!r} is not a whole number')
+            raise CacheError(f'the value of {key!r} is not a whole number, or {by} more would not '
+                             f'fit 64 bits')
         return rows[0][0]
 
+    def touch(self, key, ttl=FOREVER_SECONDS):
+        """Give a value a new time to live, and say whether it was there. Raises CacheError."""
+        row = (self._expiry(key, ttl), key)
+        return self._through(key, lambda: bool(self._db.execute(TOUCH_ENTRY, row)), False)
+
     def fetch(self, key, ttl, function):
-        """The value, or else what the function gives, kept for ttl seconds. One greenlet computes, others wait for it;
-        they get its exception too."""
+        """The value, or else what the function gives, kept for ttl seconds. One greenlet computes,
+        others wait for it, and get its exception too. What was changed meanwhile is not written
+        over. Raises CacheError, also if the function asks for the same key."""
+        refuse_in_transaction('cache.fetch()')
+        self._expiry(key, ttl)          # a wrong one is refused before the work
         while True:
             value = self.get(key, _MISSING)
             if value is not _MISSING:
                 return value
             if key not in self._computing:
                 break
-            entry = self._computing[key].get()
+            result, greenlet = self._computing[key]
+            if greenlet is gevent.getcurrent():
+                raise CacheError(f'the function that computes {key!r} asks for it')
+            entry = result.get()
             if entry is not None:
-                return entry.own()
-        result = self._computing[key] = gevent.event.AsyncResult()
+                return entry.decoded()
+        result = gevent.event.AsyncResult()
+        computing = self._computing[key] = result, gevent.getcurrent()
+        slot = self._slot(key)
         try:
-            entry = self._entry(key, function(), ttl)
-            self._remember(key, entry)
+            if key in self._pending:    # a deletion, whose new stamp would come meanwhile
+                self._flush()
+            stamp = self._stamps.get(slot)
+            value = function()
+            entry = self._entry(key, value, ttl)
+            if self._computing.get(key) is computing and self._stamps.get(slot) == stamp:
+                entry.computed = True
+                self._put(key, entry)
             result.set(entry)
-            return entry.own()
+            return entry.decoded()
         except Exception as error:
             result.set_exception(error)
             raise
         finally:
-            del self._computing[key]
+            if self._computing.get(key) is computing:
+                del self._computing[key]
             if not result.ready():      # killed: one of those who wait computes
                 result.set(None)
 
+    def memoize(self, ttl):
+        """A decorator: results are kept by the function's name and arguments, which JSON has."""
+        def around(function):
+            name = f'{function.__module__}.{function.__qualname__}'
+            if function.__name__ == '<lambda>':
+                raise CacheError('memoize() takes a function with a name of its own, no lambda')
+
+            @functools.wraps(function)
+            def memoized(*arguments, **options):
+                text = to_json([arguments, sorted(options.items())])
+                key = f'{name} {hashlib.sha256(text.encode()).hexdigest()}'
+                return self.fetch(key, ttl, lambda: function(*arguments, **options))
+            return memoized
+        return around
+
     def clear(self):
         """Forget everything."""
+        self._db._check()
+        refuse_in_transaction('cache.clear()')
         self._front.clear()
-        self._front_bytes = 0
         self._pending.clear()
-        self._forgiving(lambda: self._db.execute('DELETE FROM entries'))
-        for slot in range(SLOTS):
-            self._slots[slot] = time.perf_counter_ns()
+        self._computing.clear()
+        self._front_bytes = self._pending_bytes = 0
+        slots = range(VersionStamps.SLOTS)
+        self._stamps.begin(slots)
+        try:
+            self._forgiving(lambda: self._db.execute('DELETE FROM entries'))
+        finally:
+            self._stamps.end(slots)
 
     def prune(self):
-        """Delete what has expired, and give the number of it. Looks at every entry, some at a time."""
-        gone = after = 0
-        while after is not None:
-            (last,), = self._forgiving(lambda: self._db.execute(ENTRIES_AFTER, (after, PRUNE_ROWS)), otherwise=[(None,)])
-            if last is not None:
-                gone += len(self._forgiving(lambda: self._db.execute(PRUNE_ENTRIES, (after, last)), otherwise=()))
-                gevent.sleep(0)
-            after = last
+        """Delete what has expired, and give the number of it. Looks at every entry, some at a
+        time."""
+        gone, last = 0, 0
+        while last is not None:
+            rows = self._forgiving(lambda: self._db.execute(
+                'SELECT id FROM entries WHERE id > ? ORDER BY id LIMIT ?', (last, PRUNE_ROWS)), ())
+            first, last = last, rows[-1][0] if rows else None
+            gone += len(self._forgiving(lambda: self._db.execute(
+                'DELETE FROM entries WHERE id > ? AND id <= ? AND expires_at <= now_s() '
+                'RETURNING id', (first, last)), ()))
+            gevent.sleep(0)
         return gone
 
     def stats(self):
         """Counts since the start, and what the file holds now."""
-        entries = self._forgiving(lambda: self._db.execute('SELECT count(*) FROM entries')[0][0], otherwise=None)
-        return {'hits': self._hits, 'misses': self._misses, 'evicted': self._evicted, 'entries': entries,
-                'bytes': self._forgiving(self._size_bytes), 'limit_bytes': self.limit_bytes,
-                'front_entries': len(self._front), 'front_bytes': self._front_bytes}
+        (entries,), = self._forgiving(
+            lambda: self._db.execute('SELECT count(*) FROM entries'), [(None,)])
+        return {'hits': self._hits, 'misses': self._misses, 'evicted': self._evicted,
+                'entries': entries, 'bytes': self._forgiving(self._size_bytes),
+                'limit_bytes': self.limit_bytes, 'front_entries': len(self._front),
+                'front_bytes': self._front_bytes}
+
+    def _slot(self, key):
+        self._db._check()
+        if not isinstance(key, str) or len(key) > MAX_KEY_CHARS:
+            raise CacheError(f'a cache key must be text of at most {MAX_KEY_CHARS} characters, not '
+                             f'{_shown(key)}')
+        try:
+            return self._stamps.slot(key)
+        except UnicodeEncodeError:
+            raise CacheError(f'a cache key must be without lone surrogates, not {key!r}') from None
+
+    def _expiry(self, key, ttl):
+        self._slot(key)
+        if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not abs(ttl) < 1e12:
+            raise CacheError(f'the time to live of {key!r} must be seconds, not {_shown(ttl)}')
+        return now() + ttl
 
     def _entry(self, key, value, ttl):
-        now = self.clock()
-        slot = slot_of(key)
-        if not now + ttl > 0:           # it is NaN
-            raise CacheError(f'the time to live of {key!r} must be a number of seconds, not {ttl!r}')
-        is_json = not isinstance(value, (bytes, str, float, type(None))) and type(value) not in (int, bool)
-        if is_json:
+        """A checked value. Raises CacheError."""
+        expires_at, slot = self._expiry(key, ttl), self._slot(key)
+        text = value
+        if not isinstance(value, bytes):
             try:
-                value = compact_json(value)
-            except (TypeError, ValueError) as error:
-                raise CacheError(f'the value of {key!r} must be bytes or what JSON has: {error}') from None
-        return _Entry(value, now + ttl, slot, self._slots[slot], now, is_json)
+                text = to_json(value)
+            except JSON_ERRORS as error:
+                raise CacheError(f'the value of {key!r} must be bytes or what JSON has: '
+                                 f'{error}') from None
+        if len(text) > self.limit_bytes // 4:
+            raise CacheError(f'the value of {key!r} has {len(text):,} bytes, and the cache holds '
+                             f'{self.limit_bytes // 4:,} of one')
+        is_json = not isinstance(value, bytes) and type(value) not in IMMUTABLES
+        return _Entry(text if is_json else value, expires_at, slot, is_json=is_json)
 
-    def _read(self, key, now):
-        """The entry from what waits to be written or from the file, put in the front; None if there is none."""
+    def _read(self, key):
+        """The entry from what waits to be written or from the file; None if there is none."""
         entry = self._pending.get(key)
         if entry is not None:
-            return entry if entry.value is not _MISSING and entry.expires_at > now else None
+            return entry if entry.value is not _MISSING and entry.expires_at > now() else None
         self._forget(key)
-        slot = slot_of(key)
-        generation = self._slots[slot]      # before the read: a change after it makes the entry count for nothing
-        rows = self._forgiving(lambda: self._db.execute(GET_ENTRY, (key, now)), otherwise=())
+        slot = self._slot(key)
+        stamp = self._stamps.get(slot)      # before the read: what changes after it is noticed
+        rows = self._forgiving(lambda: self._db.execute(GET_ENTRY, (key,)), ())
         if not rows:
             return None
         number, value, is_json, expires_at = rows[0]
@@ -1157,21 +1315,34 @@ class Cache:
             value = number
         elif is_json:
             value = value.decode()
-            if value[0] not in '[{':        # can't be changed by who gets it: kept decoded
+            if value[0] not in '[{':        # kept decoded
                 value, is_json = json.loads(value), False
-        entry = _Entry(value, expires_at, slot, generation, now, bool(is_json))
-        self._keep_in_front(key, entry)
-        if len(self._used) < MAX_NOTED_USES:
-            self._used[key] = {'key': key, 'at': now}
+        entry = _Entry(value, expires_at, slot, stamp, bool(is_json))
+        if not stamp & 1:
+            self._keep_in_front(key, entry)
+        self._used[key] = True
+        if len(self._used) > MAX_NOTED_USES:
+            del self._used[next(iter(self._used))]
         return entry
 
-    def _remember(self, key, entry):
+    def _put(self, key, entry):
+        """Remember an entry here, to be written behind."""
+        refuse_in_transaction('a change of the cache')
+        self._computing.pop(key, None)      # a fetch() under way does not write over it
+        before = self._pending.pop(key, None)
+        self._pending_bytes += entry.size - (before.size if before else 0)
         self._pending[key] = entry
-        self._keep_in_front(key, entry)
+        entry.stamp = self._stamps.get(entry.slot)
+        self._forget(key)
+        if entry.value is not _MISSING and not entry.stamp & 1:
+            self._keep_in_front(key, entry)
         self._dirty.set()
+        if self._pending_bytes > PENDING_LIMIT_BYTES:
+            self._flush()
+        while self._pending_bytes > PENDING_LIMIT_BYTES:    # the file can't be written
+            self._pending_bytes -= self._pending.pop(next(iter(self._pending))).size
 
     def _keep_in_front(self, key, entry):
-        self._forget(key)
         self._front[key] = entry
         self._front_bytes += entry.size
         while self._front_bytes > FRONT_LIMIT_BYTES:
@@ -1184,85 +1355,127 @@ class Cache:
             self._front_bytes -= entry.size
 
     def _through(self, key, write, otherwise):
-        """A write that is in the file when it returns, after everything of that key before it. Its statements are atomic
-        each, and cost a fifth less than in a transaction."""
+        """A write that is in the file when it returns, after everything of that key before it."""
+        refuse_in_transaction('a change of the cache')
         if key in self._pending:
             self._flush()
-        slot = slot_of(key)
-        result = self._forgiving(write, otherwise)
-        self._forget(key)
-        self._slots[slot] = time.perf_counter_ns()
-        self._dirty.set()               # it may have filled the file
-        return result
+        self._computing.pop(key, None)
+        slots = [self._slot(key)]
+        self._stamps.begin(slots)
+        try:
+            return self._forgiving(write, otherwise)
+        finally:
+            self._forget(key)
+            self._stamps.end(slots)
+            self._dirty.set()               # it may have filled the file
 
-    def _flush_later(self):
+    def _turn(self):
+        self._dirty.clear()
+        if self._flush():
+            return self._wait
+        self._dirty.set()
+        return functools.partial(gevent.sleep, REST_SECONDS)
+
+    def _wait(self):
         self._dirty.wait()
         gevent.sleep(FLUSH_SECONDS)
-        self._dirty.clear()
-        if not self._flush():
-            gevent.sleep(REST_SECONDS)
-            self._dirty.set()
 
     def _flush(self):
-        """Write what waits, in one transaction, then tell the other processes and make room. Says whether it was written."""
-        batch = dict(self._pending)
-        if batch and not self._forgiving(lambda: self._db.transact(self._write_entries, batch), otherwise=False):
-            if len(self._pending) > MAX_PENDING:
-                self._pending.clear()
-            return False
-        for key, entry in batch.items():
-            # The front's entry does not get this number: another process may have written after the commit.
-            self._slots[entry.slot] = time.perf_counter_ns()
-            if self._pending.get(key) is entry:         # not set again meanwhile
-                del self._pending[key]
+        """Write what waits, then make room. Says whether it was written."""
+        while self._pending:
+            batch = dict(itertools.islice(self._pending.items(), FLUSH_ROWS))
+            if not self._forgiving(lambda: self._write(batch), False):
+                return False
+            for key, entry in batch.items():
+                if self._pending.get(key) is entry:         # not set again meanwhile
+                    del self._pending[key]
+                    self._pending_bytes -= entry.size
         self._forgiving(self._make_room)
         return True
 
-    def _write_entries(self, batch):
-        self._db.executemany(UPSERT_ENTRY, [entry.row(key) for key, entry in batch.items() if entry.value is not _MISSING])
-        self._db.executemany('DELETE FROM entries WHERE key = ?',
-                             [(key,) for key, entry in batch.items() if entry.value is _MISSING])
+    def _write(self, batch):
+        """Write entries in one transaction; where that fails, one by one, without the bad ones."""
+        slots = {entry.slot for entry in batch.values()}
+        self._stamps.begin(slots)
+        try:
+            self._db.transact(self._write_entries, batch)
+        except StorageError:
+            raise
+        except Exception as error:
+            if len(batch) == 1:
+                log.error('a cache entry can not be written, and is dropped key=%.100r error=%r',
+                          *batch, error)
+            else:
+                for key, entry in batch.items():
+                    self._write({key: entry})
+        finally:
+            self._stamps.end(slots)
         return True
 
+    def _write_entries(self, batch):
+        # Not what was cleared or set again since; nor what was computed, if another process has
+        # changed the key in the time in which it waited here.
+        batch = {key: entry for key, entry in batch.items() if self._pending.get(key) is entry
+                 and not (entry.computed and entry.stamp | 1 != self._stamps.get(entry.slot) | 1)}
+        self._db.executemany(UPSERT_ENTRY, [entry.row(key) for key, entry in batch.items()
+                                            if entry.value is not _MISSING])
+        self._db.executemany('DELETE FROM entries WHERE key = ?', [
+            (key,) for key, entry in batch.items() if entry.value is _MISSING])
+
     def _make_room(self):
-        """Evict from a full file until a hundredth of it is free, some entries in a transaction."""
+        """Evict from a full file until a hundredth of it is free, some entries at a time."""
         full = self._size_bytes() > self.limit_bytes
-        while full and (size := self._size_bytes()) > self.limit_bytes * 0.99:
-            if size <= self.limit_bytes:            # the rest has time
-                gevent.sleep(0)
-            full = gone = self._db.transact(self._evict)
-            self._evicted += len(gone)
-            for key, in gone:
+        while full and self._size_bytes() > self.limit_bytes * 0.99:
+            gone = self._db.transact(self._evict)
+            slots = {self._stamps.slot(key) for key in gone}
+            self._stamps.end(slots)         # a copy of what is gone does no harm before
+            for key in gone:
                 self._forget(key)
-                self._slots[slot_of(key)] = time.perf_counter_ns()
+            self._evicted += len(gone)
+            full = bool(gone)
+            gevent.sleep(0)
 
     def _evict(self):
-        """Look at the first entries: those used since they came come again, as the last, the others go. Gives their keys.
+        """Look at the first entries: those that were used since they came move to the end, the
+        others go. Gives the keys of those. At least a quarter goes, or much work frees little.
 
-        Used since means later than the last use of one that came after it. It hits more often than to evict the least
-        recently used of all (0.749 and 0.743, Zipf in a file ten times too small), and needs no index by use.
+        One that was written later than one behind it was used, by whatever process. Reads are
+        known of this process only.
         """
-        self._db.executemany(USE_ENTRY, [self._used.popitem()[1] for _ in range(min(EVICT_ROWS, len(self._used)))])
-        (entries,), = self._db.execute('SELECT count(*) FROM (SELECT 1 FROM entries LIMIT ?) AS counted', (20 * EVICT_ROWS,))
-        rows = self._db.execute(FIRST_ENTRIES, (entries // 20 + 2,))
-        used, least = [], float('inf')
-        for id, key, used_at, live in reversed(rows):
-            if key in self._front:
-                used_at = max(used_at, self._front[key].used_at)
-            if live and used_at > least + 2 * FLUSH_SECONDS:        # so long may a set() wait while others come
-                used.append((used_at, id))
-            least = min(least, used_at)
-        # At most three quarters stay, else much work could free little. The last tenth is there to be compared with.
-        self._db.executemany(MOVE_ENTRY, [(id,) for _, id in sorted(used)[-(len(rows) * 3 // 4):]])
-        return self._db.execute(EVICT_ENTRIES, rows[len(rows) * 9 // 10][:1]) if rows else ()
+        (entries,), = self._db.execute(
+            'SELECT count(*) FROM (SELECT 1 FROM entries LIMIT ?) AS counted', (20 * EVICT_ROWS,))
+        rows = self._db.execute(FIRST_ENTRIES, (entries // 20 + 2,))    # of few entries, few go
+        first = rows[:len(rows) * 9 // 10]          # the others are there to be compared with
+        oldest = min((used_at for _, _, used_at, _ in rows[len(first):]), default=0)
+        used = []
+        for id, key, used_at, live in reversed(first):
+            if (self._was_used(key) or used_at > oldest) and live:
+                used.append(id)
+            oldest = min(oldest, used_at)
+        used = used[:len(first) * 3 // 4]
+        self._db.executemany(MOVE_ENTRY, [(id,) for id in used])
+        moved = set(used)
+        gone = {id: key for id, key, _, _ in first if id not in moved}
+        self._db.executemany('DELETE FROM entries WHERE id = ?', [(id,) for id in gone])
+        return list(gone.values())
+
+    def _was_used(self, key):
+        """Whether it was used since this was asked the last time."""
+        used = self._used.pop(key, False)
+        entry = self._front.get(key)
+        if entry is not None:
+            used, entry.used = used or entry.used, False
+        return used
 
     def _size_bytes(self):
-        (pages,), (free,), (size,) = (self._db.execute(f'PRAGMA {name}')[0]
-                                      for name in ('page_count', 'freelist_count', 'page_size'))
+        (pages,), (free,), (size,) = (
+            self._db.execute(f'PRAGMA {name}')[0]
+            for name in ('page_count', 'freelist_count', 'page_size'))
         return (pages - free) * size
 
     def _forgiving(self, work, otherwise=None):
-        """Work on the file; when that fails, the file is left alone for REST_SECONDS: a locked one costs a wait each time."""
+        """Work on the file. When that fails, the file is left alone for REST_SECONDS: one that is
+        locked costs a wait each time."""
         if time.monotonic() < self._resting_until:
             return otherwise
         try:
@@ -1275,490 +1488,850 @@ class Cache:
 
 class _Entry:
     """A value as the front has it."""
-    __slots__ = ('value', 'expires_at', 'slot', 'generation', 'used_at', 'is_json', 'size')
+    __slots__ = ('value', 'expires_at', 'slot', 'stamp', 'is_json', 'used', 'computed', 'size')
 
-    def __init__(self, value, expires_at, slot, generation, used_at, is_json):
-        self.value = value              # JSON text if is_json, else the value itself, which nobody can change
+    def __init__(self, value, expires_at, slot, stamp=0, is_json=False):
+        self.value = value              # of IMMUTABLES or bytes; or JSON; _MISSING: to be deleted
         self.expires_at = expires_at
         self.slot = slot
-        self.generation = generation    # of the slot when the value was true
-        self.used_at = used_at
-        self.is_json = is_json
-        self.size = 200 + (len(value) if isinstance(value, (bytes, str)) else 32)
+        self.stamp = stamp              # of the slot when the value was true
+        self.is_json = is_json          # value is the text of a list or an object
+        self.used = False               # since it came, or since an eviction looked at it
+        self.computed = False           # by fetch(): gives way to what was changed meanwhile
+        self.size = 200 + (len(value) if isinstance(value, (bytes, str)) else 0)
 
-    def own(self):
+    def decoded(self):
         """The value, as a copy that whoever asked may change."""
         return json.loads(self.value) if self.is_json else self.value
 
     def row(self, key):
         """The parameters of UPSERT_ENTRY."""
         value = self.value
-        if type(value) is int and -2**63 <= value < 2**63:
-            return key, value, None, 0, self.expires_at, self.used_at
         if isinstance(value, bytes):
-            return key, None, value, 0, self.expires_at, self.used_at
-        text = value if self.is_json else json.dumps(value)
-        return key, None, text.encode(), 1, self.expires_at, self.used_at
+            return key, None, value, 0, self.expires_at
+        if type(value) is int and -2**63 <= value < 2**63:
+            return key, value, None, 0, self.expires_at
+        text = value if self.is_json else to_json(value)
+        return key, None, text.encode(), 1, self.expires_at
 
 
-def slot_of(key):
-    """The slot of a key: the same in every process, unlike hash(). Raises CacheError if it can't be a key."""
+def _shown(value):
+    """A value that was refused, short enough for an error."""
     try:
-        return zlib.crc32(key.encode()) % SLOTS
-    except (AttributeError, UnicodeEncodeError):
-        raise CacheError(f'a cache key must be a string, without lone surrogates, not {key!r}') from None
+        text = repr(value)
+    except Exception:                   # a whole number of more than 4,300 digits, for one
+        text = type(value).__name__
+    return text if len(text) < 80 else f'{text[:80]}…'
 
 
+cache_db = Database('cache', CACHE_MIGRATIONS, disposable=True)
 cache = Cache(cache_db)
 
 
-# === Jobs: work for later, kept in the job database ===================================================================
-# A job runs at least once: its row goes when it is done, and a worker only leases it. A job enqueued in a transaction
-# of the app database is first a row of the outbox there, because a commit over two files is not atomic; one greenlet,
-# the dispatcher, moves such rows to the job database (inserted once, by their uid), takes what is due and deletes what
-# is done, all in one transaction. It sleeps until a bell rings or something falls due: it does not poll. A new job that
-# nothing else is due before starts at once, where it was inserted.
+# === Jobs: work for later ================================================================
+# A job runs at least once: its row goes when it is done, and a worker only leases it. Enqueued in
+# a transaction of the app database it is first a row of the outbox there, because a commit over two
+# files is not atomic. One greenlet, the dispatcher, moves such rows to the job database (each once,
+# by its id), takes what is due and deletes what is done, in one transaction. It sleeps until a bell
+# rings or something falls due. A lease ends with its process, as the kernel tells of it.
 
 QUEUES = {'urgent': 6, 'default': 3, 'low': 1}      # name: weight; how often it is looked at first
-LEASE_SECONDS = 15          # a dead worker's jobs wait no longer; a live one renews at a third of it
-STOP_SECONDS = 5            # running jobs may go on so long when the process stops
+LEASE_SECONDS = 15          # counts where nobody knows whether the worker is alive
+STOP_SECONDS = 3.5          # running jobs may go on so long when the process stops
 KEEP_FAILED_SECONDS = 10 * 86400
-OUTBOX_ROWS = 200           # are moved in one transaction; to broadcast so many changes takes 6 ms
-CROWD_PAUSE_SECONDS = 0.001     # at least, after moving several: what comes by the outbox then shares the next transaction
+OUTBOX_ROWS = 200           # are moved in one transaction
+CLAIM_ROWS = 200            # are claimed in one, at least
 MAX_BACKOFF_SECONDS = 3600
-SLICE_SECONDS = 0.005       # jobs that do not wait run one after another so long, then others have a turn
+MAX_JOB_KEY_CHARS = 200
+MAX_DELAY_SECONDS = 10 * 366 * 86400
 
+app_db.migrations += [
+    ('005 create outbox', '''
+        CREATE TABLE outbox (                           -- jobs on their way to the job database
+            id          INTEGER PRIMARY KEY AUTOINCREMENT,
+            job         TEXT NOT NULL                   -- the row to insert there, as JSON
+        )'''),
+]
+JOB_MIGRATIONS = [
+    ('001 create jobs', '''
+        CREATE TABLE jobs (
+            id          INTEGER PRIMARY KEY,            -- order of arrival
+            uid         TEXT,                           -- the id of the job for everybody else
+            name        TEXT NOT NULL,                  -- of its task
+            arguments   TEXT NOT NULL,                  -- JSON object
+            queue       TEXT NOT NULL,
+            unique_key  TEXT,                           -- at most one waiting job has it
+            order_key   TEXT,                           -- its jobs run in order, one at a time
+            run_at      REAL NOT NULL,                  -- not before
+            due_at      REAL,                           -- when to take it: run_at, a retry's time,
+                                                        -- or the end of the lease; NULL: failed,
+                                                        -- or behind another of its order key
+            worker      TEXT,                           -- the process that runs it; NULL: nobody
+            attempt     INTEGER NOT NULL DEFAULT 0,     -- how often it was taken; fences the late
+            enqueued_at REAL NOT NULL,
+            failed_at   REAL,                           -- when it failed for good
+            error       TEXT                            -- traceback of the last failure
+        )'''),
+    ('002 index jobs by due time',
+     'CREATE INDEX jobs_by_due ON jobs (queue, due_at) WHERE due_at IS NOT NULL'),
+    ('003 index jobs by unique key', '''
+        CREATE UNIQUE INDEX jobs_by_unique_key ON jobs (unique_key)
+        WHERE unique_key IS NOT NULL AND failed_at IS NULL'''),
+    ('004 index jobs by order key', '''
+        CREATE INDEX jobs_by_order_key ON jobs (order_key, id)
+        WHERE order_key IS NOT NULL AND failed_at IS NULL'''),
+    ('005 index jobs by worker',
+     'CREATE INDEX jobs_by_worker ON jobs (worker) WHERE worker IS NOT NULL'),
+    ('006 index failed jobs',
+     'CREATE INDEX jobs_by_failure ON jobs (failed_at) WHERE failed_at IS NOT NULL'),
+    ('007 create recurring',
+     'CREATE TABLE recurring (name TEXT PRIMARY KEY, due_at REAL NOT NULL)'),
+    ('008 index jobs by uid',
+     'CREATE UNIQUE INDEX jobs_by_uid ON jobs (uid) WHERE uid IS NOT NULL'),
+    ('009 drop index by worker', 'DROP INDEX jobs_by_worker'),
+    ('010 index jobs by lease and due time', '''
+        CREATE INDEX jobs_by_lease ON jobs (worker, queue, due_at) WHERE due_at IS NOT NULL'''),
+    ('011 drop index by due time', 'DROP INDEX jobs_by_due'),
+]
 INSERT_OUTBOX = 'INSERT INTO outbox (job) VALUES (?)'
-# A job behind another of its order key is not due until that one is gone. Any other may start its life with a lease of
-# the worker, if that is given: it runs without a turn of the dispatcher, after 0.7 ms in 99 of 100 cases instead of 5.
+# A job behind another of its order key is not due until that one is gone.
 INSERT_JOB = '''
-    INSERT INTO jobs (uid, name, arguments, queue, unique_key, order_key, run_at, enqueued_at, due_at, worker, attempt)
+    INSERT INTO jobs (uid, name, arguments, queue, unique_key, order_key, run_at, enqueued_at,
+                      due_at)
     SELECT :uid, :name, :arguments, :queue, :unique_key, :order_key, :run_at, now_s(),
-           CASE WHEN blocked THEN NULL WHEN :worker IS NULL THEN :run_at ELSE now_s() + :lease END,
-           CASE WHEN NOT blocked THEN :worker END,
-           CASE WHEN blocked OR :worker IS NULL THEN 0 ELSE 1 END
-    FROM (SELECT :order_key IS NOT NULL
-             AND EXISTS (SELECT 1 FROM jobs WHERE order_key = :order_key AND failed_at IS NULL) AS blocked) AS state
+           CASE WHEN :order_key IS NULL OR NOT EXISTS (
+                    SELECT 1 FROM jobs WHERE order_key = :order_key AND failed_at IS NULL)
+                THEN :run_at END
     WHERE true
     ON CONFLICT DO NOTHING
-    RETURNING id, attempt'''
+    RETURNING uid'''
+INSERT_FAILED = '''
+    INSERT INTO jobs (uid, name, arguments, queue, run_at, enqueued_at, failed_at, error)
+    VALUES (?, ?, ?, 'default', now_s(), now_s(), now_s(), ?)
+    ON CONFLICT DO NOTHING'''
+# A unique key is free again when its job starts: a change made while it runs is not lost.
 CLAIM_JOBS = '''
-    UPDATE jobs SET due_at = now_s() + :lease, worker = :worker, attempt = attempt + 1
-    WHERE id IN (SELECT id FROM jobs WHERE queue = :queue AND due_at <= now_s() ORDER BY due_at, id LIMIT :limit)
+    UPDATE jobs SET due_at = now_s() + :lease, worker = :worker, attempt = attempt + 1,
+                    unique_key = NULL
+    WHERE id IN (SELECT id FROM jobs WHERE worker IS NULL AND queue = :queue AND due_at <= now_s()
+                 ORDER BY due_at, id LIMIT :limit)
     RETURNING id, name, arguments, attempt, order_key, run_at'''
-FIRST_DUE = 'SELECT min(due_at) FROM jobs WHERE queue = ? AND due_at IS NOT NULL'    # in the words of the index
+FIRST_DUE = '''SELECT min(due_at) FROM jobs
+               WHERE worker IS NULL AND queue = ? AND due_at IS NOT NULL'''
+NEXT_QUEUE = '''SELECT min(queue) FROM jobs
+                WHERE worker IS NULL AND queue > ? AND due_at IS NOT NULL'''
 OF_LEASE = 'WHERE id = :id AND worker = :worker AND attempt = :attempt AND run_at = :run_at'
 RENEW_LEASE = f'UPDATE jobs SET due_at = now_s() + :lease {OF_LEASE}'
 FINISH_JOB = f'DELETE FROM jobs {OF_LEASE}'
-# A lease is due within LEASE_SECONDS, so the index by due time finds those of others, however many jobs wait for later.
-LEASED_BY = '''
-    SELECT DISTINCT worker FROM jobs
-    WHERE queue = :queue AND due_at > now_s() AND due_at <= now_s() + :lease AND worker IS NOT NULL'''
-FREE_JOBS = '''
-    UPDATE jobs SET due_at = now_s(), worker = NULL
-    WHERE queue = :queue AND due_at > now_s() AND due_at <= now_s() + :lease AND worker = :worker'''
-RETRY_JOB = f'''
-    UPDATE jobs SET due_at = now_s() + :delay, worker = NULL, error = :error
-    {OF_LEASE}'''
-PARK_JOB = f'''
+RETRY_JOB = f'''UPDATE jobs SET due_at = now_s() + :delay, worker = NULL, error = :error
+                {OF_LEASE}'''
+FAIL_JOB = f'''
     UPDATE jobs SET due_at = NULL, worker = NULL, failed_at = now_s(), error = :error
     {OF_LEASE} RETURNING id'''
 RELEASE_JOB = f'''
     UPDATE jobs SET due_at = now_s(), worker = NULL, attempt = attempt - 1
     {OF_LEASE}'''
+LEASES = '''SELECT worker, min(due_at), max(due_at) FROM jobs
+            WHERE worker IS NOT NULL AND due_at IS NOT NULL AND worker <> ? GROUP BY worker'''
+FREE_LEASES = '''UPDATE jobs SET due_at = now_s(), worker = NULL
+                 WHERE worker = ? AND due_at IS NOT NULL RETURNING id'''
+# What was to run at once, when the clock was ahead.
+RUN_FROM_FUTURE = '''
+    UPDATE jobs SET run_at = now_s(), enqueued_at = now_s(),
+                    due_at = CASE WHEN due_at IS NOT NULL THEN now_s() END
+    WHERE worker IS NULL AND failed_at IS NULL AND run_at > now_s() AND run_at <= enqueued_at'''
 UNBLOCK_NEXT = '''
     UPDATE jobs SET due_at = run_at
-    WHERE id = (SELECT min(id) FROM jobs WHERE order_key = ? AND failed_at IS NULL) AND due_at IS NULL'''
-# One that is due later than its period says was registered with a longer one.
-START_RECURRING = '''
-    INSERT INTO recurring (name, due_at) VALUES (?, now_s() + ?)
-    ON CONFLICT (name) DO UPDATE SET due_at = excluded.due_at WHERE excluded.due_at < recurring.due_at'''
-# A parked job of an order key that has others waiting goes behind the one that is being run.
-UNPARK_JOB = '''
-    UPDATE jobs SET failed_at = NULL, attempt = 0, run_at = now_s(),
-                    due_at = CASE WHEN EXISTS (SELECT 1 FROM jobs AS other
-                                               WHERE other.order_key = jobs.order_key AND other.failed_at IS NULL)
-                                  THEN NULL ELSE now_s() END
+    WHERE id = (SELECT min(id) FROM jobs WHERE order_key = ? AND failed_at IS NULL)
+      AND due_at IS NULL'''
+# Those whose head is gone without having ended: somebody deleted it by hand.
+UNBLOCK_STUCK = '''
+    UPDATE jobs SET due_at = run_at
+    WHERE due_at IS NULL AND id IN (
+        SELECT min(id) FROM jobs WHERE order_key IS NOT NULL AND failed_at IS NULL
+        GROUP BY order_key)'''
+STUCK_JOBS = '''
+    SELECT id, name FROM jobs WHERE due_at IS NULL AND failed_at IS NULL AND NOT EXISTS (
+        SELECT 1 FROM jobs AS head WHERE head.order_key = jobs.order_key AND head.id < jobs.id
+        AND head.failed_at IS NULL)'''
+START_RECURRING = '''INSERT INTO recurring (name, due_at) VALUES (?, ?)
+                     ON CONFLICT (name) DO UPDATE
+                     SET due_at = min(recurring.due_at, excluded.due_at)
+                     RETURNING due_at'''
+TICK = 'UPDATE recurring SET due_at = ? WHERE name = ? AND due_at = ? RETURNING name'
+# A failed job comes last of its order key: else it would be its head, beside the one that runs.
+RETRY_FAILED = '''
+    UPDATE jobs SET id = (SELECT max(id) + 1 FROM jobs), uid = coalesce(uid, id),
+        failed_at = NULL, attempt = 0, run_at = now_s(),
+        due_at = CASE WHEN EXISTS (SELECT 1 FROM jobs AS other WHERE failed_at IS NULL
+                                   AND other.order_key = jobs.order_key)
+                 THEN NULL ELSE now_s() END
     WHERE id = ? AND failed_at IS NOT NULL RETURNING id'''
+SELECT_JOB = '''SELECT id, uid, name, arguments, queue, order_key, run_at, due_at, worker, attempt,
+                       enqueued_at, failed_at, error FROM jobs'''
 
 
-class JobError(TodolError):
-    """A job that can't be enqueued, or run: unknown name or queue, arguments that JSON does not have."""
+class JobError(AppError):
+    """A job that can't be enqueued, run or changed: the sentence says why."""
 
 
-# A leased job. arguments: JSON object; attempt: 1 for the first; order_key: or None.
-Job = collections.namedtuple('Job', 'id name arguments attempt order_key run_at')
-# What is registered under a job's name.
-_Task = collections.namedtuple('_Task', 'function queue attempts retry_seconds timeout_seconds batch')
+class Task(typing.NamedTuple):
+    """A function that is registered to run as a job. Called, it runs at once, as it is."""
+    function: typing.Callable
+    jobs: 'Jobs'
+    name: str
+    queue: str
+    attempts: int               # then the job has failed
+    retry_seconds: float        # before the second attempt; then twice that, and so on
+    timeout_seconds: float      # of an attempt
+    batch: bool                 # it takes a list of the arguments of many jobs
+    signature: inspect.Signature | None     # what arguments are checked with; None: a batch
+
+    def __call__(self, /, *arguments, **options):
+        return self.function(*arguments, **options)
+
+    def later(self, /, **arguments):
+        """Enqueue a job with these arguments; gives its id. Raises JobError."""
+        return self.jobs.enqueue(self, arguments)
 
 
-def parse_all(texts):
-    """The values of several texts of JSON. Parsed in one call each costs half."""
-    return json.loads(f'[{",".join(texts)}]')
+class Claim(typing.NamedTuple):
+    """A job that this process has leased."""
+    id: int
+    name: str
+    arguments: str              # JSON object
+    attempt: int                # 1 for the first
+    order_key: str | None
+    run_at: float
+
+
+class Job(typing.NamedTuple):
+    """A job as find() and failed() tell of it. Times are Unix seconds."""
+    id: str
+    name: str
+    arguments: dict
+    queue: str
+    state: str                  # scheduled, ready, blocked (by its order key), running or failed
+    attempts: int
+    run_at: float
+    enqueued_at: float
+    failed_at: float | None
+    error: str | None           # traceback of the last failure
 
 
 class Jobs:
-    """Register functions with @jobs.job() and run them later with jobs.enqueue(name, {arguments})."""
+    """Register functions with @jobs.task() and run them later: task.later(...), jobs.enqueue()."""
 
     def __init__(self, database, outbox):
         self._db = database
-        self._app_db = outbox           # the database whose transactions may enqueue
-        self._tasks = {}
-        self._recurring = {}            # name -> seconds
-        self.workers = 20
+        self._outbox = outbox           # the database whose transactions may enqueue
+        self._tasks = {}                # name -> Task
+        self._recurring = {}            # name -> (function of a time that gives the next, catch_up)
         self._reset()
 
     def _reset(self):
-        self._worker = None
+        self._workers = 0               # how many jobs run at once; 0: this process runs none
         self._bell = gevent.event.Event()
-        self._relayed = []              # ids of the outbox rows that are in the job database
-        self._running = set()           # jobs that are leased and have not ended
-        self._busy = 0                  # workers that have one of them, or a batch
-        self._started = collections.deque()     # lists of those that no greenlet has taken yet
-        self._greenlets = set()
-        self._called = False            # a greenlet is about to look for such a list
-        self._backlog = True            # jobs that are due may be waiting for a worker: no other one may overtake them
-        self._settled = []              # (Job, outcome, error): what became of jobs since the last exchange
-        self._renewed_at = 0
-        self._alive = None              # the names of the live processes when the leases of others were looked at
+        self._claimed = gevent.queue.Queue()    # lists of claims that run together
+        self._running = {}              # claim id -> Claim, from the claim to the end
+        self._busy = 0                  # workers that have a list of them
+        self._settled = []              # (Claim, outcome, error) since the last exchange
+        self._relayed = set()           # ids of outbox rows that are in the job database
+        self._renewed_at = time.monotonic()
+        self._looked_at = -math.inf     # for leases of others
+        self._lease_end = None          # when the next of those runs out
+        self._clock_offset = 0          # of the wall clock to the monotonic one
+        self._greenlets = []
         self._loop = None
+        self._stopping = False
 
     # Registering
 
-    def job(self, queue='default', attempts=5, retry_seconds=2.0, timeout_seconds=300.0, batch=False):
-        """A decorator: register the function under its name.
+    def task(self, queue='default', attempts=5, retry_seconds=2.0, timeout_seconds=300.0,
+             batch=False):
+        """A decorator: register the function under its name; gives a Task.
 
-        It is called with the job's arguments as keywords, possibly more than once. A failure is tried again after
-        retry_seconds, twice that, and so on, with some jitter; after so many attempts the job is parked.
-        batch: call it once for all its jobs that start together, with a list of their arguments (dicts) instead, by one
-        worker. If that fails, each of them runs alone.
+        It is called with the job's arguments as keywords, possibly more than once. A failure is
+        tried again after retry_seconds, twice that, and so on, with some jitter; after so many
+        attempts the job has failed. batch: it is called once for all its jobs that start together,
+        with a list of their arguments (dicts); if that fails, each of them runs alone. Raises
+        JobError.
         """
-        if queue not in QUEUES:
-            raise JobError(f'queue {queue!r} is not one of {", ".join(QUEUES)}')
+        _check_queue(queue)
+        if type(attempts) is not int or attempts < 1:
+            raise JobError(f'attempts is a whole number from 1, not {_shown(attempts)}')
+        for name, seconds in (('retry_seconds', retry_seconds),
+                              ('timeout_seconds', timeout_seconds)):
+            _check_seconds(name, seconds)
 
         def register(function):
-            self._tasks[function.__name__] = _Task(function, queue, attempts, retry_seconds, timeout_seconds, batch)
-            return function
+            if not inspect.isfunction(function) or function.__name__ == '<lambda>':
+                raise JobError(f'a task is a function with a name, not {_shown(function)}')
+            if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function) \
+                    or inspect.isasyncgenfunction(function):
+                raise JobError(f'{function.__name__} is async or a generator: called, it would '
+                               f'only be made, not run')
+            task = Task(function, self, function.__name__, queue, attempts, retry_seconds,
+                        timeout_seconds, batch, None if batch else inspect.signature(function))
+            if task.name in self._tasks:
+                raise JobError(f'there are two tasks {task.name}')
+            self._tasks[task.name] = task
+            return task
         return register
 
-    def every(self, seconds, **options):
-        """A decorator: register the function and run it every so many seconds, in one process of all."""
+    def every(self, seconds, catch_up=True, **options):
+        """A decorator: register a task and run it when the Unix time is a multiple of so many
+        seconds, in one process of all, never two at once. catch_up: a time that passed while
+        nobody ran is made up for, once. options: of task(). Raises JobError."""
+        _check_seconds('every()', seconds)
+        if seconds < 1:
+            raise JobError(f'every() takes seconds from 1, not {_shown(seconds)}')
+        return self._recur(lambda at: (math.floor(at / seconds) + 1) * seconds, catch_up, options)
+
+    def cron(self, fields, timezone='UTC', catch_up=True, **options):
+        """every() at the times of a crontab: minute, hour, day of month, month, day of week, with
+        lists, ranges, steps and names ('*/15 8-18 * * mon-fri'). A time that the clocks skip runs
+        right after, one that comes twice runs once. Source: crontab(5). Raises JobError."""
+        return self._recur(Cron(fields, timezone).after, catch_up, options)
+
+    def _recur(self, after, catch_up, options):
         def register(function):
-            self._recurring[function.__name__] = seconds
-            return self.job(**options)(function)
+            task = self.task(**options)(function)
+            try:
+                _check_arguments(task, {})
+            except JobError:
+                del self._tasks[task.name]
+                raise
+            self._recurring[task.name] = after, catch_up
+            return task
         return register
 
     # Enqueueing
 
-    def enqueue(self, name, arguments=None, *, delay_seconds=0.0, queue=None, unique_key=None, order_key=None):
-        """Run a job later. In a transaction of the app database it is part of that transaction.
+    def enqueue(self, task, arguments=None, *, delay_seconds=0.0, queue=None, unique_key=None,
+                order_key=None):
+        """Run a job later; gives its id. In a transaction of the app database it is part of that.
 
-        arguments: a dict that JSON has. unique_key: while an unfinished job has it, this one is dropped. order_key:
-        jobs that share it run in order, one at a time. queue: one of QUEUES instead of the function's own. Raises
-        JobError.
+        task: a Task or its name. arguments: a dict that JSON has. unique_key: while a job with it
+        waits, this one is dropped (and the id is that one's, outside a transaction). order_key:
+        jobs that share it run in the order of their commits, one at a time. Keys are text of at
+        most MAX_JOB_KEY_CHARS. queue: instead of the task's own. Raises JobError.
         """
-        task = self._tasks.get(name)
-        if task is None:
-            raise JobError(f'no job is registered as {name!r}; there are {", ".join(sorted(self._tasks)) or "none"}')
-        queue = queue or task.queue
-        if queue not in QUEUES:
-            raise JobError(f'queue {queue!r} is not one of {", ".join(QUEUES)}')
-        try:
-            arguments = json.dumps(arguments or {})
-        except (TypeError, ValueError) as error:
-            raise JobError(f'the arguments of {name} must be what JSON has: {error}') from None
-        row = {'uid': None, 'name': name, 'arguments': arguments, 'queue': queue,
-               'unique_key': unique_key, 'order_key': order_key, 'run_at': self._db.clock() + delay_seconds}
-        if self._app_db.in_transaction:
-            self._app_db.execute(INSERT_OUTBOX, (json.dumps({**row, 'uid': secrets.token_hex(12)}),))
-            self._bell.set()            # the dispatcher wakes after the commit: nothing switches before it
-        else:
-            due = delay_seconds <= 0
-            lease = due and self._may_start() and not self._db.in_transaction
-            job = self._insert(row, lease)
-            if not job:
-                self._backlog |= due and not lease
-                self._wake()
-            elif self._may_start():
-                self._start([job])
-                if len(self._running) == 1:
-                    self._bell.set()        # the dispatcher may sleep for ever, and has a lease to renew now
-            else:                           # the insert had to wait for the file, and others were faster
-                self._settled.append((job, 'released', None))
-                self._wake()
+        name = task.name if isinstance(task, Task) else task
+        known = self._tasks.get(name) if isinstance(name, str) else None
+        if known is None:
+            raise JobError(f'no task is registered as {_shown(name)}; there are '
+                           f'{", ".join(sorted(self._tasks)) or "none"}')
+        row = {'uid': _new_id(), 'name': name,
+               'arguments': _check_arguments(known, {} if arguments is None else arguments),
+               'queue': known.queue if queue is None else _check_queue(queue),
+               'unique_key': _check_key('unique_key', unique_key),
+               'order_key': _check_key('order_key', order_key),
+               'run_at': now() + _check_seconds('delay_seconds', delay_seconds)}
+        if self._outbox.in_transaction:
+            self._outbox.execute(INSERT_OUTBOX, (to_json(row),))
+            self._outbox.after_commit(self._wake)
+            return row['uid']
+        refuse_in_transaction('a job that is enqueued')
+        if order_key is not None:
+            self._relay()               # what was committed before comes first
+        inserted = self._db.execute(INSERT_JOB, row)
+        self._wake()
+        if not inserted:
+            inserted = self._db.execute(
+                'SELECT coalesce(uid, id) FROM jobs WHERE unique_key = ? AND failed_at IS NULL',
+                (unique_key,)) or [(row['uid'],)]       # that one has started meanwhile
+        return str(inserted[0][0])
 
-    # Running
+    # Looking, and changing by hand
 
-    def open(self, worker, workers):
-        """Start running jobs. worker: the name of this process, as others see it. workers: how many at once."""
-        self._worker, self.workers = worker, workers
-        doorbell.wakes(self._bell, b'j')
-        self._db.transact(self._start_recurring)
-        unserved = [queue for queue in self._queues() if queue not in QUEUES]
-        if unserved:
-            log.warning('jobs wait in queues that nobody serves: %s; served are %s', ', '.join(unserved), ', '.join(QUEUES))
-        self._bell.set()
-        self._loop = Loop('jobs', self._turn)
-
-    def close(self, stop_seconds=STOP_SECONDS):
-        """Take no more jobs, let the running ones end, give back the rest for the next process to run at once."""
-        self._loop.stop()
-        self._backlog = True            # what is enqueued from here on waits
-        with gevent.Timeout(stop_seconds, False):
-            while self._running:
-                self._bell.clear()
-                self._bell.wait()
-        self._settled += [(job, 'released', None) for batch in self._started for job in batch]
-        self._started.clear()
-        with gevent.Timeout(1, False):
-            gevent.killall(list(self._greenlets))
-        self._empty_outbox()
-        self._db.transact(self._settle, self._settled)
-        self._reset()
-        doorbell.ring(b'j')
-
-    def names(self):
-        """The names of the registered jobs."""
-        return set(self._tasks)
-
-    def stats(self):
-        """How many jobs wait, run and are parked."""
-        (ready,), (running,), (failed,) = (self._db.execute(statement)[0] for statement in (
-            'SELECT count(*) FROM jobs WHERE worker IS NULL AND failed_at IS NULL',
-            'SELECT count(*) FROM jobs WHERE worker IS NOT NULL', 'SELECT count(*) FROM jobs WHERE failed_at IS NOT NULL'))
-        return {'waiting': ready, 'running': running, 'failed': failed}
+    def find(self, id):
+        """A job by its id; None when it is done, or was never there."""
+        self._relay_outside()
+        rows = self._db.execute(f'{SELECT_JOB} WHERE id = ?', (self._row_id(id),))
+        return _job(rows[0]) if rows else None
 
     def failed(self, limit=100):
-        """The parked jobs, the last first: tuples of id, name, arguments (JSON), attempts, failed_at, error."""
-        return self._db.execute('SELECT id, name, arguments, attempt, failed_at, error FROM jobs '
-                                'WHERE failed_at IS NOT NULL ORDER BY failed_at DESC LIMIT ?', (limit,))
+        """The failed jobs, the last first."""
+        return [_job(row) for row in self._db.execute(
+            f'{SELECT_JOB} WHERE failed_at IS NOT NULL ORDER BY failed_at DESC LIMIT ?', (limit,))]
+
+    def cancel(self, id):
+        """Delete a job that has not started, and say whether it was there."""
+        self._relay_outside()
+        gone = self._db.transact(self._delete, self._row_id(id),
+                                 'worker IS NULL AND failed_at IS NULL')
+        self._wake()                    # the next of its order key may be due
+        return gone
 
     def retry(self, id):
-        """Run a parked job again, with all its attempts. Raises JobError if it is not parked."""
+        """Run a failed job again, with all its attempts. Raises JobError if it has not failed."""
         try:
-            found = self._db.execute(UNPARK_JOB, (id,))
+            found = self._db.execute(RETRY_FAILED, (self._row_id(id),))
         except sqlite3.IntegrityError:
-            raise JobError(f'job {id} can not run again now: another job has its unique key') from None
+            raise JobError(f'job {id} can not run again now: another has its unique key') from None
         if not found:
-            raise JobError(f'there is no failed job {id}')
+            raise JobError(f'there is no failed job {_shown(id)}')
         self._wake()
 
     def discard(self, id):
-        """Delete a parked job. Raises JobError if it is not parked."""
-        if not self._db.execute('DELETE FROM jobs WHERE id = ? AND failed_at IS NOT NULL RETURNING id', (id,)):
-            raise JobError(f'there is no failed job {id}')
+        """Delete a failed job. Raises JobError if it has not failed."""
+        if not self._db.transact(self._delete, self._row_id(id), 'failed_at IS NOT NULL'):
+            raise JobError(f'there is no failed job {_shown(id)}')
+
+    def stats(self):
+        """How many jobs wait, run and have failed."""
+        (waiting, running, failed), = self._db.execute('''
+            SELECT count(*) FILTER (WHERE worker IS NULL AND failed_at IS NULL),
+                   count(*) FILTER (WHERE worker IS NOT NULL),
+                   count(*) FILTER (WHERE failed_at IS NOT NULL) FROM jobs''')
+        return {'waiting': waiting, 'running': running, 'failed': failed}
+
+    def names(self):
+        """The names of the tasks."""
+        return set(self._tasks)
 
     def prune(self):
-        """Delete the jobs that were parked more than KEEP_FAILED_SECONDS ago, and give the number of them."""
-        return len(self._db.execute('DELETE FROM jobs WHERE failed_at < now_s() - ? RETURNING id', (KEEP_FAILED_SECONDS,)))
+        """Delete the jobs that failed more than KEEP_FAILED_SECONDS ago, and give the number."""
+        self._db.execute(UNBLOCK_STUCK)
+        return len(self._db.execute('DELETE FROM jobs WHERE failed_at < now_s() - ? RETURNING id',
+                                    (KEEP_FAILED_SECONDS,)))
+
+    def _row_id(self, id):
+        """The id of the row of a job; -1 without one. Jobs of version 1 have no other id."""
+        if not isinstance(id, (str, int)):
+            raise JobError(f'the id of a job is text, not {_shown(id)}')
+        rows = self._db.execute('''
+            SELECT id FROM jobs WHERE uid = :id
+            OR uid IS NULL AND id = CAST(:id AS INTEGER) AND CAST(id AS TEXT) = :id''',
+            {'id': _clean(str(id))})
+        return rows[0][0] if rows else -1
+
+    def _delete(self, row_id, condition):
+        rows = self._db.execute(f'DELETE FROM jobs WHERE id = ? AND {condition} '
+                                f'RETURNING order_key', (row_id,))
+        for order_key, in rows:
+            self._db.execute(UNBLOCK_NEXT, (order_key,))
+        return bool(rows)
+
+    # The dispatcher
+
+    def open(self, workers):
+        """Start running jobs, so many at once; to enqueue them, an open stack is enough."""
+        self._workers = workers + 1     # the last is for the first queue: pages wait for its jobs
+        processes.wakes(self._bell, b'j')
+        (queue,), = self._db.execute(NEXT_QUEUE, ('',))
+        while queue is not None:
+            if queue not in QUEUES:
+                log.warning('jobs wait in the queue %s, which nobody serves; served are %s', queue,
+                            ', '.join(QUEUES))
+            (queue,), = self._db.execute(NEXT_QUEUE, (queue,))
+        self._db.execute(UNBLOCK_STUCK)
+        self._greenlets = [gevent.spawn(self._work) for _ in range(self._workers)]
+        self._loop = Loop('jobs', self._turn)
+
+    def close(self, stop_seconds=STOP_SECONDS):
+        """Take no more jobs, let the running ones end, give the rest back for the next process."""
+        self._loop.stop()
+        while not self._claimed.empty():
+            self._claimed.get()
+            self._busy -= 1
+        with gevent.Timeout(stop_seconds, False):
+            while self._busy:
+                self._bell.clear()
+                self._bell.wait()
+        self._stopping = True
+        gevent.killall(self._greenlets, block=False)
+        gevent.joinall(self._greenlets, timeout=0.5)
+        self._settled += [(claim, 'released', None) for claim in self._running.values()]
+        self._empty_outbox()
+        self._db.transact(self._settle, self._settled)
+        processes.ring(b'j')
+        self._reset()
 
     def _wake(self):
+        """Have the dispatcher look: ours, or else every other process's."""
         self._bell.set()
-        doorbell.ring(b'j')
-
-    def _queues(self):
-        """The names of the queues that have jobs; a few look-ups in the index, however many jobs there are."""
-        found, queue = [], ''
-        while queue is not None:
-            (queue,), = self._db.execute('SELECT min(queue) FROM jobs WHERE queue > ? AND due_at IS NOT NULL', (queue,))
-            found += [queue] if queue else []
-        return found
-
-    def _start_recurring(self):
-        for name, seconds in self._recurring.items():
-            self._db.execute(START_RECURRING, (name, seconds))
+        if not self._workers:
+            processes.ring(b'j')
 
     def _turn(self):
-        """One turn of the dispatcher: exchange with the databases, start what was claimed, sleep."""
+        """One turn of the dispatcher: exchange with the databases."""
         self._bell.clear()
         self._empty_outbox()            # if it failed the last time
         settled, self._settled = self._settled, []
         try:
-            self._relayed, claimed, next_due, self._alive = self._db.transact(self._exchange, settled)
-            settled = []
-            for batch in claimed:
-                self._start(batch)
+            next_due, more = self._db.transact(self._exchange, settled)
         except BaseException:
             self._settled = settled + self._settled
             raise
-        now = self._db.clock()
-        self._backlog = next_due is not None and next_due <= now
-        free = self._busy < self.workers
-        more = len(self._relayed) == OUTBOX_ROWS or (self._backlog and free and claimed)
-        crowd = len(self._relayed) > 1
         self._empty_outbox()
         if more:
-            return gevent.sleep(0)
-        if crowd:       # who asks comes first, for a while: a quarter more changes a second
-            gevent.sleep(CROWD_PAUSE_SECONDS)
-            with gevent.Timeout(4 * CROWD_PAUSE_SECONDS, False):
-                gevent.idle()
-        patience = POLL_SECONDS if self._alive != {self._worker} else None      # doorbell.patience() would look once more
-        if next_due is not None and (free or not self._backlog):    # else the next one to end rings the bell
-            due = max(next_due - now, 0.001)
-            patience = due if patience is None else min(due, patience)
+            return functools.partial(gevent.sleep, 0)
+        patience = processes.patience()
+        if next_due is not None and self._busy < self._workers:
+            # No longer than a lease, whatever the clock does meanwhile.
+            patience = min(patience, LEASE_SECONDS, max(next_due - now(), 0.001))
         if self._running:
-            patience = min(patience or LEASE_SECONDS, LEASE_SECONDS / 3)
-        self._bell.wait(patience)
-
-    def _empty_outbox(self):
-        """Delete what was moved from it: before the next exchange, or a job that ends in that one would be moved again."""
-        if self._relayed:
-            self._app_db.transact(self._app_db.executemany, 'DELETE FROM outbox WHERE id = ?', self._relayed)
-            self._relayed = []
-
-    def _insert(self, row, lease):
-        """Insert a job. Gives it if it got a lease of this process, and is to be started."""
-        inserted = self._db.execute(INSERT_JOB, {**row, 'worker': self._worker if lease else None, 'lease': LEASE_SECONDS})
-        if inserted and inserted[0][1]:
-            return Job(inserted[0][0], row['name'], row['arguments'], 1, row['order_key'], row['run_at'])
-
-    def _may_start(self):
-        """Whether a new job can start at once, without overtaking one that waits."""
-        return not self._backlog and self._busy < self.workers
-
-    def _join(self, batches, job):
-        """Put a job to those that run with it. One that was tried before runs alone: it may be what ends the others."""
-        task = self._tasks.get(job.name)
-        joins = task and task.batch and job.attempt == 1
-        batches.setdefault(job.name if joins else job.id, []).append(job)
-
-    def _start(self, batch):
-        self._running.update(batch)
-        self._busy += 1
-        self._started.append(batch)
-        self._call()
-
-    def _call(self):
-        """See to it that a greenlet takes what is started."""
-        if self._started and not self._called:
-            self._called = True
-            greenlet = gevent.Greenlet(self._work)
-            self._greenlets.add(greenlet)
-            greenlet.start()
-
-    def _work(self):
-        """Run what is started. If a job waits, another greenlet goes on with the rest. Those that do not wait share one, for
-        SLICE_SECONDS: 12 us less for each of them."""
-        self._called = False
-        ends_at = time.monotonic() + SLICE_SECONDS
-        while self._started:
-            batch = self._started.popleft()
-            self._call()
-            self._perform(batch)
-            if time.monotonic() > ends_at:
-                break
-        self._greenlets.discard(gevent.getcurrent())
+            patience = min(patience, LEASE_SECONDS / 3)
+        return functools.partial(self._bell.wait, patience)
 
     def _exchange(self, settled):
-        """In one transaction: settle what ended, renew, give back, claim, insert what the outbox holds.
+        """In one transaction: settle what ended, insert what the outbox holds, claim what is due.
 
-        Gives the outbox rows that were moved, the claimed jobs in lists of those that run together, the time when the next
-        one falls due (None: never), and the names of the live processes. A batch takes one worker, however long it is:
-        with one for each of its jobs, those that HTTP clients enqueue as fast as they can run seconds late.
-        The outbox is read under the lock of the job database, and its rows go before their jobs can end: so a neighbour
-        that reads it too can't insert a job that is done already.
+        Gives the time when the next job falls due (None: never), and whether there is more to do at
+        once. The claims are started after the commit, in lists of those that run together. The
+        outbox is read under the lock of the job database, and _turn() deletes its rows before their
+        jobs are settled: a neighbour that reads it too can't insert a job that is done already.
         """
-        outbox = self._app_db.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?', (OUTBOX_ROWS,))
-        free = self.workers - self._busy
         self._settle(settled)
+        inserted = self._insert_outbox()
+        self._mind_the_clock()
         self._renew_leases()
-        alive = doorbell.neighbours() | {self._worker}      # under the lock: who takes a job has its pipe before
-        if alive != self._alive and not doorbell.deaf:
-            self._free_dead_workers(alive)
-        now = self._db.clock()
-        claimed, times = {}, []
-        for name, due_at in self._db.execute('SELECT name, due_at FROM recurring'):
-            if name in self._recurring:
-                if due_at <= now:
-                    due_at = now + self._recurring[name]
-                    self._db.execute('UPDATE recurring SET due_at = ? WHERE name = ?', (due_at, name))
-                    self._insert({'uid': None, 'name': name, 'arguments': '{}', 'order_key': None, 'run_at': now,
-                                  'queue': self._tasks[name].queue, 'unique_key': f'every {name}'}, lease=False)
-                times.append(due_at)
-        for queue in sorted(QUEUES, key=lambda name: random.random() ** (1 / QUEUES[name]), reverse=True):
-            (due_at,), = self._db.execute(FIRST_DUE, (queue,))
-            if due_at is not None and due_at <= now and free > len(claimed):
-                rows = self._db.execute(CLAIM_JOBS, {'queue': queue, 'limit': free - len(claimed), 'worker': self._worker,
-                                                     'lease': LEASE_SECONDS})
-                for row in sorted(rows):
-                    self._join(claimed, Job(*row))
+        self._free_leases()
+        claims, times = [], [self._tick_recurring(), self._lease_end]
+        for queue in sorted(QUEUES, key=lambda name: random.random() ** (1 / QUEUES[name]),
+                            reverse=True):
+            while (free := self._free(queue, claims)) > 0:      # else whoever ends rings the bell
                 (due_at,), = self._db.execute(FIRST_DUE, (queue,))
-            times.append(due_at)
-        for row in parse_all(row for _, row in outbox):
-            lease = row['run_at'] <= now and (free > len(claimed) or row['name'] in claimed)
-            job = self._insert(row, lease)
-            if job:
-                self._join(claimed, job)
-            elif not lease:
-                times.append(row['run_at'])
-        next_due = min((at for at in times if at is not None), default=None)
-        return [(id,) for id, _ in outbox], list(claimed.values()), next_due, alive
+                if due_at is None or due_at > now() or len(claims) >= CLAIM_ROWS:
+                    times.append(due_at)
+                    break
+                rows = self._db.execute(CLAIM_JOBS, {
+                    'queue': queue, 'limit': free, 'worker': processes.name,
+                    'lease': LEASE_SECONDS})
+                claims += [Claim(*row) for row in sorted(rows)]
+        for together in self._together(claims):
+            self._db.after_commit(functools.partial(self._start, together))
+        return min((at for at in times if at is not None), default=None), inserted == OUTBOX_ROWS
+
+    def _free(self, queue, claims):
+        """How many workers are left for a queue; the last one is for the first queue alone. A batch
+        takes one, however long it is."""
+        return (self._workers - self._busy - len(self._together(claims))
+                - (queue != next(iter(QUEUES))))
+
+    def _together(self, claims):
+        """Claims in lists of those that run together: one that was tried before runs alone, as it
+        may be what ends the others."""
+        lists = {}
+        for claim in claims:
+            task = self._tasks.get(claim.name)
+            joins = task and task.batch and claim.attempt == 1
+            lists.setdefault(claim.name if joins else claim.id, []).append(claim)
+        return list(lists.values())
+
+    def _start(self, claims):
+        self._running.update((claim.id, claim) for claim in claims)
+        self._busy += 1
+        self._claimed.put(claims)
 
     def _settle(self, settled):
-        # Most are done; deleted in one call they cost half.
-        self._db.executemany(FINISH_JOB, [self._lease(job) for job, outcome, _ in settled if outcome == 'done'])
-        for job, outcome, error in settled:
-            task = self._tasks.get(job.name)
+        self._db.executemany(FINISH_JOB, [
+            _lease(claim) for claim, outcome, _ in settled if outcome == 'done'])
+        for claim, outcome, error in settled:
+            task, lease = self._tasks.get(claim.name), _lease(claim)
             if outcome == 'released':
-                self._db.execute(RELEASE_JOB, self._lease(job))
-            elif outcome == 'failed' and task and job.attempt < task.attempts:
-                delay = min(task.retry_seconds * 2 ** (job.attempt - 1), MAX_BACKOFF_SECONDS) * random.uniform(0.8, 1.2)
-                self._db.execute(RETRY_JOB, {**self._lease(job), 'delay': delay, 'error': error})
-            elif outcome == 'failed' and self._db.execute(PARK_JOB, {**self._lease(job), 'error': error}):
-                log.error('job parked after its last attempt id=%s name=%s attempts=%s', job.id, job.name, job.attempt)
+                self._db.execute(RELEASE_JOB, lease)
+            elif outcome == 'failed' and task and claim.attempt < task.attempts:
+                delay = task.retry_seconds * 2 ** min(claim.attempt - 1, 20)
+                delay = min(delay, MAX_BACKOFF_SECONDS) * random.uniform(0.8, 1.2)
+                self._db.execute(RETRY_JOB, {**lease, 'delay': delay, 'error': error})
+            elif outcome == 'failed' and self._db.execute(FAIL_JOB, {**lease, 'error': error}):
+                log.error('job failed for good id=%s name=%s attempts=%s', claim.id, claim.name,
+                          claim.attempt)
         # Changes nothing where the first of the key is still there: that one is not blocked.
-        self._db.executemany(UNBLOCK_NEXT, [(job.order_key,) for job, *_ in settled if job.order_key is not None])
+        self._db.executemany(UNBLOCK_NEXT, [
+            (claim.order_key,) for claim, *_ in settled if claim.order_key is not None])
 
-    def _lease(self, job):
-        """What identifies the lease of a job that this process took: the parameters of OF_LEASE."""
-        return {'id': job.id, 'worker': self._worker, 'attempt': job.attempt, 'run_at': job.run_at}
+    def _insert_outbox(self):
+        """Insert what the outbox holds, and give the number of its rows. What can't be inserted
+        becomes a failed job."""
+        rows = self._outbox.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?',
+                                    (OUTBOX_ROWS,))
+        for _, text in rows:
+            try:
+                row = json.loads(text)
+                arguments = json.loads(row['arguments'])
+                if not (math.isfinite(row['run_at']) and isinstance(arguments, dict)):
+                    raise JobError('it has no time, or no arguments')
+                self._db.execute(INSERT_JOB, row)
+            except StorageError:
+                raise
+            except Exception as error:
+                log.error('a row of the outbox is no job: %r', error)
+                self._db.execute(INSERT_FAILED, (
+                    _new_id(), 'outbox', to_json({'row': str(text)}),
+                    _clean(traceback.format_exc())))
+        self._db.after_commit(functools.partial(self._relayed.update, [id for id, _ in rows]))
+        return len(rows)
+
+    def _empty_outbox(self):
+        """Delete what was moved from it."""
+        relayed = set(self._relayed)
+        if relayed:
+            self._outbox.transact(self._outbox.executemany, 'DELETE FROM outbox WHERE id = ?',
+                                  [(id,) for id in relayed])
+            self._relayed -= relayed
+
+    def _relay(self):
+        """Move what the outbox holds now."""
+        while self._outbox.execute('SELECT 1 FROM outbox LIMIT 1'):
+            self._db.transact(self._insert_outbox)
+            self._empty_outbox()
+
+    def _relay_outside(self):
+        if Database.current is None:
+            self._relay()
 
     def _renew_leases(self):
-        now = time.monotonic()
-        if self._running and now - self._renewed_at > LEASE_SECONDS / 3.5:
-            self._renewed_at = now
-            self._db.executemany(RENEW_LEASE, [{**self._lease(job), 'lease': LEASE_SECONDS} for job in self._running])
+        if self._running and time.monotonic() - self._renewed_at > LEASE_SECONDS / 3.5:
+            self._renewed_at = time.monotonic()
+            self._db.executemany(RENEW_LEASE, [{**_lease(claim), 'lease': LEASE_SECONDS}
+                                               for claim in self._running.values()])
 
-    def _free_dead_workers(self, alive):
-        """Give back at once what a dead process had leased; where the dead can't be known, the lease runs out."""
-        for queue in self._queues():
-            leases = {'queue': queue, 'lease': LEASE_SECONDS}
-            for worker in {name for name, in self._db.execute(LEASED_BY, leases)} - alive:
-                self._db.execute(FREE_JOBS, {**leases, 'worker': worker})
-                log.warning('gave back the jobs of a dead process worker=%s queue=%s', worker, queue)
+    def _mind_the_clock(self):
+        """When the clock was set, see to it that nothing recurs later than its period, and that
+        nothing waits for a time that was the present."""
+        offset = now() - time.monotonic()
+        if abs(offset - self._clock_offset) > 1:
+            self._clock_offset = offset
+            self._db.execute(RUN_FROM_FUTURE)
+            self._start_recurring()
 
-    def _perform(self, batch):
-        name, attempt = batch[0].name, batch[0].attempt
-        task = self._tasks.get(name)
+    def _free_leases(self):
+        """Free what a dead process had leased at once; where nobody knows whether it is dead, when
+        the lease has run out, or ends later than one can."""
+        if time.monotonic() - self._looked_at < POLL_SECONDS / 2:
+            return
+        self._looked_at, self._lease_end, at = time.monotonic(), None, now()
+        dead = processes.dead()
+        for worker, first, last in self._db.execute(LEASES, (processes.name,)):
+            known = processes.is_alive(worker) is not None
+            if worker in dead or not known and not at < first <= last <= at + LEASE_SECONDS:
+                freed = self._db.execute(FREE_LEASES, (worker,))
+                log.warning('freed the jobs of a dead process worker=%s jobs=%s', worker,
+                            len(freed))
+            elif not known:
+                self._lease_end = min(first, self._lease_end or first)
+        self._db.after_commit(functools.partial(processes.bury, dead))
+
+    def _start_recurring(self):
+        for name, (after, catch_up) in self._recurring.items():
+            at = now()
+            (due_at,), = self._db.execute(START_RECURRING, (name, after(at)))
+            if due_at <= at and not catch_up:
+                self._db.execute(TICK, (after(at), name, due_at))
+
+    def _tick_recurring(self):
+        """Insert the recurring jobs that are due; gives the time of the next."""
+        times = []
+        for name, due_at in self._db.execute('SELECT name, due_at FROM recurring'):
+            if name not in self._recurring:
+                continue
+            at = now()
+            if due_at <= at:
+                after, _ = self._recurring[name]
+                if self._db.execute(TICK, (after(at), name, due_at)):
+                    self._db.execute(INSERT_JOB, {
+                        'uid': _new_id(), 'name': name, 'arguments': '{}', 'run_at': at,
+                        'queue': self._tasks[name].queue, 'unique_key': f'every {name}',
+                        'order_key': f'every {name}'})
+                due_at = after(at)
+            times.append(due_at)
+        return min(times, default=None)
+
+    # The workers
+
+    def _work(self):
+        while not self._stopping:
+            with contextlib.suppress(gevent.GreenletExit):      # of the stop, or of somebody's kill
+                self._perform(self._claimed.get())
+
+    def _perform(self, claims):
+        """Run a job, or those of a batch. Whatever it raises is its own."""
+        task = self._tasks.get(claims[0].name)
         outcome, error = 'failed', None
         try:
             if task is None:
-                raise JobError(f'no job is registered as {name!r}; was it renamed?')
-            if attempt > task.attempts:         # it was leased so often and never came back
-                raise JobError(f'its worker died {attempt - 1} times while it ran')
-            arguments = parse_all(job.arguments for job in batch)
+                raise JobError(f'no task is registered as {claims[0].name!r}; was it renamed?')
+            if claims[0].attempt > task.attempts:       # it was leased so often and never ended
+                raise JobError(f'its process died {task.attempts} times while it ran')
+            arguments = [json.loads(claim.arguments) for claim in claims]
             with gevent.Timeout(task.timeout_seconds):
-                task.function(arguments) if task.batch else task.function(**arguments[0])
+                if task.batch:
+                    task.function(arguments)
+                else:
+                    task.function(**arguments[0])
             outcome = 'done'
-        except gevent.GreenletExit:
-            outcome = 'released'
         except BaseException as failure:        # sys.exit() too: a job must not end the process
-            error = traceback.format_exc()
-            ids = ','.join(str(job.id) for job in batch)
-            log.error('job failed id=%s name=%s attempt=%s error=%r', ids, name, attempt, failure)
+            if self._stopping and isinstance(failure, gevent.GreenletExit):
+                outcome = 'released'
+            else:
+                error = _clean(traceback.format_exc())
+                log.error('job failed ids=%s name=%s attempt=%s error=%s',
+                          ','.join(str(claim.id) for claim in claims), claims[0].name,
+                          claims[0].attempt, error.rstrip().rpartition('\n')[2])
         finally:
             self._busy -= 1
-            if outcome == 'failed' and len(batch) > 1:
-                for job in batch:
-                    self._start([job])
+            if outcome == 'failed' and len(claims) > 1:
+                for claim in claims:
+                    self._start([claim])
             else:
-                for job in batch:
-                    self._settled.append((job, outcome, error))
-                    self._running.discard(job)          # before the bell: the dispatcher counts who is free
+                for claim in claims:
+                    self._settled.append((claim, outcome, error))
+                    self._running.pop(claim.id, None)
                 self._bell.set()
 
 
+class Cron:
+    """The times of the five fields of a crontab in a time zone. Raises JobError."""
+    FIELDS = (('minute', 0, 59, ()), ('hour', 0, 23, ()), ('day of month', 1, 31, ()),
+              ('month', 1, 12, 'jan feb mar apr may jun jul aug sep oct nov dec'.split()),
+              ('day of week', 0, 7, 'sun mon tue wed thu fri sat'.split()))
+
+    def __init__(self, fields, timezone='UTC'):
+        parts = fields.lower().split() if isinstance(fields, str) else ()
+        if len(parts) != 5:
+            raise JobError(f'cron takes five fields, minute hour day month weekday, not '
+                           f'{_shown(fields)}')
+        try:
+            self._zone = zoneinfo.ZoneInfo(timezone)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, TypeError, OSError):
+            raise JobError(f'there is no time zone {_shown(timezone)} here; names are like '
+                           f'Europe/Berlin (the package tzdata has them)') from None
+        self._minutes, self._hours, self._days, self._months, weekdays = (
+            self._values(part, *field) for part, field in zip(parts, self.FIELDS))
+        self._weekdays = {day % 7 for day in weekdays}
+        self._either = parts[2][0] != '*' and parts[4][0] != '*'    # then one of the two must fit
+        if self.after(now()) is None:
+            raise JobError(f'{fields!r} never comes')
+
+    def after(self, at):
+        """The first of the times after one, in Unix seconds; None if there is none in 8 years."""
+        local = datetime.datetime.fromtimestamp(at, self._zone)
+        for days in range(-1, 8 * 366):
+            day = local.date() + datetime.timedelta(days)
+            if day.month not in self._months or not self._fits(day):
+                continue
+            for hour, minute in itertools.product(self._hours, self._minutes):
+                time_of_day = datetime.datetime(day.year, day.month, day.day, hour, minute)
+                if days > 0 or local.replace(tzinfo=None) - time_of_day < datetime.timedelta(0.5):
+                    instant = self._instant(time_of_day)
+                    if instant > at:
+                        return instant
+        return None
+
+    def _fits(self, day):
+        by_date, by_weekday = day.day in self._days, day.isoweekday() % 7 in self._weekdays
+        return by_date or by_weekday if self._either else by_date and by_weekday
+
+    def _instant(self, time_of_day):
+        """When a clock on the wall shows the time, the first time; where it is skipped, the moment
+        of the skip."""
+        early, late = (time_of_day.replace(tzinfo=self._zone, fold=fold).timestamp()
+                       for fold in (0, 1))
+        if early <= late:
+            return early
+        before, after = late, early             # of the skip
+        offset = datetime.datetime.fromtimestamp(before, self._zone).utcoffset()
+        while after - before > 1:
+            middle = (before + after) // 2
+            if datetime.datetime.fromtimestamp(middle, self._zone).utcoffset() == offset:
+                before = middle
+            else:
+                after = middle
+        return after
+
+    def _values(self, part, name, low, high, names):
+        """The values of a field, in order: 'a', 'a-b', '*', each with '/step', between commas."""
+        def number(text):
+            value = names.index(text) + low if text in names else \
+                int(text) if re.fullmatch('[0-9]{1,2}', text) else -1
+            if not low <= value <= high:
+                raise JobError(f'the {name} of a cron is from {low} to {high}'
+                               f'{" or " if names else ""}{", ".join(names)}, not {text!r}')
+            return value
+
+        values = set()
+        for item in part.split(','):
+            span, slash, step = item.partition('/')
+            if slash and not (re.fullmatch('[0-9]{1,2}', step) and int(step)):
+                raise JobError(f'the step of the {name} of a cron is a number from 1, not {step!r}')
+            first, dash, last = span.partition('-')
+            if span == '*':
+                first, last = low, high - (high == 7)
+            else:
+                first = number(first)
+                last = number(last) if dash else high if step else first
+            if last < first:
+                raise JobError(f'the {name} of a cron goes from {first} to {last}')
+            values.update(range(first, last + 1, int(step or 1)))
+        return sorted(values)
+
+
+def _new_id():
+    """The id of a job: in the order of time, so that new ones share a page of the index."""
+    return f'{time.time_ns() // 10**6:011x}{secrets.token_hex(6)}'
+
+
+def _lease(claim):
+    """What identifies the lease of a job that this process took: the parameters of OF_LEASE."""
+    return {'id': claim.id, 'worker': processes.name, 'attempt': claim.attempt,
+            'run_at': claim.run_at}
+
+
+def _job(row):
+    """A row of SELECT_JOB as a Job."""
+    (id, uid, name, arguments, queue, _, run_at, due_at, worker, attempt, enqueued_at, failed_at,
+     error) = row
+    state = ('failed' if failed_at is not None else 'running' if worker is not None else
+             'blocked' if due_at is None else 'ready' if due_at <= now() else 'scheduled')
+    return Job(uid or str(id), name, json.loads(arguments), queue, state, attempt, run_at,
+               enqueued_at, failed_at, error)
+
+
+def _check_queue(queue):
+    if not isinstance(queue, str) or queue not in QUEUES:
+        raise JobError(f'the queue {_shown(queue)} is not one of {", ".join(QUEUES)}')
+    return queue
+
+
+def _check_seconds(name, seconds):
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) \
+            or not 0 <= seconds <= MAX_DELAY_SECONDS:
+        raise JobError(f'{name} takes seconds from 0 to {MAX_DELAY_SECONDS:,}, not '
+                       f'{_shown(seconds)}')
+    return seconds
+
+
+def _check_key(name, key):
+    if key is not None and not (isinstance(key, str) and 0 < len(key) <= MAX_JOB_KEY_CHARS
+                                and key.isprintable()):
+        raise JobError(f'{name} is printable text of 1 to {MAX_JOB_KEY_CHARS} characters, not '
+                       f'{_shown(key)}')
+    return key
+
+
+def _check_arguments(task, arguments):
+    """The arguments of a job as JSON. Raises JobError."""
+    if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
+        raise JobError(f'the arguments of {task.name} are a dict by name, not {_shown(arguments)}')
+    try:
+        if task.signature:
+            task.signature.bind(**arguments)
+        return to_json(arguments)
+    except JSON_ERRORS as error:        # of bind(): a TypeError
+        raise JobError(f'the arguments of {task.name} are not what it takes, or not what JSON has: '
+                       f'{error}') from None
+
+
+def _clean(text):
+    """Text that every database takes: a traceback may hold anything."""
+    return text.encode('utf-8', 'backslashreplace').decode().replace('\0', '\\0')
+
+
+job_db = Database('job', JOB_MIGRATIONS)
 jobs = Jobs(job_db, outbox=app_db)
 
 
@@ -1768,29 +2341,71 @@ def tidy_up():
     log.info('tidied up cache=%s jobs=%s', cache.prune(), jobs.prune())
 
 
-# === Cable: messages to whoever listens, kept for a while in the cable database =======================================
-# The log is the only way: broadcast() appends to it, and everybody, this process included, delivers what is new in it,
-# in its order. A position is "epoch:id"; who comes back with one gets what was missed, or hears that the log no longer
-# reaches back so far. Nor does it after a power loss: the file is not synced.
+@check
+def stuck_jobs():
+    """Jobs and rows of the outbox that wait for nothing, or have failed."""
+    for id, row in app_db.execute('SELECT id, job FROM outbox'):
+        try:
+            name = json.loads(row)['name']
+        except (ValueError, KeyError, TypeError):
+            name = None
+        if name not in jobs.names():
+            yield f'row {id} of the outbox is no job of this app'
+    for id, name in job_db.execute(STUCK_JOBS):
+        yield f'job {id} ({name}) waits for nothing'
+    for name, count in job_db.execute('SELECT name, count(*) FROM jobs '
+                                      'WHERE failed_at IS NOT NULL GROUP BY name'):
+        yield f'{count} jobs of {name} have failed'
+
+
+# === Cable: messages to whoever listens ==================================================
+# The log in the cable database is the only way: broadcast() appends to it, and every process
+# delivers what is new in it, in its order. A position is "epoch:id"; who comes back with one gets
+# what was missed, or hears that the log no longer reaches back so far.
 
 KEEP_MESSAGES_SECONDS = 600
 KEEP_MESSAGES = 20_000
-TRIM_EVERY = 128                # messages
+TRIM_EVERY = 128                        # messages
 DELIVER_ROWS = 500
-REPLAY_MESSAGES = 200           # more than that, and a fresh page is cheaper
+REPLAY_MESSAGES = 200                   # more than that, and a fresh page is cheaper
+MAX_BROADCAST_BYTES = 1024 * 1024       # more than a socket may leave unread
 
-# Ids are in the order of time: the first that is young enough is found after reading what goes, and nothing else.
+CABLE_MIGRATIONS = [
+    ('001 create messages', '''
+        CREATE TABLE messages (
+            id          INTEGER PRIMARY KEY AUTOINCREMENT,      -- the offset of a position
+            stream      TEXT NOT NULL,
+            payload     TEXT NOT NULL,                          -- JSON
+            created_at  REAL NOT NULL
+        )'''),
+    ('002 index messages by stream', 'CREATE INDEX messages_by_stream ON messages (stream, id)'),
+    ('003 index messages by time', 'CREATE INDEX messages_by_time ON messages (created_at)'),
+    ('004 create epochs', 'CREATE TABLE epochs (epoch TEXT PRIMARY KEY)'),      # one row
+    ('005 drop index by time', 'DROP INDEX messages_by_time'),      # ids are in the order of time
+]
+INSERT_MESSAGE = '''INSERT INTO messages (stream, payload, created_at)
+                    VALUES (?, ?, now_s()) RETURNING id'''
+# Ids are in the order of time: the first that is young enough ends the look.
 TRIM_MESSAGES = '''
     DELETE FROM messages
-    WHERE id < coalesce((SELECT id FROM messages WHERE created_at >= now_s() - ? ORDER BY id LIMIT 1), ?)'''
+    WHERE id < coalesce((SELECT id FROM messages WHERE created_at >= now_s() - ?
+                         ORDER BY id LIMIT 1), ?)'''
 
 
-class PositionLost(TodolError):
+class CableError(AppError):
+    """A stream or a message that can't be broadcast."""
+
+
+class PositionLost(AppError):
     """The log does not reach back to a position: messages may have been missed."""
 
 
-# A row of the log. payload: JSON.
-Message = collections.namedtuple('Message', 'id stream payload created_at')
+class Message(typing.NamedTuple):
+    """A row of the log."""
+    id: int
+    stream: str
+    payload: str            # JSON
+    created_at: float
 
 
 class Cable:
@@ -1805,14 +2420,13 @@ class Cable:
         self._last = 0                  # id of the last message delivered here
         self._bell = gevent.event.Event()
         self._loop = None
-        self.epoch = None               # names the file: positions of another one mean nothing here
+        self.epoch = None               # names the file: positions of another mean nothing here
 
     def open(self):
         """Start delivering what is appended from now on."""
-        self._db.transact(self._name_epoch)
-        (self.epoch,), = self._db.execute('SELECT epoch FROM epochs')
+        self.epoch = self._db.transact(self._name_epoch)
         self._last = self._end()
-        doorbell.wakes(self._bell, b'c')
+        processes.wakes(self._bell, b'c')
         self._loop = Loop('cable', self._turn)
 
     def close(self):
@@ -1820,31 +2434,34 @@ class Cable:
         self._reset()
 
     def broadcast(self, stream, message):
-        """Append a message to the log and deliver it. Gives its id when it is in the log.
+        """Append a message to the log, and have it delivered. Gives its id when it is in the log.
 
-        message: what JSON has, or a function that gives it. The function is called under the lock of the log: what it reads
-        elsewhere is newer than all that the log has, so that messages which tell a state stand in the order of the states.
+        message: what JSON has, or a function that gives it, called under the lock of the log: what
+        it reads in other databases is newer than all that the log has, so that messages which tell
+        a state stand in the order of the states. Raises CableError; inside a transaction
+        MisuseError: enqueue a job there, which broadcasts.
         """
         return self.broadcast_all([(stream, message)])[0]
 
     def broadcast_all(self, messages):
         """broadcast() for each (stream, message) of a list, in one transaction. Gives their ids."""
-        if len(messages) == 1 and not callable(messages[0][1]):     # its statement is a transaction of its own
-            ids = [self._append(*messages[0])]
-        else:
-            ids = self._db.transact(lambda: [self._append(stream, message) for stream, message in messages])
-        doorbell.ring(b'c')             # first: the other processes have further to go
-        if ids and ids[-1] > self._last:    # else a neighbour in the transaction was faster, and delivered these too
-            self._deliver()
+        checked = [(_stream_checked(stream), message if callable(message) else _payload(message))
+                   for stream, message in messages]
+        ids = self._db.transact(self._append, checked)
+        processes.ring(b'c')            # first: the other processes have further to go
+        self._bell.set()
         return ids
 
     def position(self):
-        """Where the log stands: read it before the state that a page shows, and subscribe with it."""
+        """Where the log stands: read it before the state that a page shows, and subscribe with
+        it."""
+        self._db._check()
         return f'{self.epoch}:{self._last}'
 
     def subscribe(self, stream, receive):
-        """Call receive(message) for each new message of a stream, in order. It must neither wait nor broadcast."""
-        self._subscribers.setdefault(stream, set()).add(receive)
+        """Call receive(message) for each new Message of a stream, in order. It must not wait."""
+        self._db._check()
+        self._subscribers.setdefault(_stream_checked(stream), set()).add(receive)
 
     def unsubscribe(self, stream, receive):
         """Stop it; harmless if it never started."""
@@ -1854,13 +2471,16 @@ class Cable:
             self._subscribers.pop(stream, None)
 
     def since(self, stream, position):
-        """The messages of a stream after a position, up to what is delivered to subscribers. Raises PositionLost.
+        """The messages of a stream after a position, up to what is delivered to subscribers. Raises
+        PositionLost.
 
-        Nothing is delivered between its last look and its return, so who goes live at once misses nothing.
+        Nothing is delivered between its last look and its return, so who goes live at once misses
+        nothing.
         """
+        self._db._check()
         epoch, _, id = position.rpartition(':')
         if epoch != self.epoch or not re.fullmatch('[0-9]{1,18}', id):
-            raise PositionLost(f'{position!r} is not a position of this log')
+            raise PositionLost(f'{position[:100]!r} is not a position of this log')
         (first, end), = self._db.execute('SELECT coalesce((SELECT min(id) FROM messages), 1), '
                                          'coalesce((SELECT max(id) FROM messages), 0)')
         if not first - 1 <= int(id) <= end:
@@ -1869,9 +2489,10 @@ class Cable:
 
     def since_time(self, stream, at):
         """The messages of a stream from a time on (Unix seconds). Raises PositionLost."""
-        if not at >= self._db.clock() - KEEP_MESSAGES_SECONDS:      # nor is it NaN
+        if not now() - KEEP_MESSAGES_SECONDS <= at:         # nor is it NaN
             raise PositionLost(f'the log is kept for {KEEP_MESSAGES_SECONDS} seconds')
-        (first, end), = self._db.execute('SELECT (SELECT min(id) FROM messages), (SELECT max(id) FROM messages)')
+        (first, end), = self._db.execute(
+            'SELECT (SELECT min(id) FROM messages), (SELECT max(id) FROM messages)')
         if first is not None and end - first + 1 >= KEEP_MESSAGES:      # it is also cut by number
             (cut_at,), = self._db.execute('SELECT created_at FROM messages WHERE id = ?', (first,))
             if cut_at > at:
@@ -1887,48 +2508,52 @@ class Cable:
     def _name_epoch(self):
         if not self._db.execute('SELECT epoch FROM epochs'):
             self._db.execute('INSERT INTO epochs (epoch) VALUES (?)', (secrets.token_hex(4),))
+        return self._db.execute('SELECT epoch FROM epochs')[0][0]
 
-    def _append(self, stream, message):
-        payload = compact_json(message() if callable(message) else message)
-        (id,), = self._db.write('INSERT INTO messages (stream, payload, created_at) VALUES (?, ?, now_s()) RETURNING id',
-                                (stream, payload))
-        if id % TRIM_EVERY == 0:
-            self.prune()
-        return id
+    def _append(self, messages):
+        ids = []
+        for stream, message in messages:
+            payload = _payload(message()) if callable(message) else message
+            (id,), = self._db.execute(INSERT_MESSAGE, (stream, payload))
+            ids.append(id)
+            if id % TRIM_EVERY == 0:
+                self.prune()
+        return ids
 
     def _end(self):
         """The id of the last message that was ever appended: trimming never takes that one."""
         return self._db.execute('SELECT coalesce(max(id), 0) FROM messages')[0][0]
 
     def _turn(self):
-        self._bell.wait(doorbell.patience())
         self._bell.clear()
         self._deliver()
+        return functools.partial(self._bell.wait, processes.patience())
 
     def _deliver(self):
-        """Hand out what is new in the log. Several greenlets may be here at once: each message goes out once."""
-        while True:
-            rows = self._db.execute('SELECT id, stream, payload, created_at FROM messages WHERE id > ? ORDER BY id LIMIT ?',
-                                    (self._last, DELIVER_ROWS))
+        """Hand out what is new in the log."""
+        rows = True
+        while rows:
+            rows = self._db.execute('SELECT id, stream, payload, created_at FROM messages '
+                                    'WHERE id > ? ORDER BY id LIMIT ?', (self._last, DELIVER_ROWS))
             for row in rows:
-                if row[0] > self._last:
-                    self._last = row[0]
-                    message = Message(*row)
-                    for receive in tuple(self._subscribers.get(message.stream, ())):
-                        try:
-                            receive(message)
-                        except Exception:
-                            log.exception('subscriber failed stream=%s', message.stream)
+                message = Message(*row)
+                self._last = message.id
+                for receive in tuple(self._subscribers.get(message.stream, ())):
+                    try:
+                        receive(message)
+                    except BaseException:       # one subscriber's trouble is not another's
+                        log.exception('subscriber failed stream=%s', message.stream)
             if len(rows) < DELIVER_ROWS:
                 return
 
     def _read(self, stream, after, at):
         while True:
             last = self._last
-            rows = self._db.execute('SELECT id, stream, payload, created_at FROM messages '
-                                    'WHERE stream = ? AND id > ? AND id <= ? AND created_at >= ? ORDER BY id LIMIT ?',
-                                    (stream, after, last, at, REPLAY_MESSAGES + 1))
-            if self._last == last:      # else the read had to wait for the file, and something was delivered meanwhile
+            rows = self._db.execute(
+                'SELECT id, stream, payload, created_at FROM messages WHERE stream = ? '
+                'AND id > ? AND id <= ? AND created_at >= ? ORDER BY id LIMIT ?',
+                (stream, after, last, at, REPLAY_MESSAGES + 1))
+            if self._last == last:      # else it waited for the file, and something was delivered
                 break
         if len(rows) > REPLAY_MESSAGES:
             raise PositionLost(f'more than {REPLAY_MESSAGES} messages were missed')
@@ -1940,210 +2565,71 @@ def offset_of(position):
     return int(position.rpartition(':')[2])
 
 
+def _stream_checked(stream):
+    if not isinstance(stream, str) or not 0 < len(stream) <= 500:
+        raise CableError(f'a stream is text of 1 to 500 characters, not {_shown(stream)}')
+    try:
+        stream.encode()
+    except UnicodeEncodeError:
+        raise CableError(f'a stream is text without lone surrogates, not '
+                         f'{_shown(stream)}') from None
+    return stream
+
+
+def _payload(message):
+    """A message as JSON. Raises CableError."""
+    try:
+        payload = to_json(message)
+    except JSON_ERRORS as error:
+        raise CableError(f'a message must be what JSON has: {error}') from None
+    if len(payload) > MAX_BROADCAST_BYTES:
+        raise CableError(f'the message has {len(payload):,} bytes; at most '
+                         f'{MAX_BROADCAST_BYTES:,} can be broadcast')
+    return payload
+
+
+cable_db = Database('cable', CABLE_MIGRATIONS, disposable=True, copied=False)
 cable = Cable(cable_db)
 
 
-# === Todos: what the app is about, kept in the app database ===========================================================
-# Rows and rules, no HTML. Every change bumps the version of the user's list, and with it, in the same transaction,
-# enqueues the job that tells the user's other tabs: broadcast_todos, in Broadcasts.
+# === Sessions: who is asking, without a row for it =======================================
+# A session is a random user id in a signed cookie. Stream names are signed as turbo-rails signs
+# them; a private one starts with its user's id, since a signature never expires: whoever has a name
+# copied from a page is asked who they are as well.
 
-FILTERS = ('all', 'active', 'completed')
-BROADCAST_ROWS = 50         # a change of more rows is told as "load the page again"
-# Compiled at the first use: at the start they would take 0.7 ms.
-NOT_TEXT = '[\x00-\x1f\x7f-\x9f\ud800-\udfff]'     # control characters, lone surrogates
-# Spaces, and marks that show nothing. Not isprintable(): for an older Python, the newest emoji are not.
-BLANK = r'[\s\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]*'
-
-# The version is that of the list after COUNT_CHANGE, which comes next. Nothing returns if the user has a todo of that key.
-INSERT_TODO = '''
-    INSERT INTO todos (user_id, title, version, key, created_at)
-    VALUES (:user, :title, coalesce((SELECT version FROM lists WHERE user_id = :user), 0) + 1, :key, now_s())
-    ON CONFLICT (user_id, key) WHERE key IS NOT NULL DO NOTHING
-    RETURNING id'''
-COUNT_CHANGE = '''
-    INSERT INTO lists (user_id, active, completed, version) VALUES (?, ?, ?, 1)
-    ON CONFLICT (user_id) DO UPDATE SET active = lists.active + excluded.active,
-        completed = lists.completed + excluded.completed, version = lists.version + 1
-    RETURNING active, completed, version'''
-
-
-class TitleError(TodolError):
-    """A title that can't be kept."""
-    status = 422
-
-
-class LimitError(TodolError):
-    """The list is full."""
-    status = 422
-
-
-class NotFound(TodolError):
-    """No such todo, for this user."""
-    status = 404
-
-
-# completed: a bool; version: of the list when this row last changed.
-Todo = collections.namedtuple('Todo', 'id title completed version')
-# How many there are of each kind; version: of the list.
-Totals = collections.namedtuple('Totals', 'active completed version')
-
-
-def clean_title(title):
-    """The title as it is kept: trimmed, tabs and line ends as spaces. Raises TitleError; '' for a blank one."""
-    if not isinstance(title, str):
-        raise TitleError(f'a title must be text, not {type(title).__name__}')
-    title = re.sub(r'\r\n|[\t\r\n]', ' ', title).strip()
-    if len(title) > settings.max_title_chars:
-        raise TitleError(f'That title has {len(title):,} characters; at most {settings.max_title_chars:,} fit.')
-    stranger = re.search(NOT_TEXT, title)
-    if stranger:
-        raise TitleError(f'That title has a character that is not text: U+{ord(stranger[0]):04X}.')
-    return '' if re.fullmatch(BLANK, title) else title
-
-
-def new_key():
-    """An idempotency key for a todo: milliseconds since 1970, and something that nobody else has."""
-    return f'{time.time_ns() // 10**6}-{secrets.token_urlsafe(9)}'
-
-
-@app_db.transaction
-def create_todo(user, title, key=None):
-    """Add a todo at the end of the user's list, and give it. Raises TitleError, LimitError.
-
-    key: an idempotency key of the client's choice: the same key and title again give the same todo. One that starts with
-    the time, as new_key() gives it, costs a seventh less.
-    """
-    title = clean_title(title)
-    if not title:
-        raise TitleError('A todo needs a title.')
-    if key:
-        digest = hashlib.sha256(f'{key}\0{title}'.encode()).hexdigest()
-        key = f'{key[:16]} {digest[:24]}'       # in the order of the given ones
-    rows = app_db.execute(INSERT_TODO, {'user': user, 'title': title, 'key': key or None})
-    if not rows:
-        (id,), = app_db.execute('SELECT id FROM todos WHERE user_id = ? AND key = ?', (user, key))
-        return find_todo(user, id)
-    (id,), = rows
-    totals = _changed(user, [id], active=1)
-    if totals.active + totals.completed > settings.max_todos:
-        raise LimitError(f'The list is full: it has {settings.max_todos:,} todos. Clear some first.')
-    return Todo(id, title, False, totals.version)
-
-
-@app_db.transaction
-def update_todo(user, id, title=None, completed=None):
-    """Rename a todo, or set whether it is completed, and give it; None if an empty title deleted it.
-
-    Raises NotFound, TitleError.
-    """
-    todo = find_todo(user, id)
-    new_title = todo.title if title is None else clean_title(title)
-    if not new_title:
-        return delete_todo(user, id)
-    done = todo.completed if completed is None else completed
-    if (new_title, done) == (todo.title, todo.completed):
-        return todo
-    version = count_todos(user).version + 1
-    app_db.execute('UPDATE todos SET title = ?, completed = ?, version = ? WHERE id = ?', (new_title, int(done), version, id))
-    moved = int(done) - int(todo.completed)
-    _changed(user, [id], active=-moved, completed=moved)
-    return Todo(id, new_title, done, version)
-
-
-@app_db.transaction
-def toggle_todos(user, completed, ids=None):
-    """Set all todos of a user, or those of ids that are theirs, to completed or active. Gives the ids that changed."""
-    version = count_todos(user).version + 1
-    if ids is None:
-        rows = app_db.execute('UPDATE todos SET completed = ?, version = ? WHERE user_id = ? AND completed <> ? RETURNING id',
-                              (int(completed), version, user, int(completed)))
-    else:
-        rows = []
-        for id in ids:
-            rows += app_db.execute('UPDATE todos SET completed = ?, version = ? '
-                                   'WHERE id = ? AND user_id = ? AND completed <> ? RETURNING id',
-                                   (int(completed), version, id, user, int(completed)))
-    if rows:
-        moved = len(rows) if completed else -len(rows)
-        _changed(user, [id for id, in rows], active=-moved, completed=moved)
-    return [id for id, in rows]
-
-
-@app_db.transaction
-def delete_todo(user, id):
-    """Delete a todo. Raises NotFound."""
-    todo = find_todo(user, id)
-    app_db.execute('DELETE FROM todos WHERE id = ?', (id,))
-    _changed(user, [id], active=-int(not todo.completed), completed=-int(todo.completed))
-
-
-@app_db.transaction
-def clear_completed(user):
-    """Delete the user's completed todos, and give their ids."""
-    ids = [id for id, in app_db.execute('DELETE FROM todos WHERE user_id = ? AND completed = 1 RETURNING id', (user,))]
-    if ids:
-        _changed(user, ids, completed=-len(ids))
-    return ids
-
-
-def find_todo(user, id):
-    """Raises NotFound, whether it does not exist or belongs to somebody else."""
-    rows = app_db.execute('SELECT id, title, completed, version FROM todos WHERE id = ? AND user_id = ?', (id, user))
-    if not rows:
-        raise NotFound('There is no such todo. It may have been removed in another tab.')
-    id, title, completed, version = rows[0]
-    return Todo(id, title, bool(completed), version)
-
-
-def list_todos(user, showing='all'):
-    """The user's todos of a filter, oldest first."""
-    if showing == 'all':
-        rows = app_db.execute('SELECT id, title, completed, version FROM todos WHERE user_id = ? ORDER BY id', (user,))
-    else:
-        rows = app_db.execute('SELECT id, title, completed, version FROM todos WHERE user_id = ? AND completed = ? ORDER BY id',
-                              (user, int(showing == 'completed')))
-    return [Todo(id, title, bool(completed), version) for id, title, completed, version in rows]
-
-
-def count_todos(user):
-    """The user's Totals."""
-    rows = app_db.execute('SELECT active, completed, version FROM lists WHERE user_id = ?', (user,))
-    return Totals(*rows[0]) if rows else Totals(0, 0, 0)
-
-
-def _changed(user, ids, active=0, completed=0):
-    """Count a change, have it told, and give the new Totals."""
-    totals, = app_db.execute(COUNT_CHANGE, (user, active, completed))
-    jobs.enqueue('broadcast_todos', {'user': user, 'ids': ids if len(ids) <= BROADCAST_ROWS else None})
-    return Totals(*totals)
-
-
-# === Sessions: who is asking, without a row for it ====================================================================
-# A session is a random user id in a signed cookie. Stream names are signed as turbo-rails signs them, and start with the
-# id of their user: a signature never expires, so whoever has a name copied from a page is asked who they are as well.
-
-SESSION_COOKIE = 'todol_session'
 SESSION_SECONDS = 400 * 86400       # the longest that browsers keep a cookie
 RENEW_SESSION_SECONDS = 7 * 86400   # an older cookie gets a new date
 KEPT_SECRET = "SELECT value FROM secrets WHERE name = 'secret'"
 
+app_db.migrations += [
+    ('006 create secrets', 'CREATE TABLE secrets (name TEXT PRIMARY KEY, value TEXT NOT NULL)'),
+]
 
 class Keys:
-    """The secrets of a purpose each, derived from one. Nothing is signed before load()."""
+    """The HMAC keys of sessions and streams, and the name of the cookie; nothing is signed before
+    open()."""
 
-    def load(self):
-        """Take the secret from the settings, or else make one, once, and keep it in the app database."""
-        secret = settings.secret or (app_db.execute(KEPT_SECRET) or app_db.transact(self._made))[0][0]
-        for purpose in ('session', 'stream'):
-            setattr(self, purpose, hmac.digest(secret.encode(), f'todol {purpose}'.encode(), 'sha256'))
+    def open(self):
+        """Derive them from the secret of the settings, or else from one that is made once, and kept
+        in the app database."""
+        secret = settings.secret or app_db.transact(_kept_secret)
+        self.session, self.stream = (
+            hmac.digest(secret.encode(), f'{APP} {purpose}'.encode(), 'sha256')
+            for purpose in ('session', 'stream'))
+        # Cookies know no ports: a few digits of the key keep two apps on one host apart.
+        self.cookie = f'{APP}_session_{hashlib.sha256(self.session).hexdigest()[:6]}'
 
-    @staticmethod
-    def _made():
-        app_db.execute("INSERT INTO secrets (name, value) VALUES ('secret', ?) ON CONFLICT DO NOTHING", (new_secret(),))
-        return app_db.execute(KEPT_SECRET)
+    def close(self):
+        vars(self).clear()
 
 
 keys = Keys()
+
+
+def _kept_secret():
+    app_db.execute("INSERT INTO secrets (name, value) VALUES ('secret', ?) ON CONFLICT DO NOTHING",
+                   (new_secret(),))
+    return app_db.execute(KEPT_SECRET)[0][0]
 
 
 def new_secret():
@@ -2154,352 +2640,101 @@ def new_user():
     return secrets.token_urlsafe(16)
 
 
-def sign_session(user, now=None):
+def sign_session(user):
     """The cookie's value: user id, Unix time in hex, HMAC-SHA256 of both."""
-    text = f'{user}.{int(time.time() if now is None else now):x}'
+    text = f'{user}.{int(now()):x}'
     return f'{text}.{_signature(keys.session, text)}'
 
 
-def verify_session(cookie, now=None):
-    """The user id and the age in seconds, or None for a cookie that is not ours, was changed or is too old."""
-    match = re.fullmatch(r'(([\w-]{22})\.([0-9a-f]{1,12}))\.([\w-]{43})', cookie or '', re.ASCII)
-    if not match or not hmac.compare_digest(_signature(keys.session, match[1]), match[4]):
+def verify_session(cookie):
+    """The user id and the age in seconds, or None for a cookie that is not ours, was changed or is
+    too old."""
+    match = re.fullmatch(r'(([\w-]{22})\.([0-9a-f]{1,12}))\.([\w-]{43})', cookie, re.ASCII)
+    if not match or not hmac.compare_digest(_signature(keys.session, match[1]),
+                                            match[4]):
         return None
-    age = (time.time() if now is None else now) - int(match[3], 16)
+    age = now() - int(match[3], 16)
     return (match[2], age) if age < SESSION_SECONDS else None
 
 
-@functools.lru_cache(1024)      # who is here asks again: 6 us less a request
+def find_session(cookies, secure):
+    """verify_session() of the first good cookie of a Cookie header, and whether it has the name
+    that it should have. secure: the request came by https, where a __Host- cookie comes first: no
+    other host can have set it. The name without digits is that of version 1."""
+    given = [cookie.strip().partition('=')[::2] for cookie in cookies.split(';')]
+    for name in [f'__Host-{keys.cookie}'] * secure + [keys.cookie, f'{APP}_session']:
+        for value in (value for given_name, value in given if given_name == name):
+            session = verify_session(value)
+            if session:
+                return session, name == cookie_name(secure)
+    return None, False
+
+
+def cookie_name(secure):
+    return f'__Host-{keys.cookie}' if secure else keys.cookie
+
+
+@functools.lru_cache(1024)          # who is here asks again
 def _signature(key, text):
-    return base64.urlsafe_b64encode(hmac.digest(key, text.encode(), 'sha256')).decode().rstrip('=')
+    digest = hmac.digest(key, text.encode(), 'sha256')
+    return base64.urlsafe_b64encode(digest).decode().rstrip('=')
 
 
-def stream_name(user, *parts):
-    """The stream of a user: their id first, so that verify_stream_name() can tell whose it is."""
-    return ':'.join((user, *parts))
+def private_stream(user, *parts):
+    """The name of a stream that only its user can subscribe to."""
+    return _joined(user, *parts)
+
+
+def shared_stream(*parts):
+    """The name of a stream that is open to whoever holds its signed name, as in Turbo."""
+    return _joined('shared', *parts)
+
+
+def _joined(*parts):
+    if any(':' in str(part) for part in parts):     # two streams must not have one name
+        raise CableError(f'the parts of a stream are without colons, not {_shown(parts)}')
+    return ':'.join(str(part) for part in parts)
 
 
 def sign_stream_name(name):
-    """Source: turbo-rails e511fb2, Turbo.signed_stream_verifier; rails MessageVerifier(digest: SHA256, serializer: JSON)."""
-    return _signed_with(keys.stream, name)
-
-
-@functools.lru_cache(1024)      # as above: 6 us less a page
-def _signed_with(key, name):
-    encoded = base64.b64encode(json.dumps(name).encode())
-    return f'{encoded.decode()}--{hmac.digest(key, encoded, "sha256").hex()}'
+    """Source: turbo-rails e511fb2, Turbo.signed_stream_verifier; rails MessageVerifier(digest:
+    SHA256, serializer: JSON)."""
+    encoded = base64.b64encode(json.dumps(name).encode()).decode()
+    return f'{encoded}--{_stream_signature(keys.stream, encoded)}'
 
 
 def verify_stream_name(signed, user):
-    """The name, if it was signed here and belongs to the user; else None."""
+    """The name, if it was signed here and is shared or of this user; else None."""
     if not isinstance(signed, str) or not signed.isascii():
         return None
     encoded, _, signature = signed.rpartition('--')
-    if not hmac.compare_digest(hmac.digest(keys.stream, encoded.encode(), 'sha256').hex(), signature):
+    if not hmac.compare_digest(_stream_signature(keys.stream, encoded), signature):
         return None
     name = json.loads(base64.b64decode(encoded))
-    return name if name.split(':')[0] == user else None
+    return name if name.split(':')[0] in ('shared', user) else None
 
 
-# === Templates: HTML by name ==========================================================================================
-# Values come in, nothing is fetched. {{value}} is escaped; {{!value}} is HTML already. The element names, ids, class
-# names and texts are those of the TodoMVC app template, so that anyone's tests and styles for it fit.
-
-HTML = {
-    'layout': '''\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
-<title>{{title}}</title>
-<meta name="theme-color" content="{{colors[0]}}" media="(prefers-color-scheme: light)">
-<meta name="theme-color" content="{{colors[1]}}" media="(prefers-color-scheme: dark)">
-<meta name="turbo-refresh-method" content="morph">
-<meta name="turbo-refresh-scroll" content="preserve">
-<link rel="icon" href="{{asset('icon.svg')}}" type="image/svg+xml">
-<link rel="manifest" href="{{asset('manifest.webmanifest')}}">
-<link rel="stylesheet" href="{{asset('todol.css')}}">
-% if live:
-<script type="module" src="{{asset('todol.js')}}"></script>
-% end
-</head>
-<body>
-{{!body}}</body>
-</html>
-''',
-    'page': '''\
-<turbo-cable-stream-source id="cable" channel="Turbo::StreamsChannel" signed-stream-name="{{signed_stream_name}}" \
-data-since="{{position}}" data-idle-seconds="{{idle_seconds}}"></turbo-cable-stream-source>
-<main>
-<section class="todoapp" id="todoapp">
-<header class="header">
-<h1>todos</h1>
-<form class="new" action="/todos" method="post" id="new">
-<input type="hidden" name="key" value="{{key}}">
-<input type="hidden" name="showing" value="{{showing}}">
-<input type="text" class="new-todo" id="new-todo" name="title" value="{{text}}" placeholder="What needs to be done?" \
-aria-label="What needs to be done?" aria-describedby="new-todo-error" autocomplete="off" enterkeyhint="done" dir="auto"\
-{{!'' if editing else ' autofocus'}}>
-<button type="submit" class="save">Add</button>
-<p class="error" id="new-todo-error" role="alert">{{error}}</p>
-</form>
-<p class="error" id="notice" role="alert"></p>
-</header>
-<section class="main" aria-label="Todos">
-<form class="all" action="/todos" method="post" id="all">
-<input type="hidden" name="_method" value="PATCH">
-<input type="hidden" name="completed" value="0">
-{{!toggle_all}}\
-<label for="toggle-all">Mark all as complete</label>
-<button type="submit" class="save">Save</button>
-</form>
-<ul class="todo-list" id="todos" data-showing="{{'active completed' if showing == 'all' else showing}}">
-{{!rows}}\
-</ul>
-</section>
-<footer class="footer">
-{{!count}}\
-{{!filters}}\
-<form class="clear" action="/todos/completed" method="post" id="clear">
-<input type="hidden" name="_method" value="DELETE">
-<button type="submit" class="clear-completed">Clear completed</button>
-</form>
-</footer>
-<p class="empty">All clear. What would you like to get done?</p>
-<p class="nothing">Nothing in this view.</p>
-</section>
-</main>
-<footer class="info">
-<p>Double-click to edit a todo</p>
-<p class="connection" id="connection" role="status" hidden></p>
-</footer>
-<p class="visually-hidden" id="announcer" role="status"></p>
-''',
-    'todo': '''\
-<li id="todo_{{id}}"{{!' class="%s"' % state if state else ''}} data-version="{{version}}">
-<form action="/todos/{{id}}" method="post">
-<div class="view">
-<input type="hidden" name="completed" value="0">
-<input class="toggle" type="checkbox" name="completed" value="1" aria-labelledby="title_{{id}}"{{' checked' if completed else ''}}>
-<label id="title_{{id}}" dir="auto">{{title}}</label>
-<button type="submit" class="save" name="_method" value="PATCH">Save</button>
-<a class="rename" href="/todos/{{id}}/edit" aria-label="Edit {{title}}"></a>
-<button type="submit" class="destroy" name="_method" value="DELETE" aria-label="Remove {{title}}"></button>
-</div>
-</form>
-% if editing:
-<form class="editor" action="/todos/{{id}}" method="post">
-<input type="hidden" name="_method" value="PATCH">
-<input type="hidden" name="showing" value="{{showing}}">
-<input type="text" class="edit" name="title" value="{{text}}" aria-label="Edit {{title}}" aria-describedby="edit-error" autocomplete="off" \
-enterkeyhint="done" dir="auto" autofocus>
-<button type="submit" class="save">Save</button>
-<p class="error" id="edit-error" role="alert">{{error}}</p>
-</form>
-% end
-</li>
-''',
-    'filters': '''\
-<ul class="filters">
-% for name, path, label in (('all', '/', 'All'), ('active', '/active', 'Active'), ('completed', '/completed', 'Completed')):
-<li><a href="{{path}}"{{!' class="selected" aria-current="page"' if name == showing else ''}}>{{label}}</a></li>
-% end
-</ul>
-''',
-    'count': '''\
-<span class="todo-count" id="todo-count" data-active="{{active}}" data-completed="{{completed}}" \
-data-version="{{version}}"><strong>{{active}}</strong> {{'item' if active == 1 else 'items'}} left</span>
-''',
-    'toggle_all': '''\
-<input class="toggle-all" id="toggle-all" type="checkbox" name="completed" value="1" data-version="{{version}}"\
-{{' checked' if completed and not active else ''}}>
-''',
-    # Turbo Streams. The targets say what a tab shows, so that one message is right for every filter. Where the row is
-    # missing, an empty one comes first, which the last stream fills: so the row is sent once.
-    'put_todo': '''\
-<turbo-stream action="remove" targets="#todos:not([data-showing~={{state}}]) > #todo_{{id}}" data-row="todo_{{id}}" \
-data-version="{{version}}"></turbo-stream>
-<turbo-stream action="append" targets="#todos[data-showing~={{state}}]:not(:has(> #todo_{{id}}))"><template>\
-<li id="todo_{{id}}" data-version="{{version}}"></li></template></turbo-stream>
-<turbo-stream action="replace" method="morph" targets="#todos[data-showing~={{state}}] > #todo_{{id}}"><template>{{!row}}</template></turbo-stream>
-''',
-    'replace_todo': '''\
-<turbo-stream action="replace" target="todo_{{id}}"><template>{{!row}}</template></turbo-stream>
-''',
-    'remove_todo': '''\
-<turbo-stream action="remove" target="todo_{{id}}"></turbo-stream>
-''',
-    'totals': '''\
-<turbo-stream action="replace" method="morph" target="todo-count"><template>{{!count}}</template></turbo-stream>
-<turbo-stream action="replace" method="morph" target="toggle-all"><template>{{!toggle_all}}</template></turbo-stream>
-''',
-    'refresh': '''\
-<turbo-stream action="refresh"></turbo-stream>
-''',
-    'error_stream': '''\
-<turbo-stream action="update" target="{{target}}"><template>{{message}}</template></turbo-stream>
-''',
-    'error': '''\
-<main><section class="todoapp message">
-<h1>{{status}}</h1>
-<p>{{message}}</p>
-% if details:
-<pre>{{details}}</pre>
-% end
-<p><a href="/">Back to the list</a></p>
-</section></main>
-''',
-}
-THEME_COLORS = ('#f9f6f1', '#181612')       # as --paper in the styles: light, dark
+@functools.lru_cache(1024)
+def _stream_signature(key, encoded):
+    return hmac.digest(key, encoded.encode(), 'sha256').hex()
 
 
-@functools.cache
-def template(name):
-    """The compiled template; a traceback names it and its line."""
-    # As a function, not by compile(), whose first call makes a class for each kind of syntax: 0.9 ms of the start. Its
-    # line 0 is the def.
-    source = bottle.SimpleTemplate(source=HTML[name]).code.replace('\n', '\n ')
-    namespace = {}
-    exec(f'def template():\n {source}', namespace)
-    return namespace['template'].__code__.replace(co_filename=f'todol.py HTML[{name!r}]', co_firstlineno=0)
-
-
-def render(name, **values):
-    """A template of HTML with the values. Without include() and rebase(), which are bottle's, it takes half the time."""
-    pieces = []
-    exec(template(name), {**values, '_printlist': pieces.extend, '_str': str, '_escape': escape})
-    return ''.join(pieces)
-
-
-def escape(value):
-    """The value as text of HTML. A number has nothing to escape: 6 us less a POST."""
-    return str(value) if type(value) is int else bottle.html_escape(str(value))
-
-
-def render_layout(title, body, live=True):
-    """A whole page. live: with the script."""
-    before, after = _layout(title, live)
-    return f'{before}{body}{after}'
-
-
-@functools.lru_cache(256)       # 5 us less a page
-def _layout(title, live):
-    """What stands before and after the body."""
-    return render('layout', title=title, body='\0', live=live, colors=THEME_COLORS, asset=asset_path).split('\0')
-
-
-def render_page(user, showing, todos, totals, position, editing=None, text='', error=''):
-    """The list. editing: the id of the todo in whose place a form stands; text and error belong to that form, or else
-    to the field for a new todo."""
-    rows = ''.join([render_todo(todo) if todo.id != editing else render_editor(todo, showing, text, error) for todo in todos])
-    body = render('page', showing=showing, rows=rows, count=render_count(totals), filters=render_filters(showing),
-                  toggle_all=render_toggle_all(totals), key=new_key(), editing=editing,
-                  text='' if editing else text, error='' if editing else error, position=position,
-                  signed_stream_name=sign_stream_name(todos_stream(user)), idle_seconds=settings.idle_seconds)
-    return render_layout(f'{totals.active} left · todol' if totals.active else 'todol', body)
-
-
-@functools.lru_cache(2048)      # a row is a function of the todo alone: 20 rows cost 5 us instead of 90
-def render_todo(todo):
-    return render('todo', **todo._asdict(), state='completed' if todo.completed else '', editing=False)
-
-
-def render_editor(todo, showing, text, error=''):
-    """The row with the form that renames it. showing: the filter to go back to."""
-    return render('todo', **todo._asdict(), state='completed editing' if todo.completed else 'editing', editing=True,
-                  showing=showing, text=text, error=error)
-
-
-@functools.lru_cache(256)       # the answer and the broadcast are the same
-def render_put(todo):
-    """The streams that show a todo as it is now, wherever it belongs."""
-    return render('put_todo', id=todo.id, version=todo.version, state='completed' if todo.completed else 'active',
-                  row=render_todo(todo))
-
-
-@functools.lru_cache(256)
-def render_count(totals):
-    return render('count', **totals._asdict())
-
-
-@functools.cache
-def render_filters(showing):
-    return render('filters', showing=showing)
-
-
-@functools.lru_cache(256)
-def render_toggle_all(totals):
-    return render('toggle_all', **totals._asdict())
-
-
-@functools.lru_cache(256)
-def render_totals(totals):
-    """The streams that bring the counter and the toggle-all box in step."""
-    return render('totals', count=render_count(totals), toggle_all=render_toggle_all(totals))
-
-
-# === Broadcasts: a change, told to the user's tabs ====================================================================
-# Rendered in the job, from the state at that moment: a message may come twice or stand for several changes, and what a
-# tab shows still ends up as the database has it. The jobs of a user may pass each other, here and in other processes;
-# the messages stand in order all the same. The acting tab gets the same streams as its answer.
-
-def todos_stream(user):
-    """The name of the stream that a user's tabs listen to."""
-    return stream_name(user, 'todos')
-
-
-def render_changes(user, ids):
-    """Turbo Streams that bring a tab in step with the todos of these ids; ids None: with everything."""
-    if ids is None:
-        return render('refresh')
-    streams = []
-    for id in ids:
-        try:
-            streams.append(render_put(find_todo(user, id)))
-        except NotFound:
-            streams.append(render('remove_todo', id=id))
-    return ''.join(streams) + render_totals(count_todos(user))
-
-
-@jobs.job(queue='urgent', retry_seconds=0.5, batch=True)
-def broadcast_todos(changes):
-    """changes: dicts of a user, and the ids of the todos that changed, or None for too many.
-
-    What changed of one user goes out together, in messages of at most BROADCAST_ROWS todos: where 16 users change theirs
-    as fast as they can, a POST takes 5 % less CPU.
-    """
-    changed, messages = {}, []
-    for change in changes:
-        changed.setdefault(change['user'], []).extend(change['ids'] or [None])
-    for user, ids in changed.items():
-        ids = list(dict.fromkeys(ids))
-        parts = [None] if None in ids else [ids[at:at + BROADCAST_ROWS] for at in range(0, len(ids), BROADCAST_ROWS)]
-        messages += [(todos_stream(user), functools.partial(render_changes, user, part)) for part in parts]
-    cable.broadcast_all(messages)
-
-
-# === Routes: one function for each request ============================================================================
-# A page for browsers, Turbo Streams for the script, JSON for programs: the Accept header tells. Forms work without
-# script, with _method for what they can't say. Whatever is wrong is a TodolError and becomes an answer of the same kind.
+# === Web: bottle made strict =============================================================
+# Handlers are bottle's, and may return what bottle takes. What another site asks for, too much or
+# too often is refused before they are called. An AppError becomes an answer of the kind that is
+# wanted: a page for browsers, Turbo Streams for the script, JSON for programs.
 
 app = bottle.Bottle()
 
 TURBO_STREAM = 'text/vnd.turbo-stream.html'
-ID = '<id:re:[0-9]{1,18}>'          # within SQLite's 64 bits
-PATHS = {'all': '/', 'active': '/active', 'completed': '/completed'}
 COMPRESS_BYTES = 1000               # a smaller answer fits a packet as it is
+COMPRESSIBLE = re.compile(r'text/|application/(json|javascript|manifest\+json)|image/svg')
 MAX_FIELDS = 20_000                 # of a form
-COOKIE = re.compile(rf'(?:^|;)\s*{SESSION_COOKIE}=([^;\s]*)')
-MAX_WRITE_SHARES = 10_000
-
-# who -> (minute, writes left of a share): limit_writes() takes a twentieth of a minute's writes from the cache at a time,
-# which spares nineteen of twenty transactions.
-write_shares = {}
-SECURITY_HEADERS = [
-    ('Content-Security-Policy', "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-                                "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; "
-                                "frame-ancestors 'none'"),
+MAX_COUNTED = 10_000                # sessions and addresses whose writes are counted apart
+SECURITY_HEADERS = [                # an answer may have its own
+    ('Content-Security-Policy', "default-src 'none'; script-src 'self'; style-src 'self'; "
+                                "img-src 'self' data:; connect-src 'self'; manifest-src 'self'; "
+                                "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"),
     ('X-Content-Type-Options', 'nosniff'),
     ('X-Frame-Options', 'DENY'),
     ('Referrer-Policy', 'same-origin'),
@@ -2508,7 +2743,26 @@ SECURITY_HEADERS = [
 ]
 
 
-class BadRequest(TodolError):
+def _greenlet_local():
+    """A property that each greenlet has a value of."""
+    kept = gevent.local.local()
+
+    def get(_):
+        try:
+            return kept.value
+        except AttributeError:
+            raise RuntimeError('there is no request here') from None
+    return property(get, lambda _, value: setattr(kept, 'value', value),
+                    lambda _: delattr(kept, 'value'))
+
+
+# bottle keeps the current request by thread, and here a request belongs to a greenlet.
+for _owner in (bottle.LocalRequest, bottle.LocalResponse):
+    for _name in [name for name, value in vars(_owner).items() if isinstance(value, property)]:
+        setattr(_owner, _name, _greenlet_local())
+
+
+class BadRequest(AppError):
     """A request that can't be understood."""
     status = 400
 
@@ -2517,458 +2771,525 @@ class BrokenBody(BadRequest):
     """A body that ends early or can't be delimited: nobody knows where the next request begins."""
 
 
-class CrossSite(TodolError):
+class CrossSite(AppError):
     """A change asked for by another site's page."""
     status = 403
 
 
-class BodyTooLarge(TodolError):
+class NotFound(AppError):
+    """What was asked for is not there, or not this user's."""
+    status = 404
+
+
+class BodyTooLarge(AppError):
     status = 413
 
 
-class UnsupportedType(TodolError):
+class UnsupportedType(AppError):
     status = 415
 
 
-class InvalidField(TodolError):
+class WrongHost(AppError):
+    """A Host that is not one of <APP>_HOSTS."""
+    status = 421
+
+
+class InvalidField(AppError):
     status = 422
 
 
-class TooManyWrites(TodolError):
+class TooManyWrites(AppError):
     status = 429
 
 
-@app.get([*PATHS.values()])
-def show_list():
-    """The list through a filter."""
-    user, showing = current_user(), bottle.request.path[1:] or 'all'
-    position = cable.position()         # before the rows: what comes between is replayed, and harmless twice
-    todos, totals = list_todos(user, showing), count_todos(user)
-    if wanted() == 'json':
-        return as_json({'showing': showing, 'active': totals.active, 'completed': totals.completed,
-                        'todos': [public(todo) for todo in todos]})
-    return render_page(user, showing, todos, totals, position)
+# For handlers
 
-
-@app.post('/todos')
-def create():
-    """Create a todo: title, and key against doing it twice."""
-    user, form = current_user(), request_form()
-    title, key = form.get('title', ''), form.get('key')
-    if key is not None and not re.fullmatch(r'[\w.:-]{0,100}', str(key), re.ASCII):
-        raise InvalidField('key must be up to 100 letters, digits or any of . : - _')
-    try:
-        todo = create_todo(user, title, str(key or ''))
-    except (TitleError, LimitError) as error:
-        return invalid(error, 'new-todo-error', user, text=title)
-    return changed(user, [todo.id], public(todo), status=201)
-
-
-@app.get(f'/todos/{ID}/edit')
-def edit(id):
-    """The form that renames a todo, in the place of its row."""
-    user = current_user()
-    todo = find_todo(user, int(id))
-    if wanted() == 'json':
-        return as_json(public(todo))
-    if wanted() == 'turbo':
-        bottle.response.content_type = f'{TURBO_STREAM}; charset=UTF-8'
-        return render('replace_todo', id=todo.id, row=render_editor(todo, came_from(), todo.title))
-    return page_with(user, editing=todo.id, text=todo.title)
-
-
-@app.patch(f'/todos/{ID}')
-def update(id):
-    """Rename a todo (title), or set whether it is done (completed), or both."""
-    user, form = current_user(), request_form()
-    if form.get('title') is None and 'completed' not in form:
-        raise InvalidField('give a title, or completed, or both')
-    try:
-        todo = update_todo(user, int(id), form.get('title'), flag(form, 'completed') if 'completed' in form else None)
-    except TitleError as error:
-        return invalid(error, 'edit-error', user, editing=int(id), text=form['title'])
-    return changed(user, [int(id)], public(todo) if todo else {})
-
-
-@app.delete(f'/todos/{ID}')
-def delete(id):
-    """Delete a todo."""
-    user = current_user()
-    delete_todo(user, int(id))
-    return changed(user, [int(id)], {})
-
-
-@app.patch('/todos')
-def toggle_all():
-    """Set many todos, those of ids[] or else all, to completed or not."""
-    user, form = current_user(), request_form()
-    ids = form.get('ids[]', form.get('ids'))
-    if ids is not None:
-        if not isinstance(ids, list) or not all(re.fullmatch('[0-9]{1,18}', str(id)) for id in ids):
-            raise InvalidField('ids must be a list of todo ids')
-        ids = [int(id) for id in ids]
-    ids = toggle_todos(user, flag(form, 'completed'), ids)
-    return changed(user, ids, {'ids': ids})
-
-
-@app.delete('/todos/completed')
-def clear():
-    """Delete the completed todos."""
-    user = current_user()
-    ids = clear_completed(user)
-    return changed(user, ids, {'ids': ids})
-
-
-@app.get('/assets/<file>')
-def asset(file):
-    """A file of ASSETS under a name with its digest, to be kept for ever by whoever gets it."""
-    match = re.fullmatch(r'(\w+)-(\w+)\.(\w+)', file)
-    if not match or f'{match[1]}.{match[3]}' not in ASSETS:
-        raise NotFound('There is no such file.')
-    name = f'{match[1]}.{match[3]}'
-    current = asset_path(name).endswith(file)       # else: a page from before a deploy gets today's, for once
-    bottle.response.content_type = ASSETS[name][0]
-    bottle.response.set_header('Cache-Control', 'public, max-age=31536000, immutable' if current else 'no-cache')
-    bottle.response.set_header('Vary', 'Accept-Encoding')
-    if accepts_gzip():
-        bottle.response.set_header('Content-Encoding', 'gzip')
-        return asset_bytes(name, compressed=True)
-    return asset_bytes(name)
-
-
-@app.get('/up')
-def up():
-    """Health: 200 if the four databases answer and every loop lives, else 503 and what is wrong."""
-    wrong = [f'loop {name}' for name, loop in loops.items() if not loop.alive]
-    for database in (app_db, cache_db, job_db, cable_db):
-        try:
-            database.execute('SELECT count(*) FROM schema_migrations')
-        except StorageError:
-            wrong.append(f'{database.role} database')
-    bottle.response.status = 503 if wrong else 200
-    bottle.response.content_type = 'text/plain; charset=UTF-8'
-    return f'failing: {", ".join(wrong)}\n' if wrong else 'ok\n'
-
-
-# What the functions above are written with
-
-def request_form():
-    """The fields of the request's body, read by before_request."""
-    return bottle.request.environ['todol.form']
+def current_user():
+    """The user id of the request's session. A visitor without one gets one, in a cookie."""
+    environ = bottle.request.environ
+    if session_of(environ) is None:
+        environ['stack.session'] = new_user(), RENEW_SESSION_SECONDS
+    return environ['stack.session'][0]
 
 
 def wanted():
-    """What the client wants: turbo, json or html."""
-    accept = bottle.request.environ.get('HTTP_ACCEPT', '')
-    return 'turbo' if TURBO_STREAM in accept else 'json' if 'application/json' in accept else 'html'
+    """What the client wants: 'turbo', 'json' or 'html'. Source: RFC 9110, section 12.5.1."""
+    weights = weights_of(bottle.request.environ.get('HTTP_ACCEPT', ''))
+    page = weights.get('text/html', weights.get('text/*', weights.get('*/*', 0)))
+    kinds = [(weights.get(TURBO_STREAM, 0), 'turbo'), (weights.get('application/json', 0), 'json'),
+             (page, 'html')]
+    best = max(weight for weight, _ in kinds)
+    return next(kind for weight, kind in kinds if weight == best) if best else 'html'
 
 
-def flag(form, name):
-    """A field that is 0 or 1, or true or false in JSON. Raises InvalidField."""
-    value = form.get(name)
-    if value in ('0', '1', 0, 1):       # in Python, true is 1
-        return value in ('1', 1)
-    raise InvalidField(f'{name} must be 0 or 1, not {str(value)[:50]!r}')
+def fields():
+    """The fields of the request's body as a dict. Of a form: the last value of each, and lists for
+    names that end in []; of JSON: the object. Raises BadRequest, UnsupportedType. (bottle's own
+    request.forms, .json and .files work too; uploads are there alone.)"""
+    environ = bottle.request.environ
+    if 'stack.fields' not in environ:
+        environ['stack.fields'] = _parsed(environ)
+    return environ['stack.fields']
 
 
-def public(todo):
-    """What programs get to see of a todo."""
-    return {'id': todo.id, 'title': todo.title, 'completed': todo.completed}
+def respond(streams='', data=None, back='/', status=200):
+    """The answer to a change, as the client wants it: Turbo Streams, data as JSON, or the way back
+    to a page. streams: HTML, or a function that gives it."""
+    kind = wanted()
+    if kind == 'json':
+        return as_json({} if data is None else data, status)
+    if kind == 'turbo':
+        bottle.response.content_type = f'{TURBO_STREAM}; charset=UTF-8'
+        return streams() if callable(streams) else streams
+    bottle.response.status = 303
+    bottle.response.set_header('Location', back)
+    return ''
 
 
 def as_json(data, status=200):
+    """An answer of JSON; unlike a returned dict it can be a list."""
     bottle.response.status = status
     bottle.response.content_type = 'application/json'
     return json.dumps(data)
 
 
-def changed(user, ids, data, status=200):
-    """The answer to a change: streams, JSON, or the way back to the page it came from."""
-    kind = wanted()
-    if kind == 'json':
-        return as_json(data, status)
-    if kind == 'turbo':
-        bottle.response.content_type = f'{TURBO_STREAM}; charset=UTF-8'
-        return render_changes(user, ids if len(ids) <= BROADCAST_ROWS else None)
-    bottle.response.status = 303
-    bottle.response.set_header('Location', PATHS[came_from()])
-    return ''
+def turbo_stream(action, target, html='', morph=False):
+    """A <turbo-stream> element. target: the id of an element. html: the content, as HTML. morph:
+    keep what is alike, with its focus. Source: turbo.hotwired.dev/reference/streams"""
+    method = ' method="morph"' if morph else ''
+    template = f'<template>{html}</template>' if html else ''
+    return (f'<turbo-stream action="{action}"{method} target="{bottle.html_escape(target)}">'
+            f'{template}</turbo-stream>\n')
 
 
-def came_from():
-    """The filter of the page that the request came from: a form that stands at another URL says it itself."""
-    environ = bottle.request.environ
-    named = environ.get('todol.form', {}).get('showing')
-    if named in FILTERS:
-        return named
-    match = re.match(r'https?://[^/?#]*([^?#]*)', environ.get('HTTP_REFERER', ''))
-    return next((name for name, path in PATHS.items() if match and match[1] == path), 'all')
+REFRESH = '<turbo-stream action="refresh"></turbo-stream>\n'      # "load the page again"
 
 
-def page_with(user, **values):
-    """The page that the request came from, with something in it."""
-    position = cable.position()
-    showing = came_from()
-    todos = list_todos(user, showing)
-    if values.get('editing') and values['editing'] not in {todo.id for todo in todos}:
-        showing, todos = 'all', list_todos(user)
-    return render_page(user, showing, todos, count_todos(user), position, **values)
+def stream_source(stream):
+    """The element that subscribes a page to a stream, from where the log stood when the request
+    came. Source: turbo-rails, app/helpers/turbo/streams_helper.rb"""
+    position = bottle.request.environ['stack.position']
+    return (f'<turbo-cable-stream-source channel="Turbo::StreamsChannel" '
+            f'signed-stream-name="{sign_stream_name(stream)}" data-since="{position}" '
+            f'data-idle-seconds="{settings.idle_seconds}" hidden></turbo-cable-stream-source>')
 
 
-def invalid(error, target, user, **values):
-    """The answer to a title that can't be kept: the message at its field, the typed text kept."""
-    if wanted() != 'html':
-        raise error_answer(error, target) from None
-    bottle.response.status = error.status
-    return page_with(user, error=str(error), **values)
+# Templates
+
+TEMPLATES = {       # name: source, in bottle's syntax. {{value}} is escaped, {{!value}} is HTML
+    'error': '''\
+<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{status}}</title>
+<h1>{{status}}</h1>
+<p>{{message}}</p>
+% if details:
+<pre>{{details}}</pre>
+% end
+<p><a href="/">Back</a></p>
+</html>
+''',
+}
 
 
-def error_answer(error, target='notice'):
-    """A TodolError as an answer of the kind that is wanted. target: the element that shows it."""
-    environ, kind = bottle.request.environ, wanted()
-    headers = {'Cache-Control': 'no-store'}
-    if isinstance(error, TooManyWrites):
-        headers['Retry-After'] = str(60 - int(time.time()) % 60)
-    if isinstance(error, BrokenBody):
-        headers['Connection'] = 'close'
-    if kind == 'json':
-        headers['Content-Type'] = 'application/json'
-        body = json.dumps({'error': str(error)})
-    elif kind == 'turbo':
-        headers['Content-Type'] = f'{TURBO_STREAM}; charset=UTF-8'
-        body = render('error_stream', target=target, message=str(error))
-        match = re.fullmatch('/todos/([0-9]+)', environ['PATH_INFO'])
-        if isinstance(error, NotFound) and match:
-            body += render('remove_todo', id=match[1])      # the tab shows what is no longer there
-    else:
-        body = render_error(error.status, str(error))
-    return bottle.HTTPResponse(body, error.status, headers)
+class Template(bottle.SimpleTemplate):
+    """A template that finds others by name: include('name', ...), rebase('name', ...)."""
+    compiled = {}
+
+    def __init__(self, name, **options):
+        super().__init__(source=TEMPLATES[name], name=name, **options)
+        self.filename = f'{APP} template {name!r}'      # for tracebacks
+        self.cache = self.compiled                      # where include() and rebase() look
 
 
-def render_error(status, message, details=''):
-    return render_layout(f'{status} · todol', render('error', status=status, message=message, details=details), live=False)
+def render(name, /, **values):
+    """A template of TEMPLATES with the values, as HTML."""
+    if name not in Template.compiled:
+        Template.compiled[name] = Template(name)
+    return Template.compiled[name].render(values)
 
+
+# Assets
+
+_assets = {}        # name -> (content type, text or bytes, or a function that gives it)
+
+
+def add_asset(name, source, content_type):
+    """Serve text or bytes (or what a function gives, called once) under a URL of its own."""
+    _assets[name] = content_type, source
+
+
+def asset_path(name):
+    """The URL of an asset, with a digest of what it holds, so that it can be kept for ever."""
+    return f'/assets/{_digest(name)}/{urllib.parse.quote(name)}'
+
+
+Template.defaults = {'asset': asset_path}
+
+
+@functools.cache
+def _digest(name):
+    return hashlib.sha256(_asset_bytes(name)).hexdigest()[:12]
+
+
+@functools.cache
+def _asset_bytes(name, compressed=False):
+    source = _assets[name][1]
+    source = source() if callable(source) else source
+    body = source.encode() if isinstance(source, str) else source
+    return gzipped(body, 9) if compressed else body
+
+
+@app.get('/assets/<digest>/<name:path>')
+def asset(digest, name):
+    """An asset. A page from before a deploy gets today's, for once."""
+    if name not in _assets:
+        raise NotFound('There is no such file.')
+    response = bottle.response
+    response.content_type = _assets[name][0]
+    response.set_header('Cache-Control', 'public, max-age=31536000, immutable'
+                        if digest == _digest(name) else 'no-cache')
+    if COMPRESSIBLE.match(response.content_type) and accepts_gzip(bottle.request.environ):
+        response.set_header('Content-Encoding', 'gzip')
+        return _asset_bytes(name, compressed=True)
+    return _asset_bytes(name)
+
+
+@app.get('/up')
+def up():
+    """Health: 200 if the databases answer and every loop lives, else 503 and what is wrong."""
+    wrong = [f'loop {name}' for name, loop in loops.items() if not loop.alive]
+    for database in databases.values():
+        try:
+            database.execute('SELECT count(*) FROM schema_migrations')
+        except StorageError:
+            wrong.append(f'{database.name} database')
+    bottle.response.status = 503 if wrong else 200
+    bottle.response.content_type = 'text/plain; charset=UTF-8'
+    return f'failing: {", ".join(wrong)}\n' if wrong else 'ok\n'
+
+
+# Before a handler, and after it
 
 @app.hook('before_request')
 def before_request():
-    """Refuse what another site asks for, too much, or too often; read the form; find the method that it means."""
+    """Refuse what may not be asked; read the body; find the method that a form means."""
     environ = bottle.request.environ
-    if environ['REQUEST_METHOD'] in ('GET', 'HEAD'):
-        return
+    environ['stack.position'] = cable.position()
     try:
+        refuse_wrong_host(environ)
+        if environ['PATH_INFO'].endswith('\n'):     # a route would take it for the path without
+            raise NotFound('There is nothing here.')
+        if environ['REQUEST_METHOD'] in ('GET', 'HEAD', 'OPTIONS'):
+            return
         if not same_origin(environ):
-            raise CrossSite('This change was asked for by a page of another site, so it was not made.')
-        limit_writes(environ)
-        form = environ['todol.form'] = read_form(environ)
-    except TodolError as error:
+            raise CrossSite('This change was asked for by a page of another site, so it was not '
+                            'made.')
+        writes.count(environ)
+        environ['stack.body'] = body = _read_body(environ)
+        environ['wsgi.input'], environ['CONTENT_LENGTH'] = io.BytesIO(body), str(len(body))
+        environ.pop('HTTP_TRANSFER_ENCODING', None)         # it is whole now
+        if environ['REQUEST_METHOD'] == 'POST' and PARSERS.get(_type_of(environ)) is _parse_form:
+            method = fields().get('_method')
+            if method in ('PUT', 'PATCH', 'DELETE'):
+                environ['REQUEST_METHOD'] = method
+    except AppError as error:
         raise error_answer(error) from None
-    if environ['REQUEST_METHOD'] == 'POST' and form.get('_method') in ('PATCH', 'DELETE'):
-        environ['REQUEST_METHOD'] = form['_method']
 
 
 @app.install
-def around(function):
-    """A plugin: errors become answers, pages are not kept by anybody, long answers are compressed."""
+def answer_errors(function):
+    """A plugin: an AppError is an answer. Text of any kind can be sent."""
     @functools.wraps(function)
     def answered(*arguments, **options):
-        response = bottle.response
-        response.set_header('Cache-Control', 'no-store')
         try:
             body = function(*arguments, **options)
-        except TodolError as error:
+        except AppError as error:
             if error.status >= 500:
-                log.error('request failed path=%s error=%s', bottle.request.environ['PATH_INFO'], error)
+                log.error('request failed path=%s error=%s', bottle.request.path, error)
             return error_answer(error)
         if isinstance(body, str):
-            body = body.encode(errors='replace')        # the kept text of a refused title may be no Unicode
-        if len(body) > COMPRESS_BYTES and 'Content-Encoding' not in response.headers and accepts_gzip():
-            response.set_header('Content-Encoding', 'gzip')
-            response.set_header('Vary', 'Accept-Encoding')
-            body = gzipped(body, 1)
+            body = body.encode(bottle.response.charset, errors='replace')
         return body
     return answered
 
 
-def unexpected_answer(error):
-    """bottle's own errors (no such path, wrong method) and whatever nobody expected."""
-    details = ''
-    message = {404: 'There is nothing here.', 405: 'This path knows no such method.'}.get(
-        error.status_code, 'Something went wrong here. It is in the log.')
-    if error.status_code >= 500 and settings.env == 'development':
-        details = error.traceback or ''
-    bottle.response.set_header('Cache-Control', 'no-store')
+def error_answer(error):
+    """An AppError as an answer of the kind that is wanted."""
+    headers = {}
+    if isinstance(error, TooManyWrites):
+        headers['Retry-After'] = str(writes.seconds_left())
+    if isinstance(error, BrokenBody):
+        headers['Connection'] = 'close'
+    return _error(error.status, str(error), headers, error.target, error.streams)
+
+
+def _error(status, message, headers, target='notice', streams='', details=''):
     kind = wanted()
     if kind == 'json':
-        bottle.response.content_type = 'application/json'
-        return json.dumps({'error': message})
-    if kind == 'turbo':
-        bottle.response.content_type = f'{TURBO_STREAM}; charset=UTF-8'
-        return render('error_stream', target='notice', message=message)
-    return render_error(error.status_code, message, details)
+        headers['Content-Type'] = 'application/json'
+        body = json.dumps({'error': message})
+    elif kind == 'turbo':
+        headers['Content-Type'] = f'{TURBO_STREAM}; charset=UTF-8'
+        body = turbo_stream('update', target, bottle.html_escape(message)) + streams
+    else:
+        headers['Content-Type'] = 'text/html; charset=UTF-8'
+        body = render('error', status=status, message=message, details=details)
+    return bottle.HTTPResponse(body.encode(errors='replace'), status, headers)
+
+
+def unexpected_answer(error):
+    """bottle's own errors (no such path, abort()) and whatever nobody expected."""
+    status = error.status_code
+    message = {404: 'There is nothing here.', 405: 'This path knows no such method.'}.get(status)
+    if error.exception:         # what nobody expected
+        message = 'Something went wrong here. It is in the log.'
+    elif error.body and not str(error.body).startswith(('Not found: ', 'Method not allowed')):
+        message = str(error.body)           # abort(404, 'There is no such poll.')
+    details = error.traceback or '' if status >= 500 and settings.env == 'development' else ''
+    answer = _error(status, message or error.status_line, {}, details=details)
+    bottle.response.content_type = answer.content_type
+    return answer.body
 
 
 app.default_error_handler = unexpected_answer
 
 
 def application(environ, start_response):
-    """The WSGI application: bottle's, with the security headers on every answer."""
-    def start(status, headers, exc_info=None):
-        return start_response(status, headers + SECURITY_HEADERS, exc_info)
-    return app.wsgi(environ, start)
-
-
-def current_user():
-    """The user id of the request's session. A visitor without a good one gets a new one, in a cookie."""
-    environ = bottle.request.environ
-    user, age = session_of(environ) or (new_user(), RENEW_SESSION_SECONDS)
-    if age >= RENEW_SESSION_SECONDS:
-        secure = '; Secure' if is_https(environ) else ''
-        bottle.response.set_header('Set-Cookie', f'{SESSION_COOKIE}={sign_session(user)}; Path=/; Max-Age={SESSION_SECONDS}; '
-                                                 f'HttpOnly; SameSite=Lax{secure}')
-    return user
+    """The WSGI application: bottle's, and around it what every answer has: security headers, no
+    copies unless it says so, a session with a page, compression."""
+    started = []
+    body = app.wsgi(environ, lambda *answer: started.append(answer))
+    status, headers, *exc_info = started[-1]
+    given = {name.lower(): value for name, value in headers}
+    headers = headers + [(name, value) for name, value in SECURITY_HEADERS
+                         if name.lower() not in given]
+    kind = given.get('content-type', '')
+    cookie = []         # none where a cache may give it to others
+    if not re.search('public|s-maxage', given.get('cache-control', '')) \
+            and (kind.startswith('text/html') or session_of(environ)):
+        cookie = _session_cookie(environ)
+    if not given.keys() & {'cache-control', 'etag', 'last-modified'}:
+        headers.append(('Cache-Control', 'no-store'))
+    elif cookie and 'cache-control' not in given:
+        headers.append(('Cache-Control', 'private'))
+    headers += cookie
+    if COMPRESSIBLE.match(kind):
+        headers.append(('Vary', 'Accept-Encoding'))
+        if isinstance(body, list) and sum(map(len, body)) > COMPRESS_BYTES \
+                and 'content-encoding' not in given and accepts_gzip(environ):
+            body = [gzipped(b''.join(body), 1)]
+            headers = [(name, value) for name, value in headers if name != 'Content-Length']
+            headers += [('Content-Encoding', 'gzip'), ('Content-Length', str(len(body[0])))]
+    start_response(status, headers, *exc_info)
+    return body
 
 
 def session_of(environ):
-    """The user id and the age of the request's session, as verify_session() gives them; None without a good one."""
-    if 'todol.session' not in environ:
-        match = COOKIE.search(environ.get('HTTP_COOKIE', ''))
-        environ['todol.session'] = verify_session(match[1]) if match else None
-    return environ['todol.session']
+    """The user id of the request's session and its age, as verify_session() gives them, or None."""
+    if 'stack.session' not in environ:
+        session, named = find_session(environ.get('HTTP_COOKIE', ''), is_https(environ))
+        if session and not named:
+            session = session[0], RENEW_SESSION_SECONDS     # it gets its name with a new date
+        environ['stack.session'] = session
+    return environ['stack.session']
+
+
+def _session_cookie(environ):
+    user, age = session_of(environ) or (new_user(), RENEW_SESSION_SECONDS)
+    if age < RENEW_SESSION_SECONDS:
+        return []
+    secure = is_https(environ)
+    return [('Set-Cookie', f'{cookie_name(secure)}={sign_session(user)}; Path=/; '
+                           f'Max-Age={SESSION_SECONDS}; HttpOnly; SameSite=Lax'
+                           f'{"; Secure" if secure else ""}')]
 
 
 def is_https(environ):
     if settings.trust_proxy and 'HTTP_X_FORWARDED_PROTO' in environ:
-        return environ['HTTP_X_FORWARDED_PROTO'].split(',')[0].strip() == 'https'
+        return _first(environ['HTTP_X_FORWARDED_PROTO']) == 'https'
     return environ['wsgi.url_scheme'] == 'https'
 
 
-def client_address(environ):
+def host_of(environ):
+    """The host and port that the client asked for, in lower case."""
+    host = environ.get('HTTP_HOST', '')
     if settings.trust_proxy:
-        forwarded = environ.get('HTTP_FLY_CLIENT_IP') or environ.get('HTTP_X_FORWARDED_FOR', '').split(',')[-1].strip()
-        if forwarded:
-            return forwarded
-    return environ.get('REMOTE_ADDR', '')
+        host = environ.get('HTTP_X_FORWARDED_HOST', host)
+    return _first(host).lower()
+
+
+def client_address(environ):
+    """The client's address; behind a proxy from the header that the settings name."""
+    name = settings.client_ip_header.upper().replace('-', '_')
+    return name and environ.get(f'HTTP_{name}', '').split(',')[-1].strip() \
+        or environ.get('REMOTE_ADDR', '')
+
+
+def _first(header):
+    """The first of several values: proxies append theirs."""
+    return header.split(',')[0].strip()
+
+
+def refuse_wrong_host(environ):
+    """Raises WrongHost. Health checks ask by address."""
+    host = re.sub(r':\d*$', '', host_of(environ))
+    if settings.hosts and host not in settings.hosts and environ['PATH_INFO'] != '/up':
+        raise WrongHost('This server does not answer to that name.')
 
 
 def same_origin(environ):
-    """Whether a request comes from a page of this host."""
+    """Whether a request comes from a page of this host, or from no page."""
     site = environ.get('HTTP_SEC_FETCH_SITE')
     return origin_is_host(environ) if site is None else site in ('same-origin', 'none')
 
 
 def origin_is_host(environ):
-    """Whether the Origin header names this host. A request without one comes from no browser, and is let in."""
-    host = environ.get('HTTP_HOST')
-    if settings.trust_proxy:
-        host = environ.get('HTTP_X_FORWARDED_HOST', host)
+    """Whether the Origin header names this host. A request without one comes from no browser."""
     origin = environ.get('HTTP_ORIGIN')
-    return origin is None or origin in (f'http://{host}', f'https://{host}')
+    if origin is None:
+        return True
+    match = re.fullmatch('(https?)://([^/]+)', origin.lower())
+    if not match:
+        return False
+    default_port = {'http': ':80', 'https': ':443'}[match[1]]
+    return match[2].removesuffix(default_port) == host_of(environ).removesuffix(default_port)
 
 
-def limit_writes(environ):
-    """Count a write for its session, or its address where there is none. Raises TooManyWrites."""
-    session = session_of(environ)
-    who = session[0] if session else client_address(environ)
-    minute = int(time.time()) // 60
-    counted_in, left = write_shares.get(who, (minute, 0))
-    if counted_in != minute or not left:
-        if len(write_shares) >= MAX_WRITE_SHARES:
-            write_shares.clear()
-        share = -(-settings.writes_per_minute // 20)
-        left = min(share, settings.writes_per_minute + share - cache.incr(f'writes {who} {minute}', share, ttl=60))
-    if left < 1:
-        raise TooManyWrites(f'More than {settings.writes_per_minute} changes in a minute. Wait a moment.')
-    write_shares[who] = minute, left - 1
+class WriteLimit:
+    """Counts the writes of a minute, of each session and of each address, in this process."""
+
+    def __init__(self):
+        self._counts, self._minute = {}, 0
+
+    def count(self, environ):
+        """Count a write. Raises TooManyWrites."""
+        minute = int(time.monotonic() / 60)
+        if minute != self._minute:
+            self._counts, self._minute = {}, minute
+        session, most = session_of(environ), settings.writes_per_minute
+        if session:             # first: what is refused to it does not count for its address
+            self._count(session[0], most)
+        self._count(client_address(environ), 10 * most)
+
+    def _count(self, who, limit):
+        if who not in self._counts and len(self._counts) >= MAX_COUNTED:
+            who, limit = '', 10 * settings.writes_per_minute    # the rest share a count
+        count = self._counts[who] = self._counts.get(who, 0) + 1
+        if count > limit:
+            raise TooManyWrites(f'More than {limit} changes in a minute. Wait a moment.')
+
+    def seconds_left(self):
+        return 60 - int(time.monotonic()) % 60
 
 
-def read_form(environ):
-    """The body of the request as a dict: of a form the last value of each field, and lists for names that end in [];
-    of JSON the object itself. Raises BodyTooLarge, UnsupportedType, BadRequest."""
+writes = WriteLimit()
+
+
+def _read_body(environ):
+    """The body of a request, whole. Raises BodyTooLarge, BrokenBody."""
     limit = settings.max_body_bytes
     length = environ.get('CONTENT_LENGTH') or '0'
-    coding = environ.get('HTTP_TRANSFER_ENCODING', '').lower()
-    if not length.isdecimal() or coding not in ('', 'chunked'):
-        raise BrokenBody('Content-Length or Transfer-Encoding can not be understood')
+    chunked = environ.get('HTTP_TRANSFER_ENCODING', '').lower() == 'chunked'
+    if not length.isdecimal():
+        raise BrokenBody('the Content-Length is no number')
+    if int(length) > limit:
+        raise BodyTooLarge(f'The request has more than {limit:,} bytes.')
     try:
-        if int(length) <= limit:
-            body = environ['wsgi.input'].read(limit + 1 if coding else int(length))
-    except ValueError:                  # of gevent, which would read on after it
-        environ['wsgi.input']._chunked_input_error = True
-        raise BrokenBody('a chunk has no size') from None
+        body = environ['wsgi.input'].read(limit + 1 if chunked else int(length))
     except OSError:
         raise BrokenBody('the body ended early, or is not in the chunks it should be in') from None
-    if int(length) > limit or len(body) > limit:
+    if len(body) > limit:
         raise BodyTooLarge(f'The request has more than {limit:,} bytes.')
+    return body
+
+
+def _type_of(environ):
+    return environ.get('CONTENT_TYPE', '').partition(';')[0].strip().lower()
+
+
+def _parsed(environ):
+    body = environ.get('stack.body', b'')
+    parse = PARSERS.get(_type_of(environ))
     if not body:
         return {}
-    kind = environ.get('CONTENT_TYPE', '').partition(';')[0].strip().lower()
+    if parse is None:
+        raise UnsupportedType(f'Send a form or JSON ({", ".join(PARSERS)}).')
     try:
-        if kind == 'application/json':
-            form = json.loads(body)
-            if not isinstance(form, dict):
-                raise BadRequest('the JSON must be an object')
-            return form
-        if kind == 'application/x-www-form-urlencoded':
-            form = {}
-            for name, value in urllib.parse.parse_qsl(body.decode(), keep_blank_values=True, errors='strict',
-                                                      max_num_fields=MAX_FIELDS):
-                if name.endswith('[]'):
-                    form.setdefault(name, []).append(value)
-                else:
-                    form[name] = value
-            return form
-    except (ValueError, RecursionError) as error:       # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise BadRequest(f'the body is not what its Content-Type says ({type(error).__name__})') from None
-    raise UnsupportedType('Send a form (application/x-www-form-urlencoded) or JSON (application/json).')
+        return parse(body)
+    except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
+        raise BadRequest(f'the body is not what its Content-Type says '
+                         f'({type(error).__name__})') from None
 
 
-def accepts_gzip():
-    return 'gzip' in bottle.request.environ.get('HTTP_ACCEPT_ENCODING', '')
+def _parse_form(body):
+    form = {}
+    for name, value in urllib.parse.parse_qsl(body.decode(), keep_blank_values=True,
+                                              errors='strict', max_num_fields=MAX_FIELDS):
+        if name.endswith('[]'):
+            form.setdefault(name, []).append(value)
+        else:
+            form[name] = value
+    return form
+
+
+def _parse_json(body):
+    data = json.loads(body)
+    if not isinstance(data, dict):
+        raise BadRequest('the JSON must be an object')
+    if re.search(rb'\\u[dD][89a-fA-F]', body):         # half a pair is no text: UnicodeEncodeError
+        json.dumps(data, ensure_ascii=False).encode()
+    return data
+
+
+PARSERS = {'application/x-www-form-urlencoded': _parse_form, 'application/json': _parse_json}
+
+
+@functools.lru_cache(256)
+def weights_of(header):
+    """A header like Accept as a dict of lower-case names to weights. Source: RFC 9110, section
+    12.4.2."""
+    weights = {}
+    for item in header.lower().split(','):
+        name, *parameters = (part.strip() for part in item.split(';'))
+        quality = next((part[2:] for part in parameters if part.startswith('q=')), '1')
+        if name:
+            good = re.fullmatch(r'0(\.[0-9]{0,3})?|1(\.0{0,3})?', quality)
+            weights[name] = float(quality) if good else 0.0
+    return weights
+
+
+def accepts_gzip(environ):
+    weights = weights_of(environ.get('HTTP_ACCEPT_ENCODING', ''))
+    return weights.get('gzip', weights.get('*', 0)) > 0
 
 
 def gzipped(body, level):
-    compressor = zlib.compressobj(level, wbits=31)      # the format of gzip, without its module: 0.7 ms of the start
+    compressor = zlib.compressobj(level, wbits=31)      # the format of gzip
     return compressor.compress(body) + compressor.flush()
 
 
-@functools.cache
-def asset_path(name):
-    """The URL of an asset, with a digest of what it holds."""
-    stem, _, extension = name.partition('.')
-    return f'/assets/{stem}-{hashlib.sha256(asset_bytes(name)).hexdigest()[:12]}.{extension}'
-
-
-@functools.cache
-def asset_bytes(name, compressed=False):
-    source = ASSETS[name][1]
-    body = (source() if callable(source) else source).encode()
-    return gzipped(body, 9) if compressed else body
-
-
-def manifest():
-    """The web app manifest. Source: W3C Web Application Manifest."""
-    return json.dumps({'name': 'todol', 'start_url': '/', 'display': 'standalone', 'background_color': THEME_COLORS[0],
-                       'theme_color': THEME_COLORS[0],
-                       'icons': [{'src': asset_path('icon.svg'), 'type': 'image/svg+xml', 'sizes': 'any'}]})
-
-
-# === WebSocket: Action Cable at /cable ================================================================================
-# Speaks actioncable-v1-json, so that @rails/actioncable and @hotwired/turbo-rails work unchanged, and AnyCable's
-# actioncable-v1-ext-json, whose clients resume without loss. gevent-websocket alone must not face a network (frames
-# without bound, interleaved writes, close frames without a code); CableSocket mends it, with Handler in HTTP, and
-# keeps one rule: everything that is sent goes through push(), which never waits.
+# === WebSocket: Action Cable at /cable ===================================================
+# Speaks actioncable-v1-json, so that @rails/actioncable and @hotwired/turbo-rails work unchanged,
+# and AnyCable's actioncable-v1-ext-json, whose clients resume without loss. gevent-websocket alone
+# must not face a network (frames without bound, interleaved writes, close frames without a code);
+# CableSocket mends it, with Handler in HTTP, and keeps one rule: everything that is sent goes
+# through push(), which never waits.
 
 CABLE_PATH = '/cable'
-PROTOCOLS = ('actioncable-v1-ext-json', 'actioncable-v1-json', 'actioncable-unsupported')   # as preferred here
-BEAT_SECONDS = 3            # between pings in JSON: the clients take twice that without a word for a dead line
-BEATS_PER_WS_PING = 5       # a ping of RFC 6455 makes every client answer, so that a dead one is noticed
+PROTOCOLS = ('actioncable-v1-ext-json', 'actioncable-v1-json', 'actioncable-unsupported')
+BEAT_SECONDS = 3            # between pings in JSON: clients take twice that for a dead line
+BEATS_PER_WS_PING = 5       # every client answers a ping of RFC 6455: a dead one is noticed
 SILENCE_SECONDS = 60        # a socket that says nothing for so long is dropped
 CLOSE_SECONDS = 2           # how long the other side may take to close too
-OUTBOX_BYTES = 1024 * 1024  # a client that leaves more than that unread is dropped; it resumes later from the log
+OUTBOX_BYTES = 2 * MAX_BROADCAST_BYTES      # a client that leaves more unread is dropped
 MAX_FRAGMENTS = 128         # of one message
 MAX_SUBSCRIPTIONS = 100     # of one socket
-FRAMES_PER_TURN = 100       # of one socket in one turn of the event loop, then others get theirs
-RESUME_SECONDS = 300        # how long a session of actioncable-v1-ext-json can be taken up again
+FRAMES_PER_TURN = 100       # of one socket in one turn of the event loop
+RESUME_SECONDS = 300        # how long a session of actioncable-v1-ext-json can be resumed
 WEBSOCKET_GUID = '258EAFA5-E914-47DA-95CA-C5AB0DC85B11'     # RFC 6455, section 1.3
 
 TEXT, BINARY, CLOSE, PING, PONG = 0x1, 0x2, 0x8, 0x9, 0xA
@@ -2998,7 +3319,7 @@ class CableSocket(WebSocket):
         pass        # the library's would write to a socket that may have another owner by now
 
     def receive(self):
-        """The next text message; None when the socket is closed, by either side and for whatever reason."""
+        """The next text message; None when the socket is closed, by whom and why ever."""
         code = None
         try:
             return self.read_message()
@@ -3008,7 +3329,7 @@ class CableSocket(WebSocket):
             code = 1002
         except UnicodeDecodeError:
             code = 1007
-        except (OSError, WebSocketError, ValueError):   # ValueError: the file was closed under the read
+        except (OSError, WebSocketError, ValueError):   # ValueError: closed under the read
             pass
         if code:
             self.close(code)
@@ -3059,7 +3380,7 @@ class CableSocket(WebSocket):
         elif length == 127:
             length, = struct.unpack('!Q', self._exactly(8))
         if opcode < CLOSE and already + length > settings.max_message_bytes:
-            raise TooLarge(f'more than {settings.max_message_bytes} bytes')     # before any of it is read
+            raise TooLarge(f'more than {settings.max_message_bytes} bytes')     # unread
         mask = self._exactly(4)
         payload = self._exactly(length)
         key = int.from_bytes((mask * (length // 4 + 1))[:length], 'big')
@@ -3083,12 +3404,13 @@ class CableSocket(WebSocket):
         self.push(frame(message, opcode))
 
     def push(self, data):
-        """Send the bytes of whole frames: at once if the kernel takes them, else from a greenlet, in order."""
+        """Send the bytes of whole frames: at once if the kernel takes them, else from a greenlet,
+        in order."""
         if self.closed or self.close_sent:
             return
         if self._writer is None:
             try:
-                sent = self._socket._sock.send(data)        # gevent's own socket beneath is non-blocking
+                sent = self._socket._sock.send(data)        # beneath gevent's: non-blocking
             except BlockingIOError:
                 sent = 0
             except OSError:
@@ -3100,7 +3422,8 @@ class CableSocket(WebSocket):
         self._unsent.append(data)
         self._unsent_bytes += len(data)
         if self._unsent_bytes > OUTBOX_BYTES:
-            log.warning('socket dropped, its client does not read unsent_bytes=%s', self._unsent_bytes)
+            log.warning('socket dropped, its client does not read unsent_bytes=%s',
+                        self._unsent_bytes)
             self.abort()
 
     def close(self, code=1000, message=b''):
@@ -3127,7 +3450,8 @@ class CableSocket(WebSocket):
             self.abort()
 
     def _linger(self):
-        """Read on for a moment after the close frame was sent: a reset because of unread bytes could overtake it."""
+        """Read on for a moment after the close frame was sent: a reset because of unread bytes
+        could overtake it."""
         if self._writer:
             self._writer.join(CLOSE_SECONDS)
         with contextlib.suppress(OSError), gevent.Timeout(CLOSE_SECONDS, False):
@@ -3154,7 +3478,7 @@ def frame(payload, opcode=TEXT):
 
 def encode(message):
     """A protocol message as a frame."""
-    return frame(compact_json(message).encode())
+    return frame(to_json(message).encode())
 
 
 class Subscription:
@@ -3170,7 +3494,8 @@ class Subscription:
         self._head = f'{{"identifier":{quoted},"message":'.encode()
 
     def start(self, missed=(), last_id=-1):
-        """Send what was missed, and be live from here on. last_id: of the last message that the client has."""
+        """Send what was missed, and be live from here on. last_id: of the last message that the
+        client has."""
         self._live, self._last_id = True, last_id
         for message in missed:
             self.receive(message)
@@ -3182,7 +3507,8 @@ class Subscription:
         self._last_id = message.id
         tail = b'}'
         if self.connection.extended:
-            tail = (f',"stream_id":{json.dumps(self.stream)},"epoch":"{cable.epoch}","offset":{message.id}}}').encode()
+            tail = (f',"stream_id":{json.dumps(self.stream)},"epoch":"{cable.epoch}",'
+                    f'"offset":{message.id}}}').encode()
         self.connection.socket.push(frame(self._head + message.payload.encode() + tail))
 
     def send(self, type):
@@ -3190,7 +3516,8 @@ class Subscription:
 
 
 class Connection:
-    """One client of /cable. Source of the messages: rails 2a2db1e, action_cable.rb; AnyCable's protocol document."""
+    """One client of /cable. Source of the messages: rails 2a2db1e, action_cable.rb; AnyCable's
+    protocol document."""
 
     def __init__(self, socket, user, protocol, offered, restore=''):
         self.socket = socket
@@ -3234,18 +3561,18 @@ class Connection:
         if not self.extended:
             return self.send({'type': 'welcome'})
         welcome = {'type': 'welcome', 'sid': self.sid}
-        saved = cache.get(f'cable {self._restore}') if self._restore else None
+        saved = cache.get(f'cable {self._restore[:100]}') if self._restore else None
         if saved and saved['user'] == self.user:
             for identifier in saved['identifiers']:
                 stream, _ = self._stream_of(identifier)
                 if stream:
-                    self._add(identifier, stream)       # starts with its history command, so that nothing overtakes
+                    self._add(identifier, stream)       # held until its history command
             welcome.update(restored=True, restored_ids=list(self.subscriptions))
             self._save()
         self.send(welcome)
 
     def _obey(self, text):
-        """Do one command; what is malformed or unknown is logged and ignored, as Rails does."""
+        """Do one command; what is malformed or unknown is ignored, as Rails does."""
         try:
             command = json.loads(text)
             name, identifier = command['command'], command.get('identifier')
@@ -3267,8 +3594,9 @@ class Connection:
 
     def _subscribe(self, identifier, history):
         if identifier in self.subscriptions:
-            # A Rails client repeats until it is confirmed, and a second element with the same identifier waits for a
-            # confirmation of its own. AnyCable's takes one that it does not expect for an error.
+            # A Rails client repeats until it is confirmed, and a second element with the same
+            # identifier waits for a confirmation of its own. AnyCable's takes one that it does not
+            # expect for an error.
             if self.rails:
                 self.subscriptions[identifier].send('confirm_subscription')
             return
@@ -3285,7 +3613,8 @@ class Connection:
             try:
                 subscription.start(cable.since(stream, since), offset_of(since))
             except PositionLost:
-                subscription.start([Message(offset_of(cable.position()), stream, json.dumps(render('refresh')), 0.0)])
+                subscription.start([Message(offset_of(cable.position()), stream,
+                                            json.dumps(REFRESH), 0.0)])
         self._save()
 
     def _unsubscribe(self, identifier):
@@ -3302,20 +3631,24 @@ class Connection:
                 position = f'{position["epoch"]}:{position["offset"]}'
                 subscription.start(cable.since(subscription.stream, position), offset_of(position))
             else:
-                subscription.start(cable.since_time(subscription.stream, float(history['since'])))
+                since = float(history['since'])
+                subscription.start(cable.since_time(subscription.stream, since))
             subscription.send('confirm_history')
-        except (PositionLost, KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        except (PositionLost, KeyError, TypeError, ValueError, AttributeError,
+                OverflowError):
             subscription.start()
             subscription.send('reject_history')
 
     def _stream_of(self, identifier):
-        """The stream that an identifier names, and the position in it to start after; None where it may not listen."""
+        """The stream that an identifier names, and the position in it to start after; None where it
+        may not listen."""
         try:
             params = json.loads(identifier)
             if params['channel'] not in ('Turbo::StreamsChannel', '$pubsub'):
                 return None, None
             since = params.get('since')
-            return verify_stream_name(params['signed_stream_name'], self.user), since if isinstance(since, str) else None
+            stream = verify_stream_name(params['signed_stream_name'], self.user)
+            return stream, since if isinstance(since, str) else None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None, None
 
@@ -3325,14 +3658,16 @@ class Connection:
         return subscription
 
     def _save(self):
-        """Keep what is needed to take this session up again after a cut, or a restart. todol's own script, which offers
-        actioncable-unsupported too, resumes by position: its visitors leave no row."""
+        """Keep what it takes to resume this session after a cut, or a restart. The live script,
+        which offers actioncable-unsupported too, resumes by position: it leaves no row."""
         if self.extended and not self.rails:
-            cache.set(f'cable {self.sid}', {'user': self.user, 'identifiers': list(self.subscriptions)}, ttl=RESUME_SECONDS)
+            cache.set(f'cable {self.sid}', {'user': self.user,
+                                            'identifiers': list(self.subscriptions)},
+                      ttl=RESUME_SECONDS)
 
 
 class Heartbeat:
-    """Pings every connection, and drops those that have gone silent. Sleeps while there are none."""
+    """Pings every connection, and drops those that have gone silent. Sleeps while there is none."""
 
     def __init__(self):
         self._anybody = gevent.event.Event()
@@ -3348,10 +3683,9 @@ class Heartbeat:
         self._anybody.set()
 
     def _turn(self):
-        self._anybody.wait()
-        gevent.sleep(BEAT_SECONDS)
         if not connections:
-            return self._anybody.clear()
+            self._anybody.clear()
+            return self._wait
         self._beats += 1
         ping = encode({'type': 'ping', 'message': int(time.time())})
         if self._beats % BEATS_PER_WS_PING == 0:
@@ -3362,46 +3696,53 @@ class Heartbeat:
                 connection.socket.abort()
             else:
                 connection.socket.push(ping)
+        return self._wait
+
+    def _wait(self):
+        self._anybody.wait()
+        gevent.sleep(BEAT_SECONDS)
 
 
 heartbeat = Heartbeat()
 
 
-# === HTTP: gevent's server, strict about what it reads, and with answers in one packet ================================
+# === HTTP: gevent's server, strict about what it reads ===================================
 
-QUIET_SECONDS = 75          # a keep-alive connection, or one in the middle of a request, may be silent so long
-DRAIN_SECONDS = 5           # requests may go on so long when the process stops
+QUIET_SECONDS = 75          # how long a connection may be silent, between requests or within one
+DRAIN_SECONDS = 3.5         # requests may go on so long when the process stops
 MAX_CONNECTIONS = 20_000
 MAX_HEADERS = 100           # of a request
 MAX_HEADER_BYTES = 16_384   # of one of them
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\xa1-\xff]+) (HTTP/1\.[01])\r?\n")    # RFC 9112, section 3
-HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r?\n")     # RFC 9110, section 5
+# Source: RFC 9112, section 3; RFC 9110, section 5
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\x80-\xff]+) (HTTP/1\.[01])\r?\n")
+HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r?\n")
 SINGLE_HEADERS = ('host', 'content-length', 'transfer-encoding')
 
 
 class BadHead(ValueError):
-    """The head of a request that can't be understood, or not in one way only. The connection ends with 400."""
+    """The head of a request that can't be understood, or not in one way only: 400, and the end."""
 
 
 class Headers:
-    """The header section of a request, by lower-case name; several of a name are joined. Raises BadHead.
+    """The header section of a request, by lower-case name; several of a name are joined. Raises
+    BadHead.
 
-    It has the methods that gevent calls. http.client's goes through email.parser, which costs 20 us more for the headers
-    of a browser, and is lenient: it skips all that follows a malformed line, joins folded lines and takes the first of
-    two lengths, where a proxy may have understood something else. Source: RFC 9110, section 5; RFC 9112, sections 5, 6.
+    It has the methods that gevent calls. http.client's is lenient: it skips all that follows a
+    malformed line, joins folded lines and takes the first of two lengths, where a proxy may have
+    understood something else. Source: RFC 9110, section 5; RFC 9112, sections 5 and 6.
     """
-
     status = ''         # that of gevent's own tells of a line that was too long
 
     def __init__(self, file):
         self._values = values = {}
         for _ in range(MAX_HEADERS + 1):
             line = file.readline(MAX_HEADER_BYTES + 1)
-            if line == b'\r\n' or line == b'\n':
+            if line in (b'\r\n', b'\n'):
                 break
             match = HEADER.fullmatch(line.decode('latin-1'))
             if not match:
-                raise BadHead('too long, or not a name, a colon and a value' if line else 'the connection ended')
+                raise BadHead('too long, or not a name, a colon and a value' if line else
+                              'the connection ended')
             name, value = match[1].lower(), match[2].strip(' \t')
             if name not in values:
                 values[name] = value
@@ -3430,88 +3771,61 @@ class Headers:
     def items(self):
         return self._values.items()
 
-    @property
-    def headers(self):
-        """Lines, as gevent's own Handler wants them."""
-        return [f'{name}: {value}' for name, value in self.items()]
 
+class Body(Input):
+    """The body of a request: gevent's. As shipped, a chunk without a size is a ValueError, and
+    gevent reads on after some broken ones."""
+    __slots__ = ()
 
-if 'http.client' in later:      # another server in this process would have no headers
-    gevent.pywsgi.headers_factory = lambda file, *_: Headers(file)
+    def _chunked_read(self, *arguments, **options):
+        try:
+            return super()._chunked_read(*arguments, **options)
+        except (OSError, ValueError) as error:
+            self._chunked_input_error = True
+            raise _InvalidClientInput(str(error)) from None     # the connection ends then
 
 
 class Handler(WebSocketHandler):
-    """One HTTP connection: gevent's handler, with the upgrade to /cable done strictly, and an answer in one packet."""
-
-    logger = log        # as shipped, one of the library's own, made for the first request and looked up for each
+    """One HTTP connection: gevent's handler, with strict heads and the upgrade to /cable."""
+    logger = log            # as shipped, one of the library's own
 
     def handle(self):
-        """Serve the connection. As shipped, who does not stay to hear that a request was bad causes a traceback."""
+        """Serve the connection. As shipped, who does not stay to hear that a request was bad
+        causes a traceback."""
+        self.socket.settimeout(QUIET_SECONDS)
         with contextlib.suppress(OSError):
             super().handle()
 
-    def upgrade_websocket(self):
-        """Answer an upgrade to a WebSocket. Gives None when that is done, or none was asked for, else a refusal's body."""
-        environ = self.environ
-        wishes = [name.strip() for name in environ.get('HTTP_CONNECTION', '').lower().split(',')]
-        if environ.get('HTTP_UPGRADE', '').lower() != 'websocket' or 'upgrade' not in wishes:
-            return None
-        key = environ.get('HTTP_SEC_WEBSOCKET_KEY', '').strip()
-        session = session_of(environ)
-        user = session[0] if session else None
-        offered = [name.strip() for name in environ.get('HTTP_SEC_WEBSOCKET_PROTOCOL', '').split(',') if name.strip()]
-        protocol = next((name for name in PROTOCOLS if name in offered), None)
-        if environ['PATH_INFO'] != CABLE_PATH:
-            return self._refuse('404 Not Found', 'the WebSocket is at /cable')
-        if environ['REQUEST_METHOD'] != 'GET' or self.request_version != 'HTTP/1.1':
-            return self._refuse('400 Bad Request', 'a WebSocket starts with GET in HTTP/1.1')
-        if not origin_is_host(environ):
-            return self._refuse('403 Forbidden', 'a page of another site may not connect')
-        if environ.get('HTTP_SEC_WEBSOCKET_VERSION') != '13':
-            return self._refuse('426 Upgrade Required', 'version 13 is spoken here', ('Sec-WebSocket-Version', '13'))
-        if not re.fullmatch('[A-Za-z0-9+/]{21}[AQgw]==', key):
-            return self._refuse('400 Bad Request', 'Sec-WebSocket-Key must be 16 bytes in base64')
-        if offered and protocol is None:
-            return self._refuse('400 Bad Request', f'the protocols spoken here are {", ".join(PROTOCOLS[:2])}')
-        if len(connections.get(user, ())) >= settings.max_sockets:
-            return self._refuse('429 Too Many Requests', f'{settings.max_sockets} sockets are open already')
-        accept = base64.b64encode(hashlib.sha1((key + WEBSOCKET_GUID).encode()).digest()).decode()
-        headers = [('Upgrade', 'websocket'), ('Connection', 'Upgrade'), ('Sec-WebSocket-Accept', accept)]
-        if protocol:
-            headers.append(('Sec-WebSocket-Protocol', protocol))
-        self.websocket = environ['wsgi.websocket'] = CableSocket(environ, _NoStream, self)
-        query = urllib.parse.parse_qs(environ['QUERY_STRING'])
-        restore = (query.get('sid') or [environ.get('HTTP_X_ANYCABLE_RESTORE_SID', '')])[0]
-        self.cable_connection = Connection(self.websocket, user, protocol, offered, restore)
-        self.start_response('101 Switching Protocols', headers)
-
-    def run_websocket(self):
-        """Serve the connection, in place of the library's way through the WSGI application."""
-        self.socket.settimeout(None)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def read_requestline(self):
+        """The first line of a request. Until it comes the server may hang up."""
+        self.server.waiting.add(self)
         try:
-            self.cable_connection.serve()
+            return '' if self.server.closed else super().read_requestline()
+        except TimeoutError:
+            return ''
         finally:
-            self.websocket.close()
-            if self.websocket._writer:
-                self.websocket._writer.join(CLOSE_SECONDS)
-            self.websocket.closed = True
+            self.server.waiting.discard(self)
+
+    def hang_up(self):
+        with contextlib.suppress(OSError):
+            self.socket._sock.shutdown(socket.SHUT_RD)
 
     def read_request(self, line):
         """Parse the head of a request. Raises BadHead.
 
-        As shipped, a request may be of HTTP/0.9, have blanks of all kinds in its first line, no Host, or chunks in HTTP/1.0;
-        Connection: close counts only alone; a folded or malformed header is taken for something.
+        As shipped, a request may be of HTTP/0.9, have blanks of all kinds in its first line, no
+        Host, or chunks in HTTP/1.0; Connection: close counts only alone.
         """
         match = REQUEST_LINE.fullmatch(line)
         if not match:
             raise BadHead('not a method, a target, and HTTP/1.1 or HTTP/1.0')
         self.command, self.path, self.request_version = match.groups()
         self.headers = headers = Headers(self.rfile)
-        length, connection = headers.get('content-length'), headers.get('connection', '').lower()
+        length = headers.get('content-length')
         self.content_length = length and int(length)
         if self.content_length and self.command == 'HEAD':
             raise BadHead('a body with HEAD')
+        connection = headers.get('connection', '').lower()
         if self.request_version == 'HTTP/1.1':
             if not headers.get('host'):
                 raise BadHead('no host')
@@ -3520,94 +3834,131 @@ class Handler(WebSocketHandler):
             if headers.get('transfer-encoding'):
                 raise BadHead('transfer-encoding came with HTTP/1.1')
             self.close_connection = connection != 'keep-alive'
+        absolute = re.match('https?://([^/?]+)', self.path, re.IGNORECASE)
+        if absolute:                    # as to a proxy; its host counts. RFC 9112, section 3.2.2
+            headers._values['host'] = absolute[1]
+            self.path = self.path[absolute.end():]
+            self.path = self.path if self.path.startswith('/') else '/' + self.path
+        if '%' in self.path or not self.path.isascii():
+            path = self.path.partition('?')[0].encode('latin-1')
+            urllib.parse.unquote_to_bytes(path).decode()    # what is no UTF-8 is a ValueError
         return True
 
-    def _connection_upgrade_requested(self):
-        return False    # as shipped, the application then gets the bare connection, and what it reads is skipped once more
+    def get_environ(self):
+        # As shipped, who offers an upgrade gives the application the bare connection.
+        environ = super().get_environ()
+        body = self.wsgi_input
+        self.wsgi_input = environ['wsgi.input'] = Body(body.rfile, body.content_length,
+                                                       body.socket, body.chunked_input)
+        return environ
 
     def _headers(self):
-        """The headers as get_environ() puts them. One with an underscore could pass for another, with a hyphen."""
+        """The headers as get_environ() puts them. One with an underscore could pass for another,
+        with a hyphen."""
         for name, value in self.headers.items():
             if '_' not in name and name not in ('content-type', 'content-length'):
                 yield 'HTTP_' + name.replace('-', '_').upper(), value
-
-    def read_requestline(self):
-        """The first line of a request. Until it comes the server may hang up, and sees to it that nobody waits too long."""
-        self.server.waiting[self] = time.monotonic()
-        self.socket.settimeout(None)        # a timer of its own costs each request 12 us
-        try:
-            return '' if self.server.closed else super().read_requestline()
-        finally:
-            self.server.waiting.pop(self, None)
-            self.socket.settimeout(QUIET_SECONDS)
-
-    def hang_up(self):
-        with contextlib.suppress(OSError):
-            self.socket._sock.shutdown(socket.SHUT_RD)
 
     def _handle_client_error(self, error):
         # As shipped, some of these print a traceback past the log.
         log.info('bad request error=%r', error)
         return '400', b'HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n'
 
-    def _refuse(self, status, reason, *headers):
-        self.start_response(status, [('Content-Type', 'text/plain'), *headers])
-        return [reason.encode() + b'\n']
-
-    def start_response(self, status, headers, exc_info=None):
-        """As shipped, but what many answers have in common is not encoded again for each: 5 us less."""
-        if exc_info and self.headers_sent:
-            raise exc_info[1].with_traceback(exc_info[2])
-        self.status, self.code = encoded(status), int(status[:3])
-        self.response_headers = [(encoded(name), encoded(value)) for name, value in headers]
-        given = {name.lower(): value for name, value in headers}
-        self.provided_date, self.provided_content_length = given.get('date'), given.get('content-length')
-        if 'date' not in given:
-            self.provided_date = http_date(int(time.time()))
-            self.response_headers.append((b'Date', self.provided_date))
-        if self.request_version == 'HTTP/1.0' and 'connection' not in given:
-            self.response_headers.append((b'Connection', b'close' if self.close_connection else b'keep-alive'))
-        self.close_connection |= given.get('connection') == 'close' or self.code == 101     # no request follows a WebSocket
-        return self.write
-
     def _write_with_headers(self, data):
-        # As shipped, headers and body are two sends: a keep-alive client then waits 40 ms for each answer (Nagle's
-        # algorithm meets delayed acknowledgement).
+        # As shipped, headers and body are two sends: a keep-alive client then waits 40 ms for each
+        # answer (Nagle's algorithm meets delayed acknowledgement).
         self.headers_sent = True
         self.finalize_headers()
-        data = data or b''         # gevent-websocket writes a str
         lines = [b'HTTP/1.1 ' + self.status]
         lines += [name + b': ' + value for name, value in self.response_headers]
         head = b'\r\n'.join(lines) + b'\r\n\r\n'
         if self.response_use_chunked:
             self._sendall(head)
-            self._write(data)
+            self._write(data or b'')
         else:
-            self._sendall(head + data)
+            self._sendall(head + (data or b''))     # gevent-websocket writes a str
 
     def _sendall(self, data):
-        # Most answers fit into the kernel's buffer at once. gevent's sendall() first asks how large that is: 6 us.
+        # As shipped, the timeout is for all of an answer, so that a slow reader is cut off, and
+        # anything but a reset causes tracebacks.
+        rest = memoryview(data)
         try:
-            sent = self.socket._sock.send(data)
-        except OSError:
-            sent = 0            # sendall() waits, or meets the error again
-        self.response_length += sent
-        if sent < len(data):
-            super()._sendall(memoryview(data)[sent:])
+            while rest:
+                rest = rest[self.socket.send(rest):]
+        except OSError as error:
+            raise BrokenPipeError(errno.EPIPE, str(error)) from None
+        self.response_length += len(data)
 
     def log_request(self):
-        pass        # a line for each request would cost a tenth of it; what goes wrong is logged where it does
+        pass                # what goes wrong is logged where it does
 
+    # The upgrade
 
-http_date = functools.lru_cache(2)(gevent.pywsgi.format_date_time)     # made once a second: 3 us less an answer
+    def upgrade_websocket(self):
+        """Answer an upgrade to a WebSocket. Gives None when that is done, or none was asked for,
+        else the body of a refusal."""
+        environ = self.environ
+        wishes = [name.strip() for name in environ.get('HTTP_CONNECTION', '').lower().split(',')]
+        if environ.get('HTTP_UPGRADE', '').lower() != 'websocket' or 'upgrade' not in wishes:
+            return None
+        session = session_of(environ)
+        user = session[0] if session else None
+        offered = [name.strip() for name in
+                   environ.get('HTTP_SEC_WEBSOCKET_PROTOCOL', '').split(',') if name.strip()]
+        protocol = next((name for name in PROTOCOLS if name in offered), None)
+        key = environ.get('HTTP_SEC_WEBSOCKET_KEY', '').strip()
+        refusal = self._refusal(environ, user, offered, protocol, key)
+        if refusal:
+            status, reason, *headers = refusal
+            self.start_response(status, [('Content-Type', 'text/plain'), *headers])
+            return [reason.encode() + b'\n']
+        accept = base64.b64encode(hashlib.sha1((key + WEBSOCKET_GUID).encode()).digest()).decode()
+        headers = [('Upgrade', 'websocket'), ('Connection', 'Upgrade'),
+                   ('Sec-WebSocket-Accept', accept)]
+        if protocol:
+            headers.append(('Sec-WebSocket-Protocol', protocol))
+        query = urllib.parse.parse_qs(environ['QUERY_STRING'])
+        restore = (query.get('sid') or [environ.get('HTTP_X_ANYCABLE_RESTORE_SID', '')])[0]
+        self.websocket = environ['wsgi.websocket'] = CableSocket(environ, _NoStream, self)
+        self.cable_connection = Connection(self.websocket, user, protocol, offered, restore)
+        self.close_connection = True            # no request follows a WebSocket
+        self.start_response('101 Switching Protocols', headers)
+        return None
 
+    def _refusal(self, environ, user, offered, protocol, key):
+        """Status, reason and headers, or None where the upgrade may be. Source: RFC 6455, 4.2."""
+        if environ['PATH_INFO'] != CABLE_PATH:
+            return '404 Not Found', f'the WebSocket is at {CABLE_PATH}'
+        if environ['REQUEST_METHOD'] != 'GET' or self.request_version != 'HTTP/1.1':
+            return '400 Bad Request', 'a WebSocket starts with GET in HTTP/1.1'
+        try:
+            refuse_wrong_host(environ)
+        except WrongHost as error:
+            return '421 Misdirected Request', str(error)
+        if not origin_is_host(environ):
+            return '403 Forbidden', 'a page of another site may not connect'
+        if environ.get('HTTP_SEC_WEBSOCKET_VERSION') != '13':
+            return ('426 Upgrade Required', 'version 13 is spoken here',
+                    ('Sec-WebSocket-Version', '13'))
+        if not re.fullmatch('[A-Za-z0-9+/]{21}[AQgw]==', key):
+            return '400 Bad Request', 'Sec-WebSocket-Key must be 16 bytes in base64'
+        if offered and protocol is None:
+            return ('400 Bad Request',
+                    f'the protocols spoken here are {", ".join(PROTOCOLS[:2])}')
+        if len(connections.get(user, ())) >= settings.max_sockets:
+            return '429 Too Many Requests', f'{settings.max_sockets} sockets are open already'
+        return None
 
-@functools.lru_cache(1024)
-def encoded(text):
-    """A part of an answer's head as bytes. Raises ValueError if it would end the line: what follows would be taken for more."""
-    if '\r' in text or '\n' in text:
-        raise ValueError(f'carriage return or newline in {text!r}')
-    return text.encode('latin-1')
+    def run_websocket(self):
+        """Serve the connection, in place of the library's way through the WSGI application."""
+        self.socket.settimeout(None)
+        try:
+            self.cable_connection.serve()
+        finally:
+            self.websocket.close()
+            if self.websocket._writer:
+                self.websocket._writer.join(CLOSE_SECONDS)
+            self.websocket.closed = True
 
 
 class _NoStream:
@@ -3619,16 +3970,13 @@ class Server(WSGIServer):
     """The HTTP server, which can stop without cutting off a request."""
 
     def __init__(self, listener):
-        self.greenlets = set()      # one a connection; gevent.pool would do the same, and cost the start 3 ms
-        self.waiting = {}           # handler between two requests -> since when; who has waited longest comes first
-        self._loop = Loop('connections', self._hang_up_on_the_silent)
-        super().__init__(listener, application, spawn=self.spawn, log=None, error_log=LogFile(), handler_class=Handler,
+        self.waiting = set()        # handlers between two requests
+        super().__init__(listener, application, spawn=gevent.pool.Pool(MAX_CONNECTIONS), log=None,
+                         error_log=LogFile(), handler_class=Handler,
                          environ={'SERVER_NAME': settings.host})
 
-    # do_read(), spawn() and full() are called by gevent, which accepts nothing while the server is full.
-
     def do_read(self):
-        """Accept a connection. Out of files it says so in a line: a traceback would have to open some."""
+        """Accept a connection; gevent calls it. Out of files it says so in a line, and pauses."""
         try:
             return super().do_read()
         except OSError as error:
@@ -3636,61 +3984,18 @@ class Server(WSGIServer):
                 raise
             log.error('can not accept a connection: %s', error.strerror)
             self.stop_accepting()
-            gevent.spawn_later(RESTART_SECONDS, self._start_accepting_if_started)
+            gevent.spawn_later(1, self._start_accepting_if_started)
             return None
-
-    def spawn(self, *arguments):
-        greenlet = gevent.spawn(*arguments)
-        self.greenlets.add(greenlet)
-        greenlet.rawlink(self.ended)
-
-    def ended(self, greenlet):
-        self.greenlets.discard(greenlet)
-        self._start_accepting_if_started()
-
-    def full(self):
-        return len(self.greenlets) >= MAX_CONNECTIONS
 
     def drain(self):
         """Accept nothing more, let requests end and sockets close, for DRAIN_SECONDS at most."""
         self.close()
-        self._loop.stop()
         for handler in list(self.waiting):
             handler.hang_up()
         for connection in [each for group in connections.values() for each in group]:
             connection.disconnect('server_restart', reconnect=True)
-        gevent.joinall(list(self.greenlets), DRAIN_SECONDS)
-        with gevent.Timeout(1, False):
-            gevent.killall(list(self.greenlets))
-
-    def _hang_up_on_the_silent(self):
-        while self.waiting:
-            handler, since = next(iter(self.waiting.items()))
-            left_s = since + QUIET_SECONDS - time.monotonic()
-            if left_s > 0:
-                return gevent.sleep(left_s)
-            del self.waiting[handler]
-            handler.hang_up()
-        gevent.sleep(QUIET_SECONDS)
-
-
-# === Process: start, serve, stop ======================================================================================
-# Start: settings, files, migrations, secret, loops, and only then the port. Stop, on SIGTERM or SIGINT: no new
-# connections, requests end, sockets are told to come back, jobs are given back, files are closed, exit status 0 (on
-# any other, Litestream skips its last sync).
-
-KEPT_ROLES = ('app', 'cache', 'job')    # worth a copy elsewhere (litestream.yml names the same); the cable is not
-LITESTREAM_SECONDS = 3                  # by then it has seen new files; one that stops sooner loses all (litestream #436)
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record):
-        line = {'time': round(record.created, 3), 'level': record.levelname.lower(), 'message': record.getMessage()}
-        if record.exc_info:
-            line['traceback'] = self.formatException(record.exc_info)
-        return json.dumps(line)
+        self.pool.join(DRAIN_SECONDS)
+        self.pool.kill(timeout=0.5)
 
 
 class LogFile:
@@ -3704,280 +4009,1709 @@ class LogFile:
         pass
 
 
-def start_logging(form='text'):
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if form == 'json' else logging.Formatter('%(asctime)s %(levelname)-7s %(message)s'))
-    log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    gevent.get_hub().exception_stream = LogFile()
-
-
-def database_path(role):
-    """The file of one of the four databases, named by environment as Litestack does."""
-    suffix = '' if role == 'app' else f'_{role}'
-    return os.path.join(settings.data, f'{settings.env}{suffix}.sqlite3')
-
-
-def open_databases(chosen):
-    """Take the settings, open the four files and bring them up to date. Raises TodolError."""
-    choose(chosen)
-    if sqlite3.sqlite_version_info < (3, 35):
-        raise StorageError(f'SQLite {sqlite3.sqlite_version} is too old: 3.35 or later is needed (RETURNING)')
-    try:
-        os.makedirs(settings.data, mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise SettingError(f'TODOL_DATA is {settings.data!r}, which can not be a directory: {error.strerror}') from None
-    for database in (app_db, cache_db, job_db, cable_db):
-        # What Litestream copies is synced by its checkpoints, and not deleted while Litestream has it open.
-        litestream = settings.litestream and database.role in KEPT_ROLES
-        synchronous = {'app': settings.sync, 'job': 'NORMAL'}.get(database.role, 'NORMAL' if litestream else 'OFF')
-        database.open(database_path(database.role), synchronous, checkpoints=not litestream)
-
-
-def open_stack(chosen):
-    """Open the databases and start the four services on them. Raises TodolError, and leaves nothing open then."""
-    with contextlib.ExitStack() as undo:
-        undo.callback(close_databases)
-        open_databases(chosen)
-        write_shares.clear()
-        keys.load()
-        doorbell.open(settings.data, settings.env)
-        undo.callback(doorbell.close)
-        cache.open()
-        undo.callback(cache.close)
-        cable.open()
-        undo.callback(cable.close)
-        heartbeat.open()
-        undo.callback(heartbeat.close)
-        jobs.open(doorbell.name or f'{os.getpid()}', settings.job_workers)
-        undo.pop_all()
-
-
-def close_stack():
-    """Stop the services in the order in which they need each other, and close the files, whatever fails on the way."""
-    for service in (jobs, heartbeat, cable, cache, doorbell, app_db, cache_db, job_db, cable_db):
-        try:
-            service.close()
-        except Exception:
-            log.exception('could not close %s', type(service).__name__)
-
-
-def close_databases():
-    for database in (app_db, cache_db, job_db, cable_db):
-        database.close()
-
-
 def listen():
     """The listening socket. Raises SettingError if the address can't be had."""
     try:
-        # The standard library's getaddrinfo: nothing else runs yet, and gevent's would start a thread for it. Bytes: a str
-        # imports the tables of international names.
-        host = settings.host.encode() if settings.host.isascii() else settings.host
-        family, kind, _, _, address = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM,
-                                                         flags=socket.AI_PASSIVE)[0]
+        family, kind, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = gevent.socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # what it accepts inherits it
+        # What it accepts inherits this: sockets and streamed answers are many small packets.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.bind(address)
         listener.listen(1024)
         return listener
     except (OSError, UnicodeError) as error:        # UnicodeError: a HOST that can't be a name
         reason = getattr(error, 'strerror', None) or error
-        hint = '. Another program is there; set another PORT' if getattr(error, 'errno', 0) == errno.EADDRINUSE else ''
-        raise SettingError(f'can not listen on HOST {settings.host} PORT {settings.port}: {reason}{hint}') from None
+        in_use = getattr(error, 'errno', 0) == errno.EADDRINUSE
+        hint = '. Another program is there; set another PORT' if in_use else ''
+        raise SettingError(f'can not listen on HOST {settings.host} PORT {settings.port}: '
+                           f'{reason}{hint}') from None
 
 
-def import_for_errors():
-    """Import what it takes to tell of an error: out of files, when there are errors, nothing can be imported any more."""
-    while True:
-        try:
-            importlib.import_module('tokenize')
-            importlib.import_module('traceback')
-            return
-        except OSError:
-            gevent.sleep(RESTART_SECONDS)
+# === Live script: the generic side of the browser ========================================
+# It needs no build and no network but this server. An app loads it as asset('live.js').
+
+LIVE_SCRIPT = r'''
+// Makes a page live, without a word about it but in its HTML: forms with method=post go
+// out by fetch, in order; Turbo Streams, those of answers and those of each
+// <turbo-cable-stream-source>, change the page; links with data-visit and a refresh
+// morph it. Optional: #notice for errors, [data-connection] for the state of the line.
+// Left alone: data-turbo="false" and, by morph, elements with data-turbo-permanent.
+// Beside the real Turbo, which then defines the elements.
+const TURBO_STREAM = 'text/vnd.turbo-stream.html', SOURCE = 'turbo-cable-stream-source';
+const FORMS = `form[method=post i]:not([target], [enctype^=multipart i],
+  [data-turbo=false], [data-turbo=false] *)`;
+const HIDDEN_MS = 60_000, STALE_MS = 8_000, ANSWER_MS = 20_000;
+const $ = (selector, root = document) => root.querySelector(selector);
+const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+const byId = id => document.getElementById(id);
+const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
+
+// What an app's own script, the next module, may replace in live.hooks
+const hooks = {
+  held: () => false,            // (id): nothing may overwrite this element for now
+  ours: () => false,            // (element): the script's own, morph leaves it where it is
+  morphing() {},                // (from, to): before an element becomes like another
+  leave: node => node.remove(), // (node): it is to go
+  news() {},                    // (element): the cable has changed it
+  submitting() {},              // (form, entry, button): before it is queued; false: don't
+  queued() {},                  // (): the queue has changed, or has to wait
+  settled() {},                 // (entry, answer): before an answer is shown
+};
+
+// Versions: what a newer message has shown, an older one must not undo. What was
+// removed by its id stays away, unless the removal has a version too: ids are never
+// used again.
+const versions = new Map();
+const known = id => versions.get(id) ?? Number(byId(id)?.dataset.version ?? -1);
+function outdated(id, version) {
+  if (!id || version === undefined) return false;
+  if (version < known(id)) return true;
+  versions.set(id, Number(version));
+  return false;
+}
+const held = id => !!id && hooks.held(id);
+
+// Morph: make an element like another without replacing it, so that focus, typed text
+// and clicks in flight survive. Blank text and comments are nobody's business.
+const left = node => node?.nodeType === 1 ? hooks.ours(node)
+  : node && (node.nodeType !== 3 || !node.data.trim());
+const alike = (one, other) => one.nodeName === other.nodeName && one.id === other.id;
+function morph(from, to) {
+  if (from.nodeName !== to.nodeName) return from.replaceWith(to);
+  if (held(from.id) || from.id && from.matches('[data-turbo-permanent]')) return;
+  if (outdated(to.id, to.dataset.version)) return;
+  hooks.morphing(from, to);
+  for (const name of from.getAttributeNames()) to.hasAttribute(name) || from.removeAttribute(name);
+  for (const { name, value } of to.attributes) {
+    if (from.getAttribute(name) !== value) from.setAttribute(name, value);
+  }
+  if (['checkbox', 'radio'].includes(from.type)) from.checked = to.checked;
+  const ids = new Set([...to.children].map(({ id }) => id));
+  for (const child of [...from.children]) {
+    if (child.id && !ids.has(child.id) && !left(child)) hooks.leave(child);
+  }
+  let next = from.firstChild;
+  for (const child of [...to.childNodes].filter(node => !left(node))) {
+    while (left(next)) next = next.nextSibling;
+    let match = child.id ? byId(child.id) : next;
+    while (!child.id && match && (left(match) || !alike(match, child))) match = match.nextSibling;
+    if (match?.parentNode !== from || !alike(match, child)) {
+      if (!held(child.id) && !outdated(child.id, child.dataset?.version)) {
+        from.insertBefore(child, next);
+      }
+      continue;
+    }
+    if (match === next) next = next.nextSibling;
+    else if (child.id) from.insertBefore(match, next);
+    else {
+      drop(next, match);
+      next = match.nextSibling;
+    }
+    if (match.nodeType === 1) morph(match, child);
+    else if (match.data !== child.data) match.data = child.data;
+  }
+  drop(next, null);
+}
+// What stands from here on before another node has no place any more; an id has one,
+// further on.
+function drop(node, end) {
+  while (node !== end) {
+    const gone = node;
+    node = node.nextSibling;
+    if (!left(gone) && !(end && gone.id)) hooks.leave(gone);
+  }
+}
+
+// Turbo Streams. Source: @hotwired/turbo 8, stream_actions.js
+const insert = (place, inside) => (target, content) => {
+  for (const { id } of content.children) {
+    const twin = id && byId(id);
+    if (twin?.parentNode === (inside ? target : target.parentNode)) twin.remove();
+  }
+  target[place](content);
+};
+const actions = {
+  append: insert('append', true),
+  prepend: insert('prepend', true),
+  before: insert('before'),
+  after: insert('after'),
+  remove: target => hooks.leave(target),
+  replace(target, content, morphs) {
+    if (morphs) morph(target, content.firstElementChild);
+    else target.replaceWith(content);
+  },
+  update(target, content, morphs) {
+    if (!morphs) return target.replaceChildren(content);
+    const copy = target.cloneNode(false);
+    copy.append(content);
+    morph(target, copy);
+  },
+};
+// The element that a stream is about: the first of its template, if data-row names no
+// other.
+function subject(stream) {
+  const first = $('template', stream)?.content.firstElementChild;
+  const { row: id = first?.id, version = first?.dataset.version } = stream.dataset;
+  return { id, version };
+}
+class StreamElement extends HTMLElement {
+  connectedCallback() {
+    const get = name => this.getAttribute(name);
+    const action = get('action'), target = get('target'), targets = get('targets');
+    const { id, version } = subject(this), content = $('template', this)?.content;
+    this.remove();
+    if (action === 'refresh') return visit();
+    if (action === 'remove' && target && !version) versions.set(target, Infinity);
+    if (held(id) || outdated(id, version)) return;
+    const all = targets ? $$(targets) : [byId(target)], morphs = get('method') === 'morph';
+    for (const each of all) if (each) actions[action]?.(each, content?.cloneNode(true), morphs);
+  }
+}
+function renderStreams(html, fromCable) {
+  const fragment = document.createRange().createContextualFragment(html);
+  const all = fromCable ? $$('turbo-stream', fragment).map(subject) : [];
+  const news = all.filter(({ id, version }) => id && !(version <= known(id)));
+  document.body.append(fragment);
+  for (const id of new Set(news.map(({ id }) => id))) if (byId(id)) hooks.news(byId(id));
+}
+
+// Visits: another page, or this one again, morphed in. One that a message or an answer
+// has overtaken is asked for again. Of another epoch everything is news: the databases
+// are new, and count from the start. What is no page is left to the browser.
+const positions = root => $$(SOURCE, root).map(({ dataset }) => (dataset.since ?? '').split(':'));
+const epochOf = root => positions(root)[0]?.[0];
+function overtaken(page) {
+  const [[epoch, offset] = []] = positions(page);
+  return positions(document).some(([ours, seen]) => ours === epoch && seen - offset > 0) ||
+    $$('[data-version]', page).some(({ id, dataset: { version } }) =>
+      version < known(id) && known(id) < Infinity);
+}
+let visiting, epoch;
+async function visit(url = location.href, push = false, pause = 100) {
+  const current = visiting = {};
+  let page;
+  try {
+    const answer = await fetch(url, { headers: { Accept: 'text/html' },
+      signal: AbortSignal.timeout(ANSWER_MS) });
+    const html = await answer.text();
+    if (visiting !== current) return;
+    if (answer.ok && answer.headers.get('Content-Type')?.startsWith('text/html')) {
+      page = new DOMParser().parseFromString(html, 'text/html');
+      if (answer.redirected) url = answer.url;
+    } else if (answer.status < 500 && ![408, 425, 429].includes(answer.status)) {
+      return location.assign(url);
+    }
+  } catch { /* ask again */ }
+  const fresh = page && epochOf(page);
+  if (fresh && fresh !== epoch) {
+    epoch = fresh;
+    versions.clear();
+    for (const each of $$('[data-version]')) each.dataset.version = -1;
+  }
+  if (!page || overtaken(page)) {
+    await wait(pause);
+    return visiting === current && visit(url, push, Math.min(pause * 2, 15_000));
+  }
+  if (push) history.pushState(null, '', url);
+  morph(document.body, page.body);
+  document.title = page.title;
+  cable.show();
+}
+addEventListener('popstate', () => visit());
+onClick('a[data-visit]', ({ href }) => visit(href, href !== location.href));
+function onClick(selector, act) {       // without a key that opens another tab
+  addEventListener('click', event => {
+    const element = event.target.closest?.(selector);
+    if (!element || event.defaultPrevented || event.button) return;
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    act(element);
+  });
+}
+
+// Changes go to the server one after another, in their order. While it can't be reached
+// they wait, over a reload too; a key makes sending one twice harmless. An entry has a
+// path and a body, and whatever an app adds to it.
+const changes = [];
+try {
+  changes.push(...JSON.parse(sessionStorage.getItem('changes') ?? '[]'));
+} catch { /* without storage they are kept as long as the page */ }
+let delivering, waiting, wake = () => {};
+function change(entry) {
+  changes.push(entry);
+  keep();
+  deliver();
+}
+function keep() {
+  try {
+    sessionStorage.setItem('changes', JSON.stringify(changes));
+  } catch { /* as above */ }
+  hooks.queued();
+  cable.show();
+}
+async function deliver() {
+  if (delivering) return;
+  delivering = true;
+  for (let pause = 500; changes.length;) {
+    const { path } = changes[0], body = new URLSearchParams(changes[0].body);
+    let answer, html;
+    try {
+      answer = await fetch(path, { method: 'POST', body, headers: { Accept: TURBO_STREAM },
+        signal: AbortSignal.timeout(ANSWER_MS) });
+      html = await answer.text();
+    } catch { answer = null; }
+    if (!answer || [429, 502, 503, 504].includes(answer.status)) {
+      waiting = true;
+      keep();
+      const asked = 1000 * (answer?.headers.get('Retry-After') ?? 0);
+      const woken = new Promise(resolve => { wake = () => asked || resolve(true); });
+      const woke = await Promise.race([wait(asked || pause), woken]);
+      if (!woke) pause = Math.min(pause * 2, 15_000);
+      continue;
+    }
+    waiting = false;
+    pause = 500;
+    const done = changes.shift();
+    keep();
+    queueMicrotask(() => settle(done, answer, html));
+  }
+  delivering = false;
+}
+function settle(done, answer, html) {
+  const streams = answer.headers.get('Content-Type')?.startsWith(TURBO_STREAM);
+  if (!answer.ok) putBack(done);
+  hooks.settled(done, answer);
+  if (streams) renderStreams(html);
+  else if (!answer.ok) tell(`That was not done: the server answered ${answer.status}.`);
+  else if (!answer.redirected || done.page !== location.href) visit();
+  else visit(answer.url, answer.url !== location.href);
+}
+function tell(text) {
+  const notice = byId('notice');
+  if (notice) notice.textContent = text;
+}
+
+// Forms. What was typed is sent and cleared; what was refused comes back, before what
+// has been typed since.
+const typed = form => [...form.elements].filter(field => field.matches(':read-write'));
+const pathOf = (form, button) =>
+  button?.getAttribute('formaction') ?? form.getAttribute('action') ?? location.pathname;
+addEventListener('submit', event => {
+  const form = event.target, button = event.submitter;
+  if (!form.matches(FORMS)) return;
+  event.preventDefault();
+  event.stopImmediatePropagation();
+  tell('');
+  const entry = { path: pathOf(form, button), form: form.id, page: location.href };
+  if (hooks.submitting(form, entry, button) === false) return;
+  const body = new FormData(form, button);
+  if ($('[type=hidden][name=key]', form)) body.set('key', `${Date.now()}-${Math.random()}`);
+  if (typed(form).length) form.reset();         // a form of boxes shows what was ticked
+  change({ ...entry, body: [...body] });
+}, true);
+function putBack({ form: id, path, body }) {
+  const sent = new URLSearchParams(body);
+  const form = id ? byId(id) : $$(FORMS).find(each => pathOf(each) === path);
+  for (const field of form ? typed(form) : []) {
+    const text = sent.get(field.name), since = field.value;
+    if (text) field.value = since === field.defaultValue ? text : `${text} ${since}`;
+  }
+}
+
+// The cable. Source: @rails/actioncable and AnyCable's actioncable-v1-ext-json, with
+// positions
+const sources = () => $$(SOURCE).filter(each => each instanceof CableStreamSource);
+const cable = {
+  socket: null, live: false, failures: 0, heardAt: 0, timer: 0,
+  open(counts = true) {
+    clearTimeout(this.timer);
+    if (this.socket || !sources().length) return;
+    this.counts = counts;
+    const url = location.origin.replace('http', 'ws') + '/cable';
+    const protocols = ['actioncable-v1-ext-json', 'actioncable-unsupported'];
+    const socket = this.socket = new WebSocket(url, protocols);
+    this.heardAt = Date.now();
+    socket.onmessage = ({ data }) => socket === this.socket && this.hear(JSON.parse(data));
+    socket.onclose = () => socket === this.socket && this.lost();
+  },
+  hear({ type, identifier, message, epoch, offset, reconnect }) {
+    this.heardAt = Date.now();
+    if (type === 'welcome') {
+      this.live = true;
+      this.failures = 0;
+      for (const source of sources()) {
+        const channel = source.getAttribute('channel'), { since } = source.dataset;
+        const signed_stream_name = source.getAttribute('signed-stream-name');
+        const identifier = JSON.stringify({ channel, signed_stream_name, since });
+        source.identifier = identifier;
+        this.socket.send(JSON.stringify({ command: 'subscribe', identifier }));
+      }
+      wake();
+    } else if (type === 'reject_subscription' || type === 'disconnect' && !reconnect) {
+      wait(3000).then(() => visit());
+    } else if (!type) {
+      aliveAt = this.heardAt;
+      const its = sources().filter(source => source.identifier === identifier);
+      if (offset) for (const source of its) source.dataset.since = `${epoch}:${offset}`;
+      renderStreams(message, true);
+    }
+    this.show();
+  },
+  release() {
+    const socket = this.socket;
+    this.socket = null;
+    this.live = false;
+    clearTimeout(this.timer);
+    socket?.close();
+  },
+  lost() {
+    this.release();
+    const ms = Math.min(500 * 2 ** this.failures, 30_000) * (0.5 + Math.random());
+    if (this.counts) this.failures++;
+    if (!document.hidden) this.timer = setTimeout(() => this.open(), ms);
+    this.show();
+  },
+  show(idle) {
+    const element = $('[data-connection]'), number = changes.length;
+    const cut = navigator.onLine ? 'reconnecting' : 'offline';
+    const state = idle ? 'paused' : waiting ? 'offline' : this.live ? 'live' : cut;
+    if (!element || state === 'reconnecting' && this.failures < 2) return;
+    const unsent = `offline, ${number} change${number === 1 ? '' : 's'} waiting`;
+    const text = waiting ? unsent : state;
+    element.hidden = false;
+    element.dataset.state = state;
+    if (element.textContent !== text) element.textContent = text;
+  },
+};
+// A source that comes, goes or changes makes a new socket, perhaps of another user;
+// positions see to it that nothing is missed.
+let renewing = false;
+function renew() {
+  if (!renewing) queueMicrotask(() => {
+    renewing = false;
+    cable.release();
+    cable.open();
+  });
+  renewing = true;
+}
+class CableStreamSource extends HTMLElement {
+  static observedAttributes = ['signed-stream-name'];
+  attributeChangedCallback() { renew(); }
+  connectedCallback() { renew(); }
+  disconnectedCallback() { renew(); }
+}
+
+// A hidden tab lets go of its socket, an idle one too if data-idle-seconds of a source
+// says so: the machine can sleep. Both catch up when looked at.
+let hiddenTimer, aliveAt = Date.now();
+function alive() {
+  aliveAt = Date.now();
+  if (!document.hidden) cable.open(false);      // not counted: the pauses don't grow by it
+  wake();
+}
+addEventListener('visibilitychange', () => {
+  clearTimeout(hiddenTimer);
+  if (document.hidden) hiddenTimer = setTimeout(() => cable.release(), HIDDEN_MS);
+  else alive();
+});
+for (const name of ['online', 'pageshow', 'focus', 'pointermove', 'pointerdown', 'keydown']) {
+  addEventListener(name, alive);
+}
+addEventListener('offline', () => cable.show());
+setInterval(() => {
+  const idleMs = 1000 * ($('[data-idle-seconds]')?.dataset.idleSeconds ?? 0);
+  if (cable.socket && Date.now() - cable.heardAt > STALE_MS) cable.lost();
+  if (!cable.socket || !idleMs || Date.now() - aliveAt < idleMs) return;
+  cable.release();
+  cable.show(true);
+}, 3000);
+
+const helpers = { $, $$, byId, wait, onClick };
+globalThis.live = { ...helpers, visit, change, changes, renderStreams, morph, hooks };
+addEventListener('DOMContentLoaded', () => {        // the app's script has set hooks by then
+  epoch = epochOf(document);
+  customElements.get('turbo-stream') ?? customElements.define('turbo-stream', StreamElement);
+  customElements.get(SOURCE) ?? customElements.define(SOURCE, CableStreamSource);
+  deliver();
+});
+'''
+add_asset('live.js', LIVE_SCRIPT, 'text/javascript; charset=UTF-8')
 
 
-def serve(chosen):
+# === Process: open, serve, stop ==========================================================
+# Start: settings, files, migrations, secret, loops, and only then the port. Stop, on SIGTERM or
+# SIGINT, in less than Docker's 10 seconds: no new connections, requests end, sockets are told to
+# come back, jobs are given back, files are closed, exit status 0 (on any other, Litestream skips
+# its last sync).
+
+LITESTREAM_SECONDS = 3      # before that it has not seen new files (litestream #436)
+RESTORING = '.restoring'    # suffix of the file that is there while restore() changes the others
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record):
+        line = {'time': round(record.created, 3), 'level': record.levelname.lower(),
+                'message': record.getMessage()}
+        if record.exc_info:
+            line['traceback'] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def start_logging(form='text'):
+    """Log to stderr, as text or json."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if form == 'json' else
+                         logging.Formatter('%(asctime)s %(levelname)-7s %(message)s'))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    gevent.get_hub().print_exception = lambda context, *error: log.error(
+        'failed: %s', context, exc_info=error)
+
+
+@contextlib.contextmanager
+def open_stack(environ=None, run_jobs=False):
+    """Open the files of the app and the services on them, until the block ends: for a script, a
+    test, or a server. Raises AppError, and leaves nothing open then.
+
+    environ: a dict of settings; None: the environment. run_jobs: here too; else a job that is
+    enqueued waits for a server, and wakes one that runs.
+    """
+    if processes.name:
+        raise MisuseError('the stack is open already')
+    for name, version, least in (('SQLite', sqlite3.sqlite_version, (3, 35)),
+                                 ('bottle', bottle.__version__, (0, 13)),
+                                 ('gevent', gevent.__version__, (23, 9))):
+        if tuple(int(part) for part in re.findall(r'\d+', version)[:2]) < least:
+            raise SettingError(f'{name} {version} is too old here: {least[0]}.{least[1]} or later '
+                               f'is needed')
+    load_settings(os.environ if environ is None else environ)
+    bottle.BaseRequest.MEMFILE_MAX = settings.max_body_bytes    # bottle's bound of forms and JSON
+    make_data_directory()
+    with contextlib.ExitStack() as opened:
+        for service in (processes, *databases.values(), keys, cache, cable, heartbeat):
+            service.open()
+            opened.callback(_close_quietly, service)
+            if service is processes:
+                refuse_half_restored()      # under its lock: no restore runs now
+        if run_jobs:
+            jobs.open(settings.job_workers)
+            opened.callback(_close_quietly, jobs)
+        yield
+
+
+def make_data_directory():
+    """Raises SettingError."""
+    try:
+        os.makedirs(settings.data, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f'{PREFIX}DATA is {settings.data!r}, which can not be a directory: '
+                           f'{error.strerror}') from None
+
+
+def refuse_half_restored():
+    """Raises StorageError where a restore did not come to its end."""
+    if os.path.exists(app_db.default_path + RESTORING):
+        raise StorageError(f'a restore to {settings.data} did not come to its end; run it again, '
+                           f'with --force')
+
+
+def _close_quietly(service):
+    """Close it, and go on with the others whatever happens."""
+    try:
+        service.close()
+    except Exception:
+        log.exception('could not close %s', type(service).__name__)
+
+
+def serve():
     """Run until SIGTERM or SIGINT. Gives the exit status."""
-    gc.freeze()         # what there is now stays, so no collection needs to look at it: 7 ms each
-    gc.set_threshold(10_000)    # new objects between two looks at them, not 700: 3 % less CPU a request
-    gc.enable()
+    gc.freeze()         # what there is now stays, so no collection needs to look at it
     started_at = time.monotonic()
     stopping = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, stopping.set)
-    open_stack(chosen)
-    try:
+    with open_stack(run_jobs=True):
         server = Server(listen())
-    except TodolError:
-        close_stack()
-        raise
-    server.start()
-    gevent.spawn_later(0.1, import_for_errors)      # after the first page, if somebody waits for it
-    host, port = server.socket.getsockname()[:2]
-    log.info('todol %s is at http://%s:%s (data in %s; Ctrl-C stops it)', __version__,
-             f'[{host}]' if ':' in host else host, port, os.path.abspath(settings.data))
-    stopping.wait()
-    log.info('stopping')
-    server.drain()
-    if settings.litestream:
-        gevent.sleep(max(0, started_at + LITESTREAM_SECONDS - time.monotonic()))
-    close_stack()
+        server.start()
+        host, port = server.socket.getsockname()[:2]
+        log.info('%s %s is at http://%s:%s (data in %s; Ctrl-C stops it)', APP, __version__,
+                 f'[{host}]' if ':' in host else host, port, settings.data)
+        stopping.wait()
+        log.info('stopping')
+        server.drain()
+        if settings.litestream:
+            gevent.sleep(max(0, started_at + LITESTREAM_SECONDS - time.monotonic()))
     log.info('stopped')
     return 0
 
 
-# === Backups: copies, restores, checks, for those without Litestream ==================================================
-# A copy of a file is one read transaction, so it is consistent while the app serves. The app database goes first: a job
-# moves from there to the job database, and is in one of the two copies, or in both, where its uid makes it one.
+# === Backups: copies, restores, checks, for those without Litestream =====================
+# A copy of a file is one read transaction, so it is consistent while the app serves. The app
+# database goes first: a job moves from there to the job database, and is in one of the two copies,
+# or in both, where its id makes it one.
 
-ARCHIVES = ('.tar.gz', '.zip')
+ARCHIVES = {'.tar.gz': 'gz', '.tgz': 'gz', '.tar': '', '.zip': 'zip'}
+OTHER_ARCHIVES = ('.gz', '.bz2', '.xz', '.zst', '.7z', '.rar')
 
 
-class BackupError(TodolError):
+class BackupError(AppError):
     """A backup that can't be made or restored; nothing was overwritten."""
 
 
 def backup(target):
-    """Copy the files of KEPT_ROLES to a directory, or to one .tar.gz or .zip; the app may run. Raises TodolError."""
-    import shutil
-    import tempfile
-    if target.endswith(ARCHIVES):
-        suffix = next(suffix for suffix in ARCHIVES if target.endswith(suffix))
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(target))) as scratch:
-            backup(os.path.join(scratch, 'files'))
-            made = shutil.make_archive(os.path.join(scratch, 'archive'), {'.zip': 'zip'}.get(suffix, 'gztar'),
-                                       os.path.join(scratch, 'files'))
-            os.chmod(made, 0o600)           # it holds the secret that signs sessions
-            os.replace(made, target)
-        return
-    for role in KEPT_ROLES:
-        if not os.path.exists(database_path(role)):
-            raise BackupError(f'there is no {database_path(role)}; set TODOL_DATA and TODOL_ENV as the app has them')
-    os.makedirs(target, mode=0o700, exist_ok=True)
-    for role in KEPT_ROLES:
-        path = os.path.join(target, os.path.basename(database_path(role)))
-        if BootMark(database_path(role)).is_stale():
-            raise BackupError(f'{database_path(role)} was open when the machine went down; start todol once before a backup')
-        with contextlib.closing(read_only(database_path(role))) as source, \
-                contextlib.closing(sqlite3.connect(path + '.new')) as copy:
-            source.backup(copy)
-            copy.execute('PRAGMA journal_mode = DELETE')        # one file, without -wal and -shm
-        refuse_damage(role, path + '.new')
-        os.replace(path + '.new', path)
+    """Copy the databases that are worth it to a directory or an archive; the app may run. What was
+    there is replaced when the copies are whole. Raises BackupError, StorageError."""
+    kind = _kind_of(target)
+    _refuse_overlap(target)
+    for database in _copied():
+        _refuse_missing(database.default_path)
+    with _sentences(target):
+        parent = os.path.abspath(target)
+        if kind is None:
+            if not os.path.isdir(parent):
+                os.makedirs(parent, mode=0o700)
+                give_to_owner(parent, parent)
+        else:
+            parent = os.path.dirname(parent)
+        with tempfile.TemporaryDirectory(prefix='.backup-', dir=parent) as scratch:
+            copies = {}
+            for database in _copied():
+                name = os.path.basename(database.default_path)
+                copies[name] = os.path.join(scratch, name)
+                _copy(database, database.default_path, copies[name])
+            if kind is not None:
+                packed = _pack(copies, kind, os.path.join(scratch, 'all'))
+                copies = {os.path.basename(target): packed}
+            for name, path in copies.items():
+                os.replace(path, os.path.join(parent, name))
+                give_to_owner(os.path.join(parent, name), os.path.join(parent, name))
+            sync(parent)
 
 
 def restore(source, force=False):
-    """Put the files of a backup in the place of today's. Raises BackupError, and changes nothing, if a file is damaged or
-    of a newer todol, if today's would be overwritten (without force), or if the app runs."""
-    import shutil
-    import tempfile
-    with tempfile.TemporaryDirectory() as scratch:
-        if source.endswith(ARCHIVES):
-            try:
-                shutil.unpack_archive(source, scratch)
-            except (OSError, shutil.ReadError, ValueError) as error:
-                raise BackupError(f'{source} can not be unpacked: {error}') from None
-            source = scratch
-        paths = {role: os.path.join(source, os.path.basename(database_path(role))) for role in KEPT_ROLES}
-        for role, path in paths.items():
-            if not os.path.exists(path):
-                raise BackupError(f'the backup has no {os.path.basename(path)}; TODOL_ENV is {settings.env}')
-            refuse_damage(role, path)
+    """Put the files of a backup in the place of today's. Raises BackupError or StorageError, and
+    changes nothing, if one is damaged or of a newer version, if today's would be overwritten
+    (without force), or if an app runs on them."""
+    kind = _kind_of(source)
+    _refuse_overlap(source)
+    with _sentences(source), contextlib.ExitStack() as undo:
+        scratch = undo.enter_context(tempfile.TemporaryDirectory())
+        names = {os.path.basename(database.default_path): database for database in _copied()}
+        directory = source if kind is None else _unpack(source, kind, names, scratch)
         os.makedirs(settings.data, mode=0o700, exist_ok=True)
-        doorbell.open(settings.data, settings.env)
-        try:
-            if doorbell.neighbours() and not doorbell.deaf:
-                raise BackupError('the app runs on these files; stop it first')
-            present = [database_path(role) for role in MIGRATIONS if os.path.exists(database_path(role))]
-            if present and not force:
-                raise BackupError(f'{present[0]} exists; give --force to put the backup in its place')
-            for role, path in paths.items():
-                shutil.copyfile(path, database_path(role) + '.new')
-            for role in MIGRATIONS:         # the cable too: a new log, so that every open tab loads the page again
-                delete_files(database_path(role), (*DATABASE_SUFFIXES, '-boot'))
-            for role in paths:
-                os.rename(database_path(role) + '.new', database_path(role))
-        finally:
-            doorbell.close()
+        if not lock_directory(settings.data, fcntl.LOCK_EX, undo):
+            raise BackupError(f'an app runs on {settings.data}; stop it first')
+        present = [database.default_path for database in databases.values()
+                   if os.path.exists(database.default_path)]
+        if present and not force:
+            raise BackupError(f'{present[0]} exists; give --force to put the backup in its place')
+        for name, database in names.items():
+            if not os.path.isfile(os.path.join(directory, name)):
+                raise BackupError(f'the backup has no {name}; {PREFIX}ENV is {settings.env}')
+            undo.callback(remove, database.default_path + '.new')
+            _copy(database, os.path.join(directory, name), database.default_path + '.new')
+        make_private(app_db.default_path + RESTORING)       # from here to the end none can start
+        sync(settings.data)
+        for database in databases.values():     # the cable too: open tabs then load the page again
+            for suffix in (*DATABASE_SUFFIXES, '-stamps'):
+                if os.path.exists(database.default_path + suffix):
+                    os.replace(database.default_path + suffix,
+                               f'{database.default_path}.before{suffix}')
+        for database in names.values():
+            os.replace(database.default_path + '.new', database.default_path)
+        sync(settings.data)
+        remove(app_db.default_path + RESTORING)
+        for database in databases.values():
+            for suffix in (*DATABASE_SUFFIXES, '-stamps'):
+                remove(f'{database.default_path}.before{suffix}')
 
 
-def check():
-    """What is wrong with the four files, as sentences. They are only read; the app may run."""
-    problems = []
-    for role in MIGRATIONS:
-        path = database_path(role)
-        missing = role not in KEPT_ROLES and not os.path.exists(path)      # as a restore leaves the cable
-        if missing or BootMark(path).is_stale():
-            continue                # the next start makes a new one
+def run_checks():
+    """What is wrong with the databases, as sentences. They are only read; the app may run."""
+    problems, opened = [], []
+    for database in databases.values():
+        if not os.path.exists(database.default_path) and not database.copied:
+            continue                    # as a restore leaves the cable: the next start makes it
         try:
-            refuse_damage(role, path)
-        except TodolError as error:
+            _refuse_damage(database, database.default_path)
+            database.open_read_only()
+            opened.append(database)
+        except AppError as error:
             problems.append(str(error))
-    if problems:
-        return problems
-    with contextlib.closing(read_only(database_path('app'))) as app_file, \
-            contextlib.closing(read_only(database_path('job'))) as job_file:
-        for user, counted, kept in app_file.execute(MISCOUNTED_LISTS):
-            problems.append(f'{database_path("app")}: the list of {user} has {counted} todos, its row in lists says {kept}')
-        for id, row in app_file.execute('SELECT id, job FROM outbox'):
-            try:
-                name = json.loads(row)['name']
-            except (ValueError, KeyError, TypeError):
-                name = None
-            if name not in jobs.names():
-                problems.append(f'{database_path("app")}: outbox row {id} is no job of this todol')
-        for id, name in job_file.execute(STUCK_JOBS):
-            problems.append(f'{database_path("job")}: job {id} ({name}) waits for nothing')
-        for name, count in job_file.execute('SELECT name, count(*) FROM jobs WHERE failed_at IS NOT NULL GROUP BY name'):
-            problems.append(f'{database_path("job")}: {count} failed jobs of {name} are parked')
+    try:
+        for function in checks if not problems else ():
+            problems += function()
+    finally:
+        for database in opened:
+            database.close()
     return problems
 
 
+def sync(path):
+    """fsync a file or a directory. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _copied():
+    return [database for database in databases.values() if database.copied]
+
+
+def _copy(database, source, target):
+    """Copy a database as its readers see it, write-ahead log included, to one file; checked, and
+    synced. Raises StorageError, MigrationError."""
+    _refuse_missing(source)
+    remove(target)
+    make_private(target)
+    try:
+        address = f'file:{urllib.parse.quote(os.fsencode(os.path.abspath(source)))}?mode=ro'
+        original = sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS)
+        with contextlib.closing(original), contextlib.closing(sqlite3.connect(target)) as copy:
+            original.backup(copy)
+            copy.execute('PRAGMA journal_mode = DELETE')    # one file, without -wal and -shm
+    except sqlite3.Error as error:
+        raise StorageError(f'{source} can not be copied: {error}') from None
+    _refuse_damage(database, target)
+    sync(target)
+
+
+def _refuse_missing(path):
+    """Raises StorageError."""
+    if not os.path.isfile(path):
+        raise StorageError(f'there is no {path}; set {PREFIX}DATA and {PREFIX}ENV as the app has '
+                           f'them')
+
+
+def _refuse_damage(database, path):
+    """Raises StorageError or MigrationError unless the file is whole and this app can open it."""
+    other = Database(database.name, database.migrations, declared=False)
+    try:
+        pending = other.examine(path)
+        other.open_read_only(path)
+        (result,), = other.execute('PRAGMA integrity_check(1)')
+        if len(pending) == len(other.migrations):
+            result = 'it is empty'
+    except (StorageError, sqlite3.Error, OSError) as error:
+        result = str(error)
+    finally:
+        other.close()
+    if result != 'ok':
+        raise StorageError(f'{path} is damaged: {" ".join(result.split())}')
+
+
+def _kind_of(path):
+    """The kind of archive by its name, a value of ARCHIVES; None: a directory. Raises
+    BackupError."""
+    for ending, kind in ARCHIVES.items():
+        if path.lower().endswith(ending):
+            return kind
+    if not path or path.lower().endswith(OTHER_ARCHIVES):
+        raise BackupError(f'{path!r} can not be a backup: give a directory, or a name that ends in '
+                          f'{", ".join(ARCHIVES)}')
+    return None
+
+
+def _refuse_overlap(path):
+    """Raises BackupError where a backup would be in the directory of the app, or around it."""
+    ours, theirs = os.path.realpath(settings.data), os.path.realpath(path)
+    if os.path.commonpath([ours, theirs]) in (ours, theirs):
+        raise BackupError(f'{path} and the files of the app, {settings.data}, are in one another; '
+                          f'keep a backup elsewhere')
+
+
+@contextlib.contextmanager
+def _sentences(path):
+    """An error of the file system becomes a BackupError."""
+    try:
+        yield
+    except OSError as error:
+        raise BackupError(f'{error.filename or path}: {error.strerror or error}') from None
+
+
+def _pack(files, kind, path):
+    """Pack files (name -> path) into an archive, and give its path."""
+    make_private(path)
+    if kind == 'zip':
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+            for name, file in files.items():
+                archive.write(file, name)
+    else:
+        with tarfile.open(path, f'w:{kind}') as archive:
+            for name, file in files.items():
+                archive.add(file, name)
+    sync(path)
+    return path
+
+
+def _unpack(path, kind, names, directory):
+    """Unpack the files of these names, wherever in the archive they are, and nothing else: so it
+    can't write elsewhere. Gives the directory. Raises BackupError."""
+    try:
+        with contextlib.ExitStack() as opened:
+            if kind == 'zip':
+                archive = opened.enter_context(zipfile.ZipFile(path))
+                members = [(item.filename, item) for item in archive.infolist()]
+                read = archive.open
+            else:
+                archive = opened.enter_context(tarfile.open(path))
+                members = [(item.name, item) for item in archive if item.isfile()]
+                read = archive.extractfile
+            for name, member in members:
+                if os.path.basename(name) in names:
+                    with read(member) as file, \
+                            open(os.path.join(directory, os.path.basename(name)), 'wb') as copy:
+                        shutil.copyfileobj(file, copy)
+            while kind != 'zip' and archive.fileobj.read(2**20):
+                pass                    # to its end, where the checksum of the whole stands
+    except OSError:
+        raise
+    except Exception as error:          # three libraries have theirs
+        raise BackupError(f'{path} can not be unpacked: {" ".join(str(error).split())}') from None
+    return directory
+
+
+# === Command line ========================================================================
+
+BORDER = re.compile('^# === The app', re.MULTILINE)
+
+
+def command_serve():
+    return serve()
+
+
+def command_new(path):
+    """Write a new app: this file down to the border, and SMALL_APP. Raises SettingError."""
+    folder, file = os.path.split(path)
+    name = file.removesuffix('.py')
+    if not re.fullmatch('[a-z][a-z0-9_]*', name) or file == name or keyword.iskeyword(name):
+        raise SettingError(f'{file!r} can not be the name of an app: give one like chat.py, of '
+                           f'lower-case letters, digits and _')
+    if name in sys.stdlib_module_names or name in sys.modules and name != '__main__':
+        raise SettingError(f'{file} would hide the module {name} that Python knows; take another '
+                           f'name')
+    with open(__file__, encoding='utf-8') as source:
+        stack = BORDER.split(source.read(), maxsplit=1)[0]
+    head, docstring, code = stack.split('"""', 2)
+    docstring = re.sub(rf'\A{APP}(?=:)|(?<!new )\b{APP}(?=\.py)', name, docstring)
+    code = re.sub(r"^APP = '\w+' ", f"APP = '{name}' ", code, count=1, flags=re.MULTILINE)
+    code = re.sub(r"(?<=Setting\('DATA', )'\w+'", f"'{name}_db'", code, count=1)
+    try:
+        with open(path, 'x', encoding='utf-8') as target:
+            target.write('"""'.join((head, docstring, code)) + SMALL_APP)
+    except OSError as error:
+        raise SettingError(f'{path} can not be written: {error.strerror}') from None
+    print(f'{path} is your app: everything below "The app" is yours to change.\n'
+          f'Run: {os.path.basename(sys.executable)} {path}')
+    return 0
+
+
+def command_migrate():
+    with open_stack():
+        for database in databases.values():
+            print(f'{database.path}: {len(database.migrations)} migrations')
+    return 0
+
+
+def command_settings():
+    load_settings(os.environ)
+    for setting in SETTINGS:
+        given, value = os.environ.get(setting.variable), getattr(settings, setting.name.lower())
+        if setting.secret:
+            value = 'set' if given else 'not set'
+        elif isinstance(value, bool):
+            value = 'on' if value else 'off'
+        elif isinstance(value, list):
+            value = ','.join(value)
+        print(f'{setting.variable:24} {value!s:12} {"environment" if given else "default":12} '
+              f'{setting.meaning}')
+    return 0
+
+
+def command_secret():
+    print(new_secret())
+    return 0
+
+
+def command_backup(path):
+    load_settings(os.environ)
+    backup(path)
+    print(f'{path}: a backup of {settings.data}')
+    return 0
+
+
+def command_restore(path, force=False):
+    load_settings(os.environ)
+    restore(path, force)
+    print(f'{path} is restored to {settings.data}')
+    return 0
+
+
+def command_check():
+    load_settings(os.environ)
+    problems = run_checks()
+    print('\n'.join(problems) or 'ok')
+    return 1 if problems else 0
+
+
+COMMANDS = {        # name: (function, its arguments, what it does)
+    'serve': (command_serve, '', 'serve the app (also without a command)'),
+    'new': (command_new, 'NAME.py', 'write a new app: this stack, and a small app to change'),
+    'migrate': (command_migrate, '', 'create the database files, or bring them up to date'),
+    'check': (command_check, '', 'check the files: whole, of this version, nothing stuck'),
+    'backup': (command_backup, 'PATH', 'copy the data to a directory or an archive; it may run'),
+    'restore': (command_restore, 'PATH [--force]', 'put a backup in place; it must be stopped'),
+    'settings': (command_settings, '', 'show every setting: value, where from, meaning'),
+    'secret': (command_secret, '', f'print a new value for {PREFIX}SECRET'),
+}
+
+
+def usage():
+    lines = [f'{APP} {__version__}', '', f'usage: python {APP}.py [command]', '']
+    lines += [f'  {f"{name} {synopsis}":24} {meaning}'
+              for name, (_, synopsis, meaning) in COMMANDS.items()]
+    lines += [f'  {"--help":24} show this', f'  {"--version":24} show the version', '',
+              f'Settings are environment variables: `python {APP}.py settings` lists them.']
+    return '\n'.join(lines)
+
+
+def main(arguments=None):
+    """Run a command; gives the exit status: 0, 1 after an error, 2 for a wrong command."""
+    name, *given = (sys.argv[1:] if arguments is None else arguments) or ['serve']
+    sys.stdout.reconfigure(errors='backslashreplace')   # a terminal may know less than a path has
+    if name in ('--help', '-h', 'help'):
+        print(usage())
+        return 0
+    if name in ('--version', '-V'):
+        print(f'{APP} {__version__}')
+        return 0
+    function, synopsis, _ = COMMANDS.get(name, (None, '', ''))
+    flags = {flag: True for flag in given if f'[{flag}]' in synopsis}
+    values = [value for value in given if value not in flags]
+    if function is None or len(values) != len(re.findall(r'\b[A-Z]{4}', synopsis)):
+        print(f'Error: there is no command {" ".join([name, *given])!r}\n\n{usage()}',
+              file=sys.stderr)
+        return 2
+    try:
+        start_logging(os.environ.get(f'{PREFIX}LOG', '').lower())
+        return function(*values, **{flag.removeprefix('--'): True for flag in flags})
+    except AppError as error:
+        print(f'Error: {error}', file=sys.stderr)
+        return 1
+
+
+# What `new` writes below the border.
+SMALL_APP = r'''# === The app: a room where everybody who opens the page talks ============================
+
+app_db.migrations += [
+    ('001 create messages', """
+        CREATE TABLE messages (
+            id          INTEGER PRIMARY KEY AUTOINCREMENT,
+            key         TEXT NOT NULL UNIQUE,       -- of the form: sent twice, it is one message
+            name        TEXT NOT NULL,
+            text        TEXT NOT NULL,
+            created_at  REAL NOT NULL
+        )"""),
+]
+app_settings(Setting('KEEP_DAYS', '7', 'messages go after so many days', whole_number(1, 3650)))
+
+ROOM = shared_stream('room')
+COLORS = 6
+
+
+@app.get('/')
+def show_room():
+    rows = app_db.execute('SELECT id FROM messages ORDER BY id DESC LIMIT 100')
+    return render('room', title=APP.capitalize(), source=stream_source(ROOM),
+                  said=cache.get('said', 0), key=secrets.token_urlsafe(9),
+                  messages=[render_message(id) for id, in reversed(rows)])
+
+
+@app.post('/messages')
+def say():
+    key, name, text = (str(fields().get(name) or '').strip() for name in ('key', 'name', 'text'))
+    if not 0 < len(text) <= 500 or len(name) > 30 or len(key) > 50:
+        raise InvalidField('A message has 1 to 500 characters, a name at most 30.')
+    if add_message(key or secrets.token_urlsafe(9), name or 'Somebody', text):
+        cache.incr('said')
+    return respond()
+
+
+@app_db.transaction
+def add_message(key, name, text):
+    """Keep a message, together with the job that tells of it; False if it is there already."""
+    rows = app_db.execute('INSERT INTO messages (key, name, text, created_at) '
+                          'VALUES (?, ?, ?, now_s()) ON CONFLICT DO NOTHING RETURNING id',
+                          (key, name, text))
+    for id, in rows:
+        tell.later(id=id)
+    return bool(rows)
+
+
+def render_message(id):
+    (name, text), = app_db.execute('SELECT name, text FROM messages WHERE id = ?', (id,))
+    return render('message', id=id, name=name, text=text, color=zlib.crc32(name.encode()) % COLORS)
+
+
+@jobs.task(queue='urgent')
+def tell(id):
+    """Append a message to every open tab, and count."""
+    cable.broadcast(ROOM, lambda: turbo_stream('append', 'messages', render_message(id)) +
+                    turbo_stream('update', 'said', str(cache.get('said', 0))))
+
+
+@jobs.cron('0 4 * * *')
+def forget():
+    """Delete what is too old, every night."""
+    if app_db.execute('DELETE FROM messages WHERE created_at < now_s() - ? RETURNING id',
+                      (settings.keep_days * 86400,)):
+        cable.broadcast(ROOM, REFRESH)
+
+
+TEMPLATES['room'] = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{title}}</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="{{asset('room.css')}}">
+<script type="module" src="{{asset('live.js')}}"></script>
+<script type="module" src="{{asset('room.js')}}"></script>
+</head>
+<body>
+{{!source}}
+<header><h1>{{title}}</h1><p><span id="said">{{said}}</span> said so far</p></header>
+<main tabindex="0" aria-label="Messages">
+<ul id="messages">
+{{!''.join(messages)}}</ul>
+</main>
+<footer><form action="/messages" method="post" id="say">
+<input type="hidden" name="key" value="{{key}}">
+<input type="text" name="name" placeholder="Your name" aria-label="Your name" maxlength="30">
+<input type="text" name="text" placeholder="Say something" aria-label="Message" required
+ maxlength="500" autocomplete="off" autofocus>
+<button type="submit">Send</button>
+<p id="notice" role="alert" data-turbo-permanent></p>
+<p id="line" role="status" data-connection data-turbo-permanent hidden></p>
+</form></footer>
+</body>
+</html>
+"""
+TEMPLATES['message'] = """\
+<li id="message_{{id}}" class="color{{color}}">
+<span aria-hidden="true">{{name[0]}}</span> <b>{{name}}</b> <p dir="auto">{{text}}</p>
+</li>
+"""
+add_asset('room.css', """
+:root {
+  color-scheme: light dark;
+  --paper: light-dark(#faf8f5, #1a1816); --ink: light-dark(#2a2724, #e8e4df);
+  --field: light-dark(#fff, #262320); --soft: light-dark(#6b655e, #a39c94);
+  --line: light-dark(#8a837b, #7d766e); --accent: light-dark(#2c55b8, #9db8ff);
+}
+* { box-sizing: border-box; margin: 0; }
+body { display: grid; grid-template-rows: auto 1fr auto; height: 100dvh; max-width: 40rem;
+  margin: auto; padding: 0 1rem; background: var(--paper); color: var(--ink);
+  font: 1.0625rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+header { display: flex; align-items: baseline; justify-content: space-between; padding: 1rem 0;
+  border-bottom: 1px solid light-dark(#e3ddd5, #3a3531); } h1 { font-weight: 300; }
+header p, li b, form p, ::placeholder { color: var(--soft); opacity: 1; }
+main { display: flex; flex-direction: column-reverse; overflow: auto; }  /* stays at the end */
+ul { padding: .5rem 0; list-style: none; margin-bottom: auto; }
+ul:not(:has(li))::before { content: 'Nobody has said anything yet.'; color: var(--soft); }
+li { display: grid; grid-template-columns: 2.5rem 1fr; gap: 0 .75rem; padding: .5rem 0; }
+li span { grid-row: span 2; width: 2.5rem; height: 2.5rem; border-radius: 50%; color: #fff;
+  background: oklch(48% .12 var(--hue)); font-weight: 600; line-height: 2.5rem;
+  text-align: center; }
+li b { font-size: .875rem; } li p { justify-self: start; }
+form { display: grid; grid-template-columns: 9rem 1fr auto; gap: .5rem; padding: 1rem 0; }
+input, button { min-width: 0; height: 2.75rem; padding: 0 .75rem; border-radius: .75rem;
+  border: 1px solid var(--line); background: var(--field); color: inherit; font: inherit; }
+button { border: 0; background: var(--accent); color: var(--paper); cursor: pointer; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+form p { grid-column: 1 / -1; } #notice { color: light-dark(#b3261e, #ff9d94); }
+[hidden], form p:empty, [data-state=live] { display: none; }
+@media (width < 30rem) {
+  form { grid-template-columns: 1fr auto; } [name=name] { grid-column: 1 / -1; }
+}
+""" + ''.join(f'.color{n} {{ --hue: {n * 360 // COLORS + 20}; }}\n' for n in range(COLORS)),
+    'text/css; charset=UTF-8')
+add_asset('room.js', """
+// The name stays in the field, and in this browser.
+const field = document.querySelector('[name=name]');
+field.defaultValue = localStorage.getItem('name') ?? '';
+field.addEventListener('change', () => {
+  field.defaultValue = field.value;
+  localStorage.setItem('name', field.value);
+});
+""", 'text/javascript; charset=UTF-8')
+
+
+if __name__ == '__main__':
+    sys.exit(main())
+'''
+
+
+# === The app: a todo list for each visitor ===============================================
+# Everything below knows of todos; nothing above does. `python todol.py new NAME.py` cuts here.
+
+
+# === Todos: rows and rules, no HTML ======================================================
+# Every change bumps the version of the user's list, and with it, in the same transaction, enqueues
+# the job that tells the user's other tabs: broadcast_todos, in Broadcasts.
+
+app_db.migrations += [
+    ('001 create todos', '''
+        CREATE TABLE todos (
+            id          INTEGER PRIMARY KEY AUTOINCREMENT,   -- also the order; never used twice
+            user_id     TEXT NOT NULL,
+            title       TEXT NOT NULL,
+            completed   INTEGER NOT NULL DEFAULT 0,          -- 0 or 1
+            version     INTEGER NOT NULL,                    -- of the list when it last changed
+            key         TEXT,                                -- idempotency key; NULL: none given
+            created_at  REAL NOT NULL
+        )'''),
+    ('002 index todos by user', 'CREATE INDEX todos_by_user ON todos (user_id, id)'),
+    ('003 index todos by key', '''
+        CREATE UNIQUE INDEX todos_by_key ON todos (user_id, key) WHERE key IS NOT NULL'''),
+    ('004 create lists', '''
+        CREATE TABLE lists (                                 -- counts that need no counting
+            user_id     TEXT PRIMARY KEY,
+            active      INTEGER NOT NULL,
+            completed   INTEGER NOT NULL,
+            version     INTEGER NOT NULL                     -- grows with every change
+        )'''),
+    ('007 index todos by key first', '''
+        CREATE UNIQUE INDEX todos_by_key_first ON todos (key, user_id) WHERE key IS NOT NULL'''),
+    ('008 drop index by user and key', 'DROP INDEX todos_by_key'),
+]
+app_settings(
+    Setting('MAX_TITLE_CHARS', '500', 'longest title, characters', whole_number(1, 10_000)),
+    Setting('MAX_TODOS', '10000', 'most todos of one user', whole_number(1, 1_000_000)),
+)
+
+FILTERS = ('all', 'active', 'completed')
+BROADCAST_ROWS = 50         # a change of more rows is told as "load the page again"
+NOT_TEXT = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')      # controls, lone surrogates
+# Spaces, and marks that show nothing. (To isprintable(), the newest emoji are not printable.)
+BLANK = re.compile(r'[\s\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f'
+                   r'\ufe00-\ufe0f\ufeff]*')
+
+SELECT_TODOS = 'SELECT id, title, completed, version FROM todos WHERE user_id = ?'
+# The version is that of the list after COUNT_CHANGE, which comes next. Nothing returns if the user
+# has a todo of that key.
+INSERT_TODO = '''
+    INSERT INTO todos (user_id, title, version, key, created_at)
+    VALUES (:user, :title, coalesce((SELECT version FROM lists WHERE user_id = :user), 0) + 1, :key,
+            now_s())
+    ON CONFLICT (user_id, key) WHERE key IS NOT NULL DO NOTHING
+    RETURNING id'''
+COUNT_CHANGE = '''
+    INSERT INTO lists (user_id, active, completed, version) VALUES (?, ?, ?, 1)
+    ON CONFLICT (user_id) DO UPDATE SET active = lists.active + excluded.active,
+        completed = lists.completed + excluded.completed, version = lists.version + 1
+    RETURNING active, completed, version'''
 MISCOUNTED_LISTS = '''
     SELECT todos.user_id, count(*), coalesce(lists.active + lists.completed, 0)
     FROM todos LEFT JOIN lists ON lists.user_id = todos.user_id GROUP BY todos.user_id
-    HAVING count(*) <> coalesce(lists.active + lists.completed, 0) OR sum(todos.completed) <> lists.completed'''
-STUCK_JOBS = '''
-    SELECT id, name FROM jobs WHERE due_at IS NULL AND failed_at IS NULL
-    AND NOT EXISTS (SELECT 1 FROM jobs AS head WHERE head.order_key = jobs.order_key AND head.id < jobs.id
-                    AND head.failed_at IS NULL)'''
+    HAVING count(*) <> coalesce(lists.active + lists.completed, 0)
+        OR sum(todos.completed) <> lists.completed'''
 
 
-def read_only(path):
-    """A plain connection that can't write. Raises StorageError."""
-    if not os.path.exists(path):
-        raise StorageError(f'{path} does not exist')
-    return sqlite3.connect(f'file:{urllib.parse.quote(os.path.abspath(path))}?mode=ro', uri=True, timeout=BUSY_SECONDS)
+class TitleError(AppError):
+    """A title that can't be kept."""
+    status = 422
 
 
-def refuse_damage(role, path):
-    """Raises StorageError or MigrationError unless the file is whole and this todol can open it."""
+class LimitError(AppError):
+    """The list is full."""
+    status = 422
+
+
+class Todo(typing.NamedTuple):
+    """A row of the list."""
+    id: int
+    title: str
+    completed: bool
+    version: int            # of the list when this row last changed
+
+
+class Totals(typing.NamedTuple):
+    """How many todos of each kind a list has, and its version."""
+    active: int
+    completed: int
+    version: int
+
+
+def clean_title(title):
+    """The title as it is kept: trimmed, tabs and line ends as spaces; '' for a blank one. Raises
+    TitleError."""
+    if not isinstance(title, str):
+        raise TitleError(f'a title must be text, not {type(title).__name__}')
+    title = re.sub(r'\r\n|[\t\r\n]', ' ', title).strip()
+    if len(title) > settings.max_title_chars:
+        raise TitleError(f'That title has {len(title):,} characters; at most '
+                         f'{settings.max_title_chars:,} fit.')
+    stranger = NOT_TEXT.search(title)
+    if stranger:
+        raise TitleError(f'That title has a character that is not text: '
+                         f'U+{ord(stranger[0]):04X}.')
+    return '' if BLANK.fullmatch(title) else title
+
+
+def new_key():
+    """An idempotency key for a todo: milliseconds since 1970, and what nobody else has."""
+    return f'{time.time_ns() // 10**6}-{secrets.token_urlsafe(9)}'
+
+
+@app_db.transaction
+def create_todo(user, title, key=None):
+    """Add a todo at the end of the user's list, and give it. Raises TitleError, LimitError.
+
+    key: an idempotency key of the client's choice: the same key and title again give the same todo.
+    """
+    title = clean_title(title)
+    if not title:
+        raise TitleError('A todo needs a title.')
+    if key:
+        digest = hashlib.sha256(f'{key}\0{title}'.encode()).hexdigest()
+        key = f'{key[:16]} {digest[:24]}'       # in the order of the given ones
+    rows = app_db.execute(INSERT_TODO, {'user': user, 'title': title, 'key': key or None})
+    if not rows:
+        (id,), = app_db.execute('SELECT id FROM todos WHERE user_id = ? AND key = ?', (user, key))
+        return find_todo(user, id)
+    (id,), = rows
+    totals = _changed(user, [id], active=1)
+    if totals.active + totals.completed > settings.max_todos:
+        raise LimitError(f'The list is full: it has {settings.max_todos:,} todos. Clear some '
+                         f'first.')
+    return Todo(id, title, False, totals.version)
+
+
+@app_db.transaction
+def update_todo(user, id, title=None, completed=None):
+    """Rename a todo, or set whether it is completed, and give it; None if an empty title deleted
+    it. Raises NotFound, TitleError."""
+    todo = find_todo(user, id)
+    new_title = todo.title if title is None else clean_title(title)
+    if not new_title:
+        return delete_todo(user, id)
+    done = todo.completed if completed is None else completed
+    if (new_title, done) == (todo.title, todo.completed):
+        return todo
+    version = count_todos(user).version + 1
+    app_db.execute('UPDATE todos SET title = ?, completed = ?, version = ? WHERE id = ?',
+                   (new_title, int(done), version, id))
+    moved = int(done) - int(todo.completed)
+    _changed(user, [id], active=-moved, completed=moved)
+    return Todo(id, new_title, done, version)
+
+
+@app_db.transaction
+def toggle_todos(user, completed, ids=None):
+    """Set all todos of a user, or those of ids that are theirs, to completed or active. Gives the
+    ids that changed."""
+    version = count_todos(user).version + 1
+    if ids is None:
+        rows = app_db.execute('UPDATE todos SET completed = ?, version = ? '
+                              'WHERE user_id = ? AND completed <> ? RETURNING id',
+                              (int(completed), version, user, int(completed)))
+    else:
+        rows = []
+        for id in ids:
+            rows += app_db.execute('UPDATE todos SET completed = ?, version = ? '
+                                   'WHERE id = ? AND user_id = ? AND completed <> ? RETURNING id',
+                                   (int(completed), version, id, user, int(completed)))
+    if rows:
+        moved = len(rows) if completed else -len(rows)
+        _changed(user, [id for id, in rows], active=-moved, completed=moved)
+    return [id for id, in rows]
+
+
+@app_db.transaction
+def delete_todo(user, id):
+    """Delete a todo. Raises NotFound."""
+    todo = find_todo(user, id)
+    app_db.execute('DELETE FROM todos WHERE id = ?', (id,))
+    _changed(user, [id], active=-int(not todo.completed), completed=-int(todo.completed))
+
+
+@app_db.transaction
+def clear_completed(user):
+    """Delete the user's completed todos, and give their ids."""
+    ids = [id for id, in app_db.execute(
+               'DELETE FROM todos WHERE user_id = ? AND completed = 1 RETURNING id', (user,))]
+    if ids:
+        _changed(user, ids, completed=-len(ids))
+    return ids
+
+
+def find_todo(user, id):
+    """Raises NotFound, whether it does not exist or belongs to somebody else."""
+    rows = app_db.execute(f'{SELECT_TODOS} AND id = ?', (user, id))
+    if not rows:
+        raise NotFound('There is no such todo. It may have been removed in another tab.')
+    id, title, completed, version = rows[0]
+    return Todo(id, title, bool(completed), version)
+
+
+def list_todos(user, showing='all'):
+    """The user's todos of a filter, oldest first."""
+    if showing == 'all':
+        rows = app_db.execute(f'{SELECT_TODOS} ORDER BY id', (user,))
+    else:
+        rows = app_db.execute(f'{SELECT_TODOS} AND completed = ? ORDER BY id',
+                              (user, int(showing == 'completed')))
+    return [Todo(id, title, bool(completed), version) for id, title, completed, version in rows]
+
+
+def count_todos(user):
+    """The user's Totals."""
+    rows = app_db.execute('SELECT active, completed, version FROM lists WHERE user_id = ?',
+                          (user,))
+    return Totals(*rows[0]) if rows else Totals(0, 0, 0)
+
+
+def _changed(user, ids, active=0, completed=0):
+    """Count a change, have it told, and give the new Totals."""
+    totals, = app_db.execute(COUNT_CHANGE, (user, active, completed))
+    jobs.enqueue('broadcast_todos', {'user': user,
+                                     'ids': ids if len(ids) <= BROADCAST_ROWS else None})
+    return Totals(*totals)
+
+
+@check
+def miscounted_lists():
+    """Lists whose row of counts says something else than their todos."""
+    for user, counted, kept in app_db.execute(MISCOUNTED_LISTS):
+        yield f'the list of {user} has {counted} todos, its row in lists says {kept}'
+
+
+# === Templates ===========================================================================
+# The element names, class names and texts are those of the TodoMVC app template, so that anyone's
+# tests and styles for it fit.
+
+THEME_COLORS = ('#f9f6f1', '#181612')       # as --paper in the styles: light, dark
+
+TEMPLATES.update({
+    'layout': '''\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<title>{{title}}</title>
+<meta name="theme-color" content="{{colors[0]}}" media="(prefers-color-scheme: light)">
+<meta name="theme-color" content="{{colors[1]}}" media="(prefers-color-scheme: dark)">
+<meta name="turbo-refresh-method" content="morph">
+<meta name="turbo-refresh-scroll" content="preserve">
+<link rel="icon" href="{{asset('icon.svg')}}" type="image/svg+xml">
+<link rel="manifest" href="{{asset('manifest.webmanifest')}}">
+<link rel="stylesheet" href="{{asset('todol.css')}}">
+% if live:
+<script type="module" src="{{asset('live.js')}}"></script>
+<script type="module" src="{{asset('todol.js')}}"></script>
+% end
+</head>
+<body>
+{{!base}}</body>
+</html>
+''',
+    'page': '''\
+{{!source}}
+<main>
+<section class="todoapp" id="todoapp">
+<header class="header">
+<h1>todos</h1>
+<form class="new" action="/todos" method="post" id="new">
+<input type="hidden" name="key" value="{{key}}">
+<input type="hidden" name="showing" value="{{showing}}">
+<input type="text" class="new-todo" id="new-todo" name="title" value="{{text}}" \
+placeholder="What needs to be done?" aria-label="What needs to be done?" \
+aria-describedby="new-todo-error" autocomplete="off" enterkeyhint="done" dir="auto"\
+{{!'' if editing else ' autofocus'}}>
+<button type="submit" class="save">Add</button>
+<p class="error" id="new-todo-error" role="alert" data-turbo-permanent>{{error}}</p>
+</form>
+<p class="error" id="notice" role="alert" data-turbo-permanent></p>
+</header>
+<section class="main" aria-label="Todos">
+<form class="all" action="/todos" method="post" id="all">
+<input type="hidden" name="_method" value="PATCH">
+<input type="hidden" name="completed" value="0">
+{{!toggle_all}}\
+<label for="toggle-all">Mark all as complete</label>
+<button type="submit" class="save">Save</button>
+</form>
+<ul class="todo-list" id="todos" \
+data-showing="{{'active completed' if showing == 'all' else showing}}">
+{{!rows}}\
+</ul>
+</section>
+<footer class="footer">
+{{!count}}\
+{{!filters}}\
+<form class="clear" action="/todos/completed" method="post" id="clear">
+<input type="hidden" name="_method" value="DELETE">
+<button type="submit" class="clear-completed">Clear completed</button>
+</form>
+</footer>
+<p class="empty">All clear. What would you like to get done?</p>
+<p class="nothing">Nothing in this view.</p>
+</section>
+</main>
+<footer class="info">
+<p>Double-click to edit a todo</p>
+<p class="connection" id="connection" role="status" data-connection data-turbo-permanent \
+hidden></p>
+</footer>
+<p class="visually-hidden" id="announcer" role="status" data-turbo-permanent></p>
+''',
+    'todo': '''\
+<li id="todo_{{id}}"{{!' class="%s"' % state if state else ''}} data-version="{{version}}">
+<form action="/todos/{{id}}" method="post">
+<div class="view">
+<input type="hidden" name="completed" value="0">
+<input class="toggle" type="checkbox" name="completed" value="1" \
+aria-labelledby="title_{{id}}"{{' checked' if completed else ''}}>
+<label id="title_{{id}}" dir="auto">{{title}}</label>
+<button type="submit" class="save" name="_method" value="PATCH">Save</button>
+<a class="rename" href="/todos/{{id}}/edit" aria-label="Edit {{title}}"></a>
+<button type="submit" class="destroy" name="_method" value="DELETE" \
+aria-label="Remove {{title}}"></button>
+</div>
+</form>
+% if editing:
+<form class="editor" action="/todos/{{id}}" method="post">
+<input type="hidden" name="_method" value="PATCH">
+<input type="hidden" name="showing" value="{{showing}}">
+<input type="text" class="edit" name="title" value="{{text}}" aria-label="Edit {{title}}" \
+aria-describedby="edit-error" autocomplete="off" enterkeyhint="done" dir="auto" autofocus>
+<button type="submit" class="save">Save</button>
+<p class="error" id="edit-error" role="alert">{{error}}</p>
+</form>
+% end
+</li>
+''',
+    'filters': '''\
+<ul class="filters">
+% for name, path in paths.items():
+<li><a href="{{path}}" data-visit\
+{{!' class="selected" aria-current="page"' if name == showing else ''}}>\
+{{name.capitalize()}}</a></li>
+% end
+</ul>
+''',
+    'count': '''\
+<span class="todo-count" id="todo-count" data-active="{{active}}" data-completed="{{completed}}" \
+data-version="{{version}}"><strong>{{active}}</strong> \
+{{'item' if active == 1 else 'items'}} left</span>
+''',
+    'toggle_all': '''\
+<input class="toggle-all" id="toggle-all" type="checkbox" name="completed" value="1" \
+data-version="{{version}}"{{' checked' if completed and not active else ''}}>
+''',
+    # Turbo Streams. The targets say what a tab shows, so that one message is right for every
+    # filter. Where the row is missing, an empty one comes first, which the last stream fills: so
+    # the row is sent once.
+    'put_todo': '''\
+<turbo-stream action="remove" targets="#todos:not([data-showing~={{state}}]) > #todo_{{id}}" \
+data-row="todo_{{id}}" data-version="{{version}}"></turbo-stream>
+<turbo-stream action="append" \
+targets="#todos[data-showing~={{state}}]:not(:has(> #todo_{{id}}))"><template>\
+<li id="todo_{{id}}" data-version="{{version}}"></li></template></turbo-stream>
+<turbo-stream action="replace" method="morph" \
+targets="#todos[data-showing~={{state}}] > #todo_{{id}}"><template>{{!row}}</template>\
+</turbo-stream>
+''',
+    'error': '''\
+% rebase('layout', title=f'{status} · todol', live=False)
+<main><section class="todoapp message">
+<h1>{{status}}</h1>
+<p>{{message}}</p>
+% if details:
+<pre>{{details}}</pre>
+% end
+<p><a href="/">Back to the list</a></p>
+</section></main>
+''',
+})
+Template.defaults['colors'] = THEME_COLORS
+
+
+def render_page(user, showing, todos, totals, editing=None, text='', error=''):
+    """The list. editing: the id of the todo in whose place a form stands; text and error belong to
+    that form, or else to the field for a new todo."""
+    rows = ''.join([render_todo(todo) if todo.id != editing else
+                    render_editor(todo, showing, text, error) for todo in todos])
+    if editing:
+        text = error = ''
+    body = render('page', showing=showing, rows=rows, totals=totals, key=new_key(), editing=editing,
+                  text=text, error=error, source=stream_source(todos_stream(user)),
+                  count=render_count(totals), toggle_all=render_toggle_all(totals),
+                  filters=render_filters(showing))
+    before, after = layout(f'{totals.active} left · todol' if totals.active else 'todol')
+    return f'{before}{body}{after}'
+
+
+@functools.lru_cache(256)
+def layout(title):
+    """What stands before and after the body of a live page."""
+    return render('layout', title=title, live=True, base='\0').split('\0')
+
+
+@functools.lru_cache(2048)      # a row is a function of the todo alone
+def render_todo(todo):
+    return render('todo', **todo._asdict(), state='completed' if todo.completed else '',
+                  editing=False)
+
+
+def render_editor(todo, showing, text, error=''):
+    """The row with the form that renames it. showing: the filter to go back to."""
+    return render('todo', **todo._asdict(), editing=True, showing=showing, text=text, error=error,
+                  state='completed editing' if todo.completed else 'editing')
+
+
+@functools.lru_cache(256)
+def render_put(todo):
+    """The streams that show a todo as it is now, wherever it belongs."""
+    return render('put_todo', id=todo.id, version=todo.version, row=render_todo(todo),
+                  state='completed' if todo.completed else 'active')
+
+
+@functools.lru_cache(256)       # the answer to a change, its broadcast and a page show the same
+def render_count(totals):
+    return render('count', **totals._asdict())
+
+
+@functools.lru_cache(256)
+def render_toggle_all(totals):
+    return render('toggle_all', **totals._asdict())
+
+
+@functools.cache
+def render_filters(showing):
+    return render('filters', showing=showing, paths=PATHS)
+
+
+@functools.lru_cache(256)
+def render_totals(totals):
+    """The streams that bring the counter and the toggle-all box in step."""
+    return (turbo_stream('replace', 'todo-count', render_count(totals), morph=True) +
+            turbo_stream('replace', 'toggle-all', render_toggle_all(totals), morph=True))
+
+
+# === Broadcasts: a change, told to the user's tabs =======================================
+# Rendered in the job, from the state at that moment: a message may come twice or stand for several
+# changes, and what a tab shows still ends up as the database has it. The acting tab gets the same
+# streams as its answer.
+
+def todos_stream(user):
+    """The name of the stream that a user's tabs listen to."""
+    return private_stream(user, 'todos')
+
+
+def render_changes(user, ids):
+    """Turbo Streams that bring a tab in step with the todos of these ids; ids None: with
+    everything."""
+    if ids is None:
+        return REFRESH
+    streams = []
+    for id in ids:
+        try:
+            streams.append(render_put(find_todo(user, id)))
+        except NotFound:
+            streams.append(turbo_stream('remove', f'todo_{id}'))
+    return ''.join(streams) + render_totals(count_todos(user))
+
+
+@jobs.task(queue='urgent', retry_seconds=0.5, batch=True)
+def broadcast_todos(changes):
+    """changes: dicts of a user, and the ids of the todos that changed, or None for too many. What
+    changed of one user goes out together, in messages of at most BROADCAST_ROWS todos."""
+    changed, messages = {}, []
+    for change in changes:
+        changed.setdefault(change['user'], []).extend(change['ids'] or [None])
+    for user, ids in changed.items():
+        ids = list(dict.fromkeys(ids))
+        parts = [None] if None in ids else [ids[at:at + BROADCAST_ROWS]
+                                            for at in range(0, len(ids), BROADCAST_ROWS)]
+        messages += [(todos_stream(user), functools.partial(render_changes, user, part))
+                     for part in parts]
+    cable.broadcast_all(messages)
+
+
+# === Routes: one function for each request ===============================================
+# Forms work without script, with _method for what they can't say.
+
+ID = '<id:re:[0-9]{1,18}>'          # within SQLite's 64 bits
+PATHS = {'all': '/', 'active': '/active', 'completed': '/completed'}
+
+
+@app.get([*PATHS.values()])
+def show_list():
+    """The list through a filter."""
+    user, showing = current_user(), bottle.request.path[1:] or 'all'
+    todos, totals = list_todos(user, showing), count_todos(user)
+    if wanted() == 'json':
+        return as_json({'showing': showing, 'active': totals.active,
+                        'completed': totals.completed, 'todos': [public(todo) for todo in todos]})
+    return render_page(user, showing, todos, totals)
+
+
+@app.post('/todos')
+def create():
+    """Create a todo: title, and key against doing it twice."""
+    user, form = current_user(), fields()
+    title, key = form.get('title', ''), form.get('key')
+    if key is not None and not re.fullmatch(r'[\w.:-]{0,100}', str(key), re.ASCII):
+        raise InvalidField('key must be up to 100 letters, digits or any of . : - _')
     try:
-        Database(role).examine(path)
-        with contextlib.closing(read_only(path)) as connection:
-            (result,), = connection.execute('PRAGMA integrity_check(1)')
-    except (sqlite3.Error, OSError) as error:
-        result = str(error)
-    if result != 'ok':
-        raise StorageError(f'{path} is damaged: {result}')
+        todo = create_todo(user, title, str(key or ''))
+    except (TitleError, LimitError) as error:
+        return invalid(error, 'new-todo-error', user, text=title)
+    return changed(user, [todo.id], public(todo), status=201)
 
 
-# === Styles: values, then meanings, then rules ========================================================================
-# Served as it stands at /assets/todol-<digest>.css, read by nothing but asset_bytes().
+@app.get(f'/todos/{ID}/edit')
+def edit(id):
+    """The form that renames a todo, in the place of its row."""
+    user = current_user()
+    with shown_as_gone(id):
+        todo = find_todo(user, int(id))
+    if wanted() == 'html':
+        return page_with(user, editing=todo.id, text=todo.title)
+    return respond(lambda: turbo_stream('replace', f'todo_{todo.id}', render_editor(
+        todo, came_from(), todo.title)), public(todo))
 
-STYLES = r'''
+
+@app.patch(f'/todos/{ID}')
+def update(id):
+    """Rename a todo (title), or set whether it is done (completed), or both."""
+    user, form = current_user(), fields()
+    if form.get('title') is None and 'completed' not in form:
+        raise InvalidField('give a title, or completed, or both')
+    completed = flag(form, 'completed') if 'completed' in form else None
+    try:
+        with shown_as_gone(id):
+            todo = update_todo(user, int(id), form.get('title'), completed)
+    except TitleError as error:
+        return invalid(error, 'edit-error', user, editing=int(id), text=form['title'])
+    return changed(user, [int(id)], public(todo) if todo else {})
+
+
+@app.delete(f'/todos/{ID}')
+def delete(id):
+    """Delete a todo."""
+    user = current_user()
+    fields()            # a body that is none is refused before anything is done
+    with shown_as_gone(id):
+        delete_todo(user, int(id))
+    return changed(user, [int(id)], {})
+
+
+@app.patch('/todos')
+def toggle_all():
+    """Set many todos, those of ids[] or else all, to completed or not."""
+    user, form = current_user(), fields()
+    ids = form.get('ids[]', form.get('ids'))
+    if ids is not None:
+        if not isinstance(ids, list) or not all(re.fullmatch('[0-9]{1,18}', str(id))
+                                                for id in ids):
+            raise InvalidField('ids must be a list of todo ids')
+        ids = [int(id) for id in ids]
+    ids = toggle_todos(user, flag(form, 'completed'), ids)
+    return changed(user, ids, {'ids': ids})
+
+
+@app.delete('/todos/completed')
+def clear():
+    """Delete the completed todos."""
+    user = current_user()
+    fields()
+    ids = clear_completed(user)
+    return changed(user, ids, {'ids': ids})
+
+
+def flag(form, name):
+    """A field that is 0 or 1, or true or false in JSON. Raises InvalidField."""
+    value = form.get(name)
+    if value in ('0', '1', 0, 1):       # in Python, true is 1
+        return value in ('1', 1)
+    raise InvalidField(f'{name} must be 0 or 1, not {str(value)[:50]!r}')
+
+
+def public(todo):
+    """What programs get to see of a todo."""
+    return {'id': todo.id, 'title': todo.title, 'completed': todo.completed}
+
+
+def changed(user, ids, data, status=200):
+    """The answer to a change of the todos of these ids."""
+    return respond(lambda: render_changes(user, ids if len(ids) <= BROADCAST_ROWS else None), data,
+                   PATHS[came_from()], status)
+
+
+@contextlib.contextmanager
+def shown_as_gone(id):
+    """The tab that asks for a todo that is not there removes it."""
+    try:
+        yield
+    except NotFound as error:
+        error.streams = turbo_stream('remove', f'todo_{id}')
+        raise
+
+
+def came_from():
+    """The filter of the page that the request came from: a form that stands at another URL says it
+    itself."""
+    named = fields().get('showing')
+    if named in FILTERS:
+        return named
+    referer = re.match(r'https?://[^/?#]*([^?#]*)', bottle.request.get_header('Referer', ''))
+    return next((name for name, path in PATHS.items() if referer and path == referer[1]), 'all')
+
+
+def page_with(user, **values):
+    """The page that the request came from, with something in it."""
+    showing = came_from()
+    todos = list_todos(user, showing)
+    if values.get('editing') and values['editing'] not in {todo.id for todo in todos}:
+        showing, todos = 'all', list_todos(user)
+    return render_page(user, showing, todos, count_todos(user), **values)
+
+
+def invalid(error, target, user, **values):
+    """The answer to a title that can't be kept: the message at its field, the typed text kept."""
+    error.target = target
+    if wanted() != 'html':
+        raise error
+    bottle.response.status = error.status
+    return page_with(user, error=str(error), **values)
+
+
+# === Styles: values, then meanings, then rules ===========================================
+
+add_asset('todol.css', r'''
 :root {
   color-scheme: light dark;
   --pencil: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 20 20'%3E%3Cpath d='M2 14v4h4L15 9l-4-4zM16 8l-4-4 2-2 4 4z'/%3E%3C/svg%3E");
-  --plus: linear-gradient(currentColor 0 0) center / 2px 16px no-repeat, linear-gradient(currentColor 0 0) center / 16px 2px no-repeat;
+  --plus: linear-gradient(currentColor 0 0) center / 2px 16px no-repeat,
+    linear-gradient(currentColor 0 0) center / 16px 2px no-repeat;
   --text: clamp(1.0625rem, 1rem + .3vw, 1.1875rem);
   --row: calc(1.45 * var(--text) + 1.3rem);
   --quick: 150ms ease-out;
 
-  --paper: light-dark(oklch(97.5% .008 85), oklch(20% .008 85));
+  --paper: light-dark(#f9f6f1, #181612);
   --field: light-dark(oklch(99.5% .008 85), oklch(25% .008 85));
   --ink: light-dark(oklch(27% .008 85), oklch(90% .008 85));
   --done: light-dark(oklch(49% .008 85), oklch(73% .008 85));
@@ -3990,35 +5724,66 @@ STYLES = r'''
 
 *, ::before, ::after { box-sizing: border-box; min-width: 0; min-height: 0; margin: 0; }
 [hidden], .error:empty { display: none !important; }
-body { background: var(--paper); color: var(--ink); font: var(--text)/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
-main, .info { max-width: 36rem; margin: auto; padding: 0 max(.75rem, env(safe-area-inset-left)); }
+body {
+  background: var(--paper); color: var(--ink);
+  font: var(--text)/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
+}
+main, .info {
+  max-width: 36rem; margin: auto; padding: 0 max(.75rem, env(safe-area-inset-left));
+}
 main { padding-top: 7vh; }
 ul { padding: 0; list-style: none; }
 input, button { padding: 0; border: 0; background: none; color: inherit; font: inherit; }
 button, .toggle, .toggle-all { cursor: pointer; }
 :disabled { pointer-events: none; }
 button:hover, .filters a:hover { text-decoration: underline; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: -3px; border-radius: 10px; }
+:focus-visible {
+  outline: 2px solid var(--accent); outline-offset: -3px; border-radius: 10px;
+}
 a, .save, .clear-completed, .new::before { color: var(--accent); }
-::placeholder, .all, .completed label, .rename, .destroy, .footer, .empty, .nothing, .info { color: var(--done); opacity: 1; }
-.all, .error, .save, .footer, .info { font-size: .875rem; font-variant-numeric: tabular-nums; }
+::placeholder, .all, .completed label, .rename, .destroy, .footer, .empty, .nothing, .info {
+  color: var(--done); opacity: 1;
+}
+.all, .error, .save, .footer, .info {
+  font-size: .875rem; font-variant-numeric: tabular-nums;
+}
 .error { grid-column: 1 / -1; padding: .5rem 0 0 48px; color: var(--danger); }
-.visually-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.visually-hidden {
+  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap;
+}
 .todoapp, .new, .all, li, .view, .editor, .toggle, .toggle-all, .footer { display: grid; }
 .new, .all, .editor, .footer { grid-template-columns: 1fr auto; align-items: center; }
 
 /* Entry */
-h1 { margin: 0 0 1rem 48px; font-size: clamp(2.25rem, 7vw, 3rem); font-weight: 300; line-height: 1.1; letter-spacing: -.025em; }
+h1 {
+  margin: 0 0 1rem 48px; font-size: clamp(2.25rem, 7vw, 3rem); font-weight: 300;
+  line-height: 1.1; letter-spacing: -.025em;
+}
 .new { position: relative; margin-bottom: .75rem; }
-.new::before { content: ""; position: absolute; top: 0; width: 48px; height: 3.5rem; background: var(--plus); }
-.new-todo { height: 3.5rem; padding: 0 1rem 0 47px; border: 1px solid var(--edge); border-radius: 14px; background: var(--field); }
-.new-todo:focus { border-radius: 14px; outline-offset: -1px; box-shadow: 0 0 0 5px var(--tint); }
-.save { height: 36px; margin-left: .5rem; padding: 0 .75rem; border: 1px solid var(--edge); border-radius: 10px; }
+.new::before {
+  content: ""; position: absolute; top: 0; width: 48px; height: 3.5rem;
+  background: var(--plus);
+}
+.new-todo {
+  height: 3.5rem; padding: 0 1rem 0 47px; border: 1px solid var(--edge);
+  border-radius: 14px; background: var(--field);
+}
+.new-todo:focus {
+  border-radius: 14px; outline-offset: -1px; box-shadow: 0 0 0 5px var(--tint);
+}
+.save {
+  height: 36px; margin-left: .5rem; padding: 0 .75rem; border: 1px solid var(--edge);
+  border-radius: 10px;
+}
 @media (scripting: enabled) { .save { display: none; } }
 
 /* Rows */
 .all { grid-template-columns: 48px 1fr auto; }
-.todo-list li { grid-template-rows: 1fr; border-top: 1px solid var(--line); transition: var(--quick); transition-property: grid-template-rows, opacity; }
+.todo-list li {
+  grid-template-rows: 1fr; border-top: 1px solid var(--line); transition: var(--quick);
+  transition-property: grid-template-rows, opacity;
+}
 .todo-list form { grid-area: 1 / 1; overflow: clip; }
 .view { grid-template-columns: 48px 1fr auto 40px 40px; }
 .view label, .edit { padding: .65rem 0; }
@@ -4026,7 +5791,10 @@ h1 { margin: 0 0 1rem 48px; font-size: clamp(2.25rem, 7vw, 3rem); font-weight: 3
 .view .save { grid-column: 3; align-self: center; }
 .rename, .destroy { grid-column: 4; height: var(--row); }
 .destroy { grid-column: 5; }
-:is(.rename, .destroy)::before { content: ""; display: block; height: 100%; background: currentColor; mask: var(--pencil) center / 16px no-repeat; }
+:is(.rename, .destroy)::before {
+  content: ""; display: block; height: 100%; background: currentColor;
+  mask: var(--pencil) center / 16px no-repeat;
+}
 .destroy::before { background: var(--plus); mask: none; rotate: 45deg; }
 .rename:hover, .destroy:hover { color: var(--accent); }
 @media (hover: hover) and (scripting: enabled) {
@@ -4035,8 +5803,16 @@ h1 { margin: 0 0 1rem 48px; font-size: clamp(2.25rem, 7vw, 3rem); font-weight: 3
 
 .toggle, .toggle-all {
   appearance: none; place-items: center; width: 48px; height: var(--row);
-  &::before, &::after { content: ""; grid-area: 1 / 1; width: 24px; height: 24px; border: 1.5px var(--box, solid) var(--edge); border-radius: 8px; background: var(--field); transition: var(--quick); }
-  &::after { width: 8px; height: 14px; border: solid var(--accent); border-width: 0 2.5px 2.5px 0; border-radius: 0; background: none; transform: translateY(-2px) rotate(45deg); clip-path: inset(100% 100% 0 0); }
+  &::before, &::after {
+    content: ""; grid-area: 1 / 1; width: 24px; height: 24px;
+    border: 1.5px var(--box, solid) var(--edge); border-radius: 8px;
+    background: var(--field); transition: var(--quick);
+  }
+  &::after {
+    width: 8px; height: 14px; border: solid var(--accent);
+    border-width: 0 2.5px 2.5px 0; border-radius: 0; background: none;
+    transform: translateY(-2px) rotate(45deg); clip-path: inset(100% 100% 0 0);
+  }
   &:hover::before { border-color: var(--accent); }
   &:checked::before { border-color: var(--tint); background: var(--tint); }
   &:checked::after { clip-path: inset(0); }
@@ -4044,7 +5820,10 @@ h1 { margin: 0 0 1rem 48px; font-size: clamp(2.25rem, 7vw, 3rem); font-weight: 3
 .toggle-all { height: 44px; &::before, &::after { scale: .75; } }
 
 /* The editor lies on the row, text upon text. */
-.editing { border-radius: 10px; background: var(--field); outline: 2px solid var(--accent); outline-offset: -2px; }
+.editing {
+  border-radius: 10px; background: var(--field); outline: 2px solid var(--accent);
+  outline-offset: -2px;
+}
 .editing .view { visibility: hidden; }
 .editor { grid-template-columns: 1fr 72px; align-self: start; padding: 0 8px 0 48px; }
 .edit:focus { outline: 0; }
@@ -4061,25 +5840,42 @@ h1 { margin: 0 0 1rem 48px; font-size: clamp(2.25rem, 7vw, 3rem); font-weight: 3
 @keyframes leave { to { grid-template-rows: 0fr; opacity: 0; } }
 /* Not the rows of the page */
 @starting-style {
-  :has([data-state="live"]) .todo-list li:not(.editing, .pending) { grid-template-rows: 0fr; opacity: 0; }
+  :has([data-state="live"]) .todo-list li:not(.editing, .pending) {
+    grid-template-rows: 0fr; opacity: 0;
+  }
 }
 
 /* Small print */
-.footer { order: 1; grid-template: "count filters clear" 44px / 1fr auto 1fr; padding: .5rem 0 0 12px; border-top: 1px solid var(--line); }
+.footer {
+  order: 1; grid-template: "count filters clear" 44px / 1fr auto 1fr;
+  padding: .5rem 0 0 12px; border-top: 1px solid var(--line);
+}
 strong { color: var(--ink); }
 .filters { grid-area: filters; display: flex; justify-content: center; }
-.filters a { display: block; padding: 12px .75rem; color: inherit; text-decoration: none; text-underline-offset: .5em; }
+.filters a {
+  display: block; padding: 12px .75rem; color: inherit; text-decoration: none;
+  text-underline-offset: .5em;
+}
 .filters .selected { color: var(--ink); text-decoration: underline 2px var(--accent); }
 .clear { grid-area: clear; justify-self: end; }
 .clear-completed { height: 44px; }
 .empty, .nothing { padding: 2.5rem 1rem; text-align: center; }
-.info { display: flex; flex-wrap: wrap; justify-content: center; gap: 0 2rem; padding-block: 1.5rem 5rem; }
+.info {
+  display: flex; flex-wrap: wrap; justify-content: center; gap: 0 2rem;
+  padding-block: 1.5rem 5rem;
+}
 .connection::before { content: "● " / ""; }
-.connection:not([data-state="live"]) { position: fixed; bottom: calc(1rem + env(safe-area-inset-bottom)); padding: .5rem 1rem; border: 1px solid var(--edge); border-radius: 2em; background: var(--field); color: var(--ink); }
+.connection:not([data-state="live"]) {
+  position: fixed; bottom: calc(1rem + env(safe-area-inset-bottom));
+  padding: .5rem 1rem; border: 1px solid var(--edge); border-radius: 2em;
+  background: var(--field); color: var(--ink);
+}
 [data-state="offline"]::before { color: var(--danger); }
 .message p { margin: 0 0 .5rem 48px; }
 
-.empty, :has(#todos li:not(.pending), [data-showing~="active"] li) > .nothing { display: none; }
+.empty, :has(#todos li:not(.pending), [data-showing~="active"] li) > .nothing {
+  display: none;
+}
 .todoapp:not(:has(.pending, .todo-count:not([data-active="0"][data-completed="0"]))) {
   .main, .footer, .nothing { display: none; }
   .empty { display: block; }
@@ -4092,251 +5888,59 @@ strong { color: var(--ink); }
 }
 @media (hover: none), (scripting: none) { .info p:first-child { display: none; } }
 @media (forced-colors: active) {
-  .toggle, .toggle-all { appearance: auto; width: 24px; margin: 0 12px; &::before, &::after { display: none; } }
+  .toggle, .toggle-all {
+    appearance: auto; width: 24px; margin: 0 12px;
+    &::before, &::after { display: none; }
+  }
   .rename::before, .destroy::before { forced-color-adjust: none; }
 }
 @media not (prefers-reduced-motion) { @view-transition { navigation: auto; } }
 ::view-transition-group(root) { animation-duration: 150ms; }
 /* Not none: the script waits for the end. */
-@media (prefers-reduced-motion), print { *, ::before, ::after { animation-duration: 1ms !important; transition: none !important; } }
+@media (prefers-reduced-motion), print {
+  *, ::before, ::after { animation-duration: 1ms !important; transition: none !important; }
+}
 @media print {
   :root { color-scheme: light; --paper: #fff; }
   .new, .all, .filters, .clear, .info, .view > :not(input, label) { display: none; }
 }
-'''
-
-ICON = '''
+''', 'text/css; charset=UTF-8')
+ICON = r'''
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="4.5" fill="#2c55b8"/><path d="m4 8.6 2.8 2.8L12.2 5" fill="none" stroke="#fff" stroke-width="2.2" stroke-linecap="round" stroke-linejoin="round"/></svg>
 '''
+add_asset('icon.svg', ICON.strip(), 'image/svg+xml')
+add_asset('manifest.webmanifest', lambda: json.dumps({
+    'name': 'todol', 'start_url': '/', 'display': 'standalone', 'theme_color': THEME_COLORS[0],
+    'background_color': THEME_COLORS[0], 'icons': [
+        {'src': asset_path('icon.svg'), 'type': 'image/svg+xml', 'sizes': 'any'}]}),
+    'application/manifest+json')
 
 
-# === Scripts: the browser's side ======================================================================================
-# Served as it stands at /assets/todol-<digest>.js. It needs no build and no network but this server.
+# === Script: todos on top of the live script =============================================
 
-SCRIPTS = r'''
-// Forms by fetch, Turbo Streams, the cable, editing in place. Beside the real Turbo, which then defines the elements.
-const TURBO_STREAM = 'text/vnd.turbo-stream.html';
-const HIDDEN_MS = 60_000, STALE_MS = 8_000, ANSWER_MS = 20_000;
-const $ = (selector, root = document) => root.querySelector(selector);
-const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
-const byId = id => document.getElementById(id);
-const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
+add_asset('todol.js', r'''
+// The todo list, on top of live.js: rows that don't wait for an answer, editing in
+// place, focus, order, what is said.
+const { $, $$, byId, wait, onClick, visit, change, changes, morph, hooks } = globalThis.live;
+if (location.pathname.endsWith('/edit')) history.replaceState(null, '', '/');
 
-// Versions: what a newer message has shown, an older one must not undo. Ids of the database are never used again, so
-// what was removed by its id stays away.
-const versions = new Map();
-const known = id => versions.get(id) ?? Number(byId(id)?.dataset.version ?? -1);
-function outdated(id, version) {
-  if (!id || version === undefined) return false;
-  if (version < known(id)) return true;
-  versions.set(id, Number(version));
-  return false;
-}
 // A row shows the change of it that is on its way, until the answer comes.
-const held = id => !!id && changes.some(({ row, all }) => row === id || all && byId(id)?.matches('#todos li:not(:empty), #toggle-all'));
-
-// Morph: make an element like another without replacing it, so that focus, typed text and clicks in flight survive.
-const ours = node => node?.nodeType === 3 ? !node.data.trim() : node?.matches('.editor, .gone, .leaving, .pending');
-function morph(from, to) {
-  if (from.nodeName !== to.nodeName) return from.replaceWith(to);
-  if (held(from.id) || from.matches('.error') || outdated(to.id, to.dataset.version)) return;
-  const editing = from.matches('.editing');
-  for (const { name } of [...from.attributes]) to.hasAttribute(name) || from.removeAttribute(name);
-  for (const { name, value } of to.attributes) from.getAttribute(name) === value || from.setAttribute(name, value);
-  if (editing) from.classList.add('editing');
-  if (from.type === 'checkbox') from.checked = to.checked;
-  const ids = new Set([...to.children].map(({ id }) => id));
-  for (const child of [...from.children]) if (child.id && !ids.has(child.id) && !ours(child)) leave(child);
-  let next = from.firstChild;
-  for (const child of [...to.childNodes].filter(node => !ours(node))) {
-    while (ours(next)) next = next.nextSibling;
-    const match = child.id ? byId(child.id) : next;
-    if (match?.parentNode !== from || match.nodeName !== child.nodeName || match.id !== child.id) {
-      held(child.id) || outdated(child.id, child.dataset?.version) || from.insertBefore(child, next);
-      continue;
-    }
-    if (match === next) next = next.nextSibling;
-    else from.insertBefore(match, next);
-    if (match.nodeType === 1) morph(match, child);
-    else if (match.data !== child.data) match.data = child.data;
-  }
-  while (next) {
-    const gone = next;
-    next = next.nextSibling;
-    ours(gone) || leave(gone);
-  }
-}
-
+hooks.held = id => changes.some(({ row, all }) =>
+  row === id || all && byId(id)?.matches('#todos li:not(:empty), #toggle-all'));
+hooks.ours = element => element.matches('.editor, .gone, .leaving, .pending');
+hooks.morphing = (from, to) => from.matches('.editing') && to.classList.add('editing');
+hooks.news = row => changes.length || row.matches('#todos > li') && row.classList.add('flash');
+addEventListener('animationend', ({ target }) => target.classList.remove('flash'));
+hooks.leave = leave;
 function leave(node) {
   if (!node.matches?.('#todos > li')) return node.remove();
-  if ($('.editor', node)) return node.classList.add('gone');      // the edit decides what becomes of it
+  if ($('.editor', node)) return node.classList.add('gone');    // the edit decides about it
   if (node.contains(document.activeElement)) focusBeside(node);
   node.removeAttribute('id');
   node.classList.add('leaving');
   node.inert = true;
-  Promise.allSettled(node.getAnimations({ subtree: true }).map(animation => animation.finished)).then(() => node.remove());
-}
-
-// Turbo Streams. Source: @hotwired/turbo 8, stream_actions.js
-const insert = (place, inside) => (target, content) => {
-  for (const { id } of content.children) {
-    const twin = id && byId(id);
-    if (twin?.parentNode === (inside ? target : target.parentNode)) twin.remove();
-  }
-  target[place](content);
-};
-const actions = {
-  append: insert('append', true),
-  prepend: insert('prepend', true),
-  before: insert('before'),
-  after: insert('after'),
-  remove: target => leave(target),
-  replace: (target, content, morphs) => morphs ? morph(target, content.firstElementChild) : target.replaceWith(content),
-  update(target, content, morphs) {
-    if (!morphs) return target.replaceChildren(content);
-    const copy = target.cloneNode(false);
-    copy.append(content);
-    morph(target, copy);
-  },
-};
-class StreamElement extends HTMLElement {
-  connectedCallback() {
-    const [action, target, targets] = ['action', 'target', 'targets'].map(name => this.getAttribute(name));
-    const content = $('template', this)?.content, first = content?.firstElementChild;
-    this.remove();
-    if (action === 'refresh') return visit();
-    const { row: id = first?.id, version = first?.dataset.version } = this.dataset;
-    if (action === 'remove' && target) versions.set(target, Infinity);
-    if (held(id) || outdated(id, version)) return;
-    const all = targets ? $$(targets) : [byId(target)];
-    for (const each of all) if (each) actions[action]?.(each, content?.cloneNode(true), this.getAttribute('method') === 'morph');
-  }
-}
-function renderStreams(html, flash) {
-  const fragment = document.createRange().createContextualFragment(html);
-  const news = $$('[data-row]', fragment).filter(({ dataset: { row, version } }) => version > known(row));
-  document.body.append(fragment);
-  if (flash && !changes.length) for (const { dataset } of news) byId(dataset.row)?.classList.add('flash');
-}
-
-// Visits: another filter, or the page again, morphed in. One that is older than what is shown is asked for again.
-// Of another epoch everything is news: the databases are new, and count from the start.
-const epochOf = source => source.dataset.since.split(':')[0];
-let visiting, epoch = epochOf($('#cable'));
-async function visit(url = location.href, push) {
-  const current = visiting = {};
-  let page;
-  try {
-    const answer = await fetch(url, { headers: { Accept: 'text/html' }, signal: AbortSignal.timeout(ANSWER_MS) });
-    if (answer.ok) page = new DOMParser().parseFromString(await answer.text(), 'text/html');
-  } catch { /* ask again */ }
-  if (visiting !== current) return;
-  const fresh = page && $('#cable', page);
-  if (page && epochOf(fresh) !== epoch) {
-    epoch = epochOf(fresh);
-    versions.clear();
-    for (const each of $$('[data-version]')) each.dataset.version = -1;
-  }
-  if (!page || outdated('todo-count', $('#todo-count', page).dataset.version)) return wait(1000).then(() => visiting === current && visit(url, push));
-  if (push) history.pushState(null, '', url);
-  morph($('#todoapp'), $('#todoapp', page));
-  morph($('#cable'), fresh);
-}
-addEventListener('popstate', () => visit());
-if (location.pathname.endsWith('/edit')) history.replaceState(null, '', '/');
-
-// Changes go to the server one after another, in their order. While it can't be reached they wait, over a reload too;
-// the key of a new todo makes sending it twice harmless. Its row is there at once, pending until the real one comes; a
-// page just loaded may have that, and draws none until it must wait.
-const changes = JSON.parse(sessionStorage.getItem('changes') ?? '[]'), drawn = new WeakMap();
-let delivering, waiting, wake = () => {};
-function change(entry) {
-  changes.push(entry);
-  keep();
-  deliver();
-}
-function keep() {
-  sessionStorage.setItem('changes', JSON.stringify(changes));
-  for (const entry of changes.filter(each => each.text && !each.before && !drawn.has(each))) {
-    $('#todos').insertAdjacentHTML('beforeend', `<li class="pending"><div class="view"><input class="toggle"
-      type="checkbox" disabled aria-hidden="true"><label dir="auto"></label></div></li>`);
-    drawn.set(entry, $('#todos').lastElementChild);
-    $('#todos > :last-child label').textContent = entry.text;
-  }
-  cable.show();
-}
-async function deliver() {
-  if (delivering) return;
-  delivering = true;
-  for (let pause = 500; changes.length;) {
-    const { path, body } = changes[0];
-    let answer, html;
-    try {
-      answer = await fetch(path, { method: 'POST', body: new URLSearchParams(body), headers: { Accept: TURBO_STREAM },
-        signal: AbortSignal.timeout(ANSWER_MS) });
-      html = await answer.text();
-    } catch { answer = null; }
-    if (!answer || [429, 502, 503, 504].includes(answer.status)) {
-      waiting = true;
-      keep();
-      const asked = 1000 * (answer?.headers.get('Retry-After') ?? 0);
-      await Promise.race([wait(asked || pause), new Promise(resolve => { wake = () => asked || resolve(); })]);
-      pause = Math.min(pause * 2, 15_000);
-      continue;
-    }
-    waiting = false;
-    pause = 500;
-    const done = changes.shift();
-    keep();
-    queueMicrotask(() => settle(done, answer, html));
-  }
-  delivering = false;
-}
-function settle(done, answer, html) {
-  const { row, text, before, all } = done;
-  const field = $('#new-todo'), element = before && answer.status !== 404 && byId(row);
-  if (!answer.ok && element) {
-    $('label', element).textContent = before;
-    edit(element, text);
-  } else if (!answer.ok && text) field.value = `${text} ${field.value}`.trim();     // nothing typed is lost
-  if (answer.headers.get('Content-Type')?.startsWith(TURBO_STREAM)) renderStreams(html);
-  if (answer.ok && text && !before) announce(`Added ${text}. `);
-  if (!answer.ok || all) visit();
-  queueMicrotask(() => drawn.get(done)?.closest('.pending')?.remove());     // unless it has become the real one
-}
-
-// Forms
-addEventListener('submit', event => {
-  const form = event.target;
-  if (!form.closest('#todoapp')) return;
-  event.preventDefault();
-  event.stopImmediatePropagation();
-  for (const error of $$('.error')) error.textContent = '';
-  if (form.matches('.editor')) return save(form, true);
-  const button = event.submitter, body = new FormData(form, button);
-  const entry = { path: form.getAttribute('action'), row: form.closest('li')?.id };
-  if (form.id === 'new') {
-    const field = $('#new-todo');
-    entry.text = field.value.trim().replaceAll('\t', ' ');
-    field.value = '';
-    if (!entry.text) return;
-    body.set('title', entry.text);
-    body.set('key', `${Date.now()}-${Math.random()}`);
-  }
-  if (form.id === 'all') {
-    entry.all = true;
-    for (const box of $$('#todos .toggle:enabled')) tick(box, $('#toggle-all').checked);
-  }
-  if (button?.matches('.destroy')) leave(form.closest('li'));
-  change({ ...entry, body: [...body] });
-}, true);
-addEventListener('change', ({ target }) => {
-  if (target.matches('.toggle')) tick(target, target.checked);
-  if (target.matches('.toggle, .toggle-all')) target.form.requestSubmit($('.save', target.form));
-});
-function tick(box, checked) {
-  box.checked = checked;
-  box.closest('li').classList.toggle('completed', checked);
+  const moves = node.getAnimations({ subtree: true }).map(({ finished }) => finished);
+  Promise.allSettled(moves).then(() => node.remove());
 }
 function focusBeside(row) {
   const rows = $$('#todos > :not(.leaving, .pending)');
@@ -4345,11 +5949,68 @@ function focusBeside(row) {
   (same ?? (beside ? $('.rename', beside) : $('#new-todo'))).focus();
 }
 
+// A new todo has its row at once, pending until the real one comes; a page just loaded
+// may have that, and draws none until it must wait.
+const drawn = new WeakMap();
+hooks.queued = () => {
+  for (const entry of changes.filter(each => each.text && !each.before && !drawn.has(each))) {
+    $('#todos').insertAdjacentHTML('beforeend', `<li class="pending"><div
+      class="view"><input class="toggle" type="checkbox" disabled aria-hidden="true"><label
+      dir="auto"></label></div></li>`);
+    drawn.set(entry, $('#todos').lastElementChild);
+    $('#todos > :last-child label').textContent = entry.text;
+  }
+};
+hooks.submitting = (form, entry, button) => {
+  for (const error of $$('.error')) error.textContent = '';
+  if (form.matches('.editor')) {
+    save(form, true);
+    return false;
+  }
+  const row = form.closest('li'), field = $('#new-todo');
+  entry.row = row?.id;
+  if (form.id === 'new') {
+    entry.text = field.value = field.value.trim().replaceAll('\t', ' ');
+    field.defaultValue = '';        // it may hold what was refused before the script came
+    return entry.text !== '';
+  }
+  if (form.id === 'all') {
+    entry.all = true;
+    for (const box of $$('#todos .toggle:enabled')) tick(box, $('#toggle-all').checked);
+  }
+  if (button?.matches('.destroy')) leave(row);
+};
+hooks.settled = (entry, answer) => {
+  const { row, text, before, all } = entry, element = answer.status !== 404 && byId(row);
+  if (!answer.ok && before) {
+    const field = $('#new-todo');
+    if (element) {
+      $('label', element).textContent = before;
+      edit(element, text);
+    } else field.value = `${text} ${field.value}`.trim();       // nothing typed is lost
+  }
+  if (answer.ok && text && !before) announce(`Added ${text}. `);
+  if (!answer.ok || all) visit();
+  // Once what is shown now has had its turn: then it is gone, or has become the real one.
+  wait(0).then(() => drawn.get(entry)?.closest('.pending')?.remove());
+};
+
+// Boxes
+addEventListener('change', ({ target }) => {
+  if (target.matches('.toggle')) tick(target, target.checked);
+  if (target.matches('.toggle, .toggle-all')) target.form.requestSubmit($('.save', target.form));
+});
+function tick(box, checked) {
+  box.checked = checked;
+  box.closest('li').classList.toggle('completed', checked);
+}
+
 // Editing in place: Enter or leaving the field saves, Escape does not
 function edit(row, text = $('label', row).textContent) {
   for (const open of $$('.editor')) save(open);
-  row.insertAdjacentHTML('beforeend', `<form class="editor"><input type="text" class="edit" dir="auto" autocomplete="off"
-    enterkeyhint="done" aria-describedby="edit-error"><p class="error" id="edit-error" role="alert"></p></form>`);
+  row.insertAdjacentHTML('beforeend', `<form class="editor" method="post"><input type="text"
+    class="edit" dir="auto" autocomplete="off" enterkeyhint="done" aria-describedby="edit-error">
+    <p class="error" id="edit-error" role="alert"></p></form>`);
   row.classList.add('editing');
   const field = $('.edit', row);
   field.setAttribute('aria-label', $('.rename', row).getAttribute('aria-label'));
@@ -4361,7 +6022,8 @@ function edit(row, text = $('label', row).textContent) {
 function save(form, refocus) {
   const row = form.closest('li'), label = $('label', row), before = label.textContent;
   const { value, defaultValue } = $('.edit', form), text = value.trim();
-  const path = $('form', row).getAttribute('action'), id = row.id, renamed = text !== defaultValue;
+  const path = $('form', row).getAttribute('action'), id = row.id;
+  const renamed = text !== defaultValue;
   if (renamed && text) label.textContent = text;
   close(form, refocus);
   if (renamed && !text) leave(row);
@@ -4369,24 +6031,21 @@ function save(form, refocus) {
 }
 function close(form, refocus) {
   const row = form.closest('li');
-  row.classList.remove('editing');        // first: removing the field blurs it
+  row.classList.remove('editing');      // first: removing the field blurs it
   form.remove();
   if (refocus) $('.rename', row).focus();
   if (row.matches('.gone')) leave(row);
 }
-addEventListener('dblclick', ({ target }) => target.matches('#todos label[id]') && edit(target.closest('li')));
-addEventListener('focusout', ({ target }) => target.matches('.editing .edit') && document.hasFocus() && save(target.form));
+addEventListener('dblclick', ({ target }) => {
+  if (target.matches('#todos label[id]')) edit(target.closest('li'));
+});
+addEventListener('focusout', ({ target }) => {
+  if (target.matches('.editing .edit') && document.hasFocus()) save(target.form);
+});
 addEventListener('keydown', ({ target, key, isComposing }) => {
   if (key === 'Escape' && !isComposing && target.matches('.edit')) close(target.form, true);
 });
-addEventListener('click', event => {
-  if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
-  const link = event.target.closest?.('.rename, .filters a');
-  if (!link) return;
-  event.preventDefault();
-  if (link.matches('.rename')) edit(link.closest('li'));
-  else visit(link.href, link.href !== location.href);
-});
+onClick('.rename', link => edit(link.closest('li')));
 
 // What follows from a change of the page: order, title, announcements
 const number = row => row?.id === undefined ? 0 : Number(row.id.slice(5)) || Infinity;
@@ -4403,15 +6062,18 @@ function announce(text) {
 new MutationObserver(records => {
   for (const { target, addedNodes } of records) {
     for (let row of target.id === 'todos' ? addedNodes : []) {
-      // With the answer, or the cable before it: the pending row whose turn it is becomes the row that has its title.
-      const pending = $('#todos > .pending');
-      if (pending && row.id && row.isConnected && $('label', row).textContent === pending.textContent) {
+      // With the answer, or the cable before it: the pending row whose turn it is becomes the
+      // row that has its title.
+      const pending = $('#todos > .pending'), title = pending?.textContent;
+      if (pending && row.id && row.isConnected && $('label', row)?.textContent === title) {
         row.remove();
         morph(pending, row);
         row = pending;
       }
       let before = row;
-      while (number(before.previousElementSibling) > number(row)) before = before.previousElementSibling;
+      while (number(before.previousElementSibling) > number(row)) {
+        before = before.previousElementSibling;
+      }
       if (before !== row) before.before(row);
     }
   }
@@ -4420,203 +6082,12 @@ new MutationObserver(records => {
   const active = Number($('#todo-count').dataset.active);
   document.title = active ? `${active} left · todol` : 'todol';
   announce('');
-  if (!document.activeElement.checkVisibility({ visibilityProperty: true })) $('#new-todo').focus();
-}).observe($('#todoapp'), { childList: true, subtree: true, attributeFilter: ['data-active', 'data-completed'] });
-addEventListener('animationend', ({ target }) => target.classList.remove('flash'));
-
-// The cable. Source: @rails/actioncable and AnyCable's actioncable-v1-ext-json, with positions
-const cable = {
-  socket: null, live: false, failures: 0, heardAt: 0, timer: 0,
-  open() {
-    clearTimeout(this.timer);
-    if (this.socket) return;
-    const url = location.origin.replace('http', 'ws') + '/cable';
-    const socket = this.socket = new WebSocket(url, ['actioncable-v1-ext-json', 'actioncable-unsupported']);
-    this.heardAt = Date.now();
-    socket.onmessage = ({ data }) => socket === this.socket && this.hear(JSON.parse(data));
-    socket.onclose = () => socket === this.socket && this.lost();
-  },
-  hear({ type, identifier, message, epoch, offset, reconnect }) {
-    this.heardAt = Date.now();
-    if (type === 'welcome') {
-      this.live = true;
-      this.failures = 0;
-      this.sources = {};
-      for (const source of $$('turbo-cable-stream-source')) {
-        const identifier = JSON.stringify({ channel: source.getAttribute('channel'),
-          signed_stream_name: source.getAttribute('signed-stream-name'), since: source.dataset.since });
-        this.sources[identifier] = source;
-        this.socket.send(JSON.stringify({ command: 'subscribe', identifier }));
-      }
-      wake();
-    } else if (type === 'reject_subscription' || type === 'disconnect' && !reconnect) wait(3000).then(() => visit());
-    else if (!type) {
-      aliveAt = this.heardAt;
-      if (offset) this.sources[identifier].dataset.since = `${epoch}:${offset}`;
-      renderStreams(message, true);
-    }
-    this.show();
-  },
-  release() {
-    const socket = this.socket;
-    this.socket = null;
-    this.live = false;
-    clearTimeout(this.timer);
-    socket?.close();
-  },
-  lost() {
-    this.release();
-    const ms = Math.min(500 * 2 ** this.failures++, 30_000) * (0.5 + Math.random());
-    if (!document.hidden) this.timer = setTimeout(() => this.open(), ms);
-    this.show();
-  },
-  show(idle) {
-    const element = $('#connection'), number = changes.length;
-    const state = idle ? 'paused' : waiting ? 'offline' : this.live ? 'live' : navigator.onLine ? 'reconnecting' : 'offline';
-    if (state === 'reconnecting' && this.failures < 2) return;
-    const text = waiting ? `offline, ${number} change${number === 1 ? '' : 's'} waiting` : state;
-    element.hidden = false;
-    element.dataset.state = state;
-    if (element.textContent !== text) element.textContent = text;
-  },
-};
-class CableStreamSource extends HTMLElement {
-  static observedAttributes = ['signed-stream-name'];
-  attributeChangedCallback(name, before) { if (before) this.connectedCallback(); }
-  connectedCallback() {
-    cable.release();
-    cable.open();
+  if (!document.activeElement.checkVisibility({ visibilityProperty: true })) {
+    $('#new-todo').focus();
   }
-}
-
-// A hidden tab lets go of its socket, an idle one too if so set: the machine can sleep. Both catch up when looked at.
-let hiddenTimer, aliveAt = Date.now();
-const idleMs = 1000 * $('#cable').dataset.idleSeconds;
-function alive() {
-  aliveAt = Date.now();
-  if (!document.hidden) cable.open();
-  wake();
-}
-addEventListener('visibilitychange', () => {
-  clearTimeout(hiddenTimer);
-  if (document.hidden) hiddenTimer = setTimeout(() => cable.release(), HIDDEN_MS);
-  else alive();
-});
-for (const name of ['online', 'pageshow', 'focus', 'pointermove', 'pointerdown', 'keydown']) addEventListener(name, alive);
-addEventListener('offline', () => cable.show());
-setInterval(() => {
-  if (cable.socket && Date.now() - cable.heardAt > STALE_MS) cable.lost();
-  if (cable.socket && idleMs && Date.now() - aliveAt > idleMs) cable.release(), cable.show(true);
-}, 3000);
-
-customElements.get('turbo-stream') ?? customElements.define('turbo-stream', StreamElement);
-customElements.get('turbo-cable-stream-source') ?? customElements.define('turbo-cable-stream-source', CableStreamSource);
-deliver();
-'''
-
-ASSETS = {      # name: (type, source or a function that gives it)
-    'todol.css': ('text/css; charset=UTF-8', STYLES),
-    'todol.js': ('text/javascript; charset=UTF-8', SCRIPTS),
-    'icon.svg': ('image/svg+xml', ICON.strip()),
-    'manifest.webmanifest': ('application/manifest+json', manifest),
-}
-
-
-# === Command line =====================================================================================================
-
-def command_serve():
-    """serve the app (also without a command)"""
-    return serve(load_settings(os.environ))
-
-
-def command_migrate():
-    """create the database files, or bring them up to date, and end"""
-    open_databases(load_settings(os.environ))
-    for database in (app_db, cache_db, job_db, cable_db):
-        print(f'{database.path}: {len(MIGRATIONS[database.role])} migrations')
-    close_databases()
-    return 0
-
-
-def command_settings():
-    """show every setting: its value, where that comes from, what it means"""
-    chosen = load_settings(os.environ)
-    for setting in SETTINGS:
-        given = os.environ.get(setting.name)
-        value = getattr(chosen, setting.name.lower().removeprefix('todol_'))
-        shown = ('set' if given else 'not set') if setting.secret else {True: 'on', False: 'off'}.get(value, value) \
-            if isinstance(value, bool) else value
-        print(f'{setting.name:24} {shown!s:12} {"environment" if given else "default":12} {setting.meaning}')
-    return 0
-
-
-def command_secret():
-    """print a new value for TODOL_SECRET"""
-    print(new_secret())
-    return 0
-
-
-def command_backup(path):
-    """copy what matters to a directory, or to one .tar.gz or .zip, while the app runs"""
-    choose(load_settings(os.environ))
-    backup(path)
-    print(f'{path}: a backup of {", ".join(database_path(role) for role in KEPT_ROLES)}')
-    return 0
-
-
-def command_restore(path, force=False):
-    """put a backup in place; the app must be stopped, and --force given to overwrite"""
-    choose(load_settings(os.environ))
-    restore(path, force)
-    print(f'{path} is restored to {settings.data}')
-    return 0
-
-
-def command_check():
-    """check the four files: whole, of this version, nothing stuck; status 1 if not"""
-    choose(load_settings(os.environ))
-    problems = check()
-    print('\n'.join(problems) or 'ok')
-    return 1 if problems else 0
-
-
-COMMANDS = {        # name: (function, its arguments)
-    'serve': (command_serve, ''), 'migrate': (command_migrate, ''), 'check': (command_check, ''),
-    'backup': (command_backup, 'PATH'), 'restore': (command_restore, 'PATH [--force]'),
-    'settings': (command_settings, ''), 'secret': (command_secret, ''),
-}
-
-
-def usage():
-    lines = [f'todol {__version__}: a live todo app in one file', '', 'usage: python todol.py [command]', '']
-    lines += [f'  {name + " " + synopsis:24} {function.__doc__}' for name, (function, synopsis) in COMMANDS.items()]
-    lines += [f'  {"--help":24} show this', f'  {"--version":24} show the version', '',
-              'Settings are environment variables: `python todol.py settings` lists them.']
-    return '\n'.join(lines)
-
-
-def main(arguments=None):
-    """Run a command; gives the exit status: 0, 1 after an error, 2 for a command that there is not."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    name = arguments[0] if arguments else 'serve'
-    if name in ('--help', '-h', 'help'):
-        print(usage())
-        return 0
-    if name in ('--version', '-V'):
-        print(f'todol {__version__}')
-        return 0
-    function, synopsis = COMMANDS.get(name, (None, ''))
-    flags = {flag: True for flag in arguments[1:] if f'[{flag}]' in synopsis}
-    values = [value for value in arguments[1:] if value not in flags]
-    if function is None or len(values) != len(re.findall(r'\b[A-Z]+\b', synopsis)):
-        print(f'Error: there is no command {" ".join(arguments)!r}\n\n{usage()}', file=sys.stderr)
-        return 2
-    try:
-        start_logging(os.environ.get('TODOL_LOG', '').lower())
-        return function(*values, **{flag.removeprefix('--'): True for flag in flags})
-    except TodolError as error:
-        print(f'Error: {error}', file=sys.stderr)
-        return 1
+}).observe($('#todoapp'), { childList: true, subtree: true,
+  attributeFilter: ['data-active', 'data-completed'] });
+''', 'text/javascript; charset=UTF-8')
 
 
 if __name__ == '__main__':
