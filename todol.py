@@ -64,6 +64,7 @@ try:
     import gevent
     import gevent.event
     import gevent.local
+    import gevent.lock
     import gevent.pool
     import gevent.queue
     import gevent.socket
@@ -1091,6 +1092,7 @@ class Cache:
         self._used = {}             # keys that were read from the file, the last at the end
         self._computing = {}        # key -> (AsyncResult, greenlet), for fetch()
         self._dirty = gevent.event.Event()
+        self._flushing = gevent.lock.BoundedSemaphore(1)
         self._stamps = self._loop = None
         self._resting_until = 0
         self._hits = self._misses = self._evicted = 0
@@ -1382,16 +1384,17 @@ class Cache:
 
     def _flush(self):
         """Write what waits, then make room. Says whether it was written."""
-        while self._pending:
-            batch = dict(itertools.islice(self._pending.items(), FLUSH_ROWS))
-            if not self._forgiving(lambda: self._write(batch), False):
-                return False
-            for key, entry in batch.items():
-                if self._pending.get(key) is entry:         # not set again meanwhile
-                    del self._pending[key]
-                    self._pending_bytes -= entry.size
-        self._forgiving(self._make_room)
-        return True
+        with self._flushing:            # one at a time, or their stamps would mix
+            while self._pending:
+                batch = dict(itertools.islice(self._pending.items(), FLUSH_ROWS))
+                if not self._forgiving(lambda: self._write(batch), False):
+                    return False
+                for key, entry in batch.items():
+                    if self._pending.get(key) is entry:         # not set again meanwhile
+                        del self._pending[key]
+                        self._pending_bytes -= entry.size
+            self._forgiving(self._make_room)
+            return True
 
     def _write(self, batch):
         """Write entries in one transaction; where that fails, one by one, without the bad ones."""
@@ -4304,16 +4307,17 @@ addEventListener('submit', event => {
   event.preventDefault();
   event.stopImmediatePropagation();
   tell('');
-  const entry = { path: pathOf(form, button), form: form.id, page: location.href };
+  const entry = { path: pathOf(form, button), form: form.id, own: pathOf(form),
+    page: location.href };
   if (hooks.submitting(form, entry, button) === false) return;
   const body = new FormData(form, button);
   if ($('[type=hidden][name=key]', form)) body.set('key', `${Date.now()}-${Math.random()}`);
   if (typed(form).length) form.reset();         // a form of boxes shows what was ticked
   change({ ...entry, body: [...body] });
 }, true);
-function putBack({ form: id, path, body }) {
+function putBack({ form: id, own, body }) {
   const sent = new URLSearchParams(body);
-  const form = id ? byId(id) : $$(FORMS).find(each => pathOf(each) === path);
+  const form = id ? byId(id) : $$(FORMS).find(each => pathOf(each) === own);
   for (const field of form ? typed(form) : []) {
     const text = sent.get(field.name), since = field.value;
     if (text) field.value = since === field.defaultValue ? text : `${text} ${since}`;
