@@ -4475,7 +4475,7 @@ def test_a_failed_job_is_retried_with_all_its_attempts_or_discarded(jobs, job_cl
 
 
 def test_only_failed_jobs_are_retried_or_discarded_and_only_waiting_ones_cancelled(jobs):
-    (numbers, goes_on), _ = held(jobs), failing(jobs, 9, attempts=1)
+    (_, goes_on), _ = held(jobs), failing(jobs, 9, attempts=1)
     jobs.open(5)
     running, failed, waiting = jobs.enqueue('hold'), jobs.enqueue('fail'), jobs.enqueue('hold', {'n': 1},
                                                                                         delay_seconds=60)
@@ -6282,8 +6282,8 @@ def templates(monkeypatch):
 
 
 @pytest.fixture
-def minutes(monkeypatch):
-    """A new minute begins, also when clock() is called: for WriteLimit, which counts by the minute."""
+def minute(monkeypatch):
+    """A new minute begins, also when minute() is called: for WriteLimit, which counts by the minute."""
     ahead = [61 - time.monotonic() % 60]
     faked = types.SimpleNamespace(**vars(time))
     faked.monotonic = lambda: time.monotonic() + ahead[0]
@@ -6364,7 +6364,7 @@ def test_a_handler_may_return_what_bottle_takes_and_it_arrives_as_it_is(client, 
     assert client.request('HEAD', '/own').body == b''
 
 
-WEB_ERRORS = {      # the call of the handler; status and text of the answer
+ERROR_ANSWERS = {      # the call of the handler; status and text of the answer
     'abort': (lambda: todol.bottle.abort(404, 'There is no such poll.'), 404, 'There is no such poll.'),
     'abort with an unusual status': (lambda: todol.bottle.abort(418, 'short <and> stout'), 418, 'short <and> stout'),
     'abort for later': (lambda: todol.bottle.abort(503, 'Back at five.'), 503, 'Back at five.'),
@@ -6379,9 +6379,9 @@ WEB_ERRORS = {      # the call of the handler; status and text of the answer
     'of a file': (lambda: todol.bottle.static_file('nothing', '/nowhere'), 404, 'File does not exist.')}
 
 
-@pytest.mark.parametrize('kind', WEB_ERRORS)
+@pytest.mark.parametrize('kind', ERROR_ANSWERS)
 def test_an_error_is_said_in_the_kind_that_was_asked_for(client, route, kind):
-    function, status, text = WEB_ERRORS[kind]
+    function, status, text = ERROR_ANSWERS[kind]
     route('/own', function)
     answer = client.get('/own', accept=JSON)
     assert (answer.status, answer.headers['content-type'], answer.json) == (status, JSON, {'error': text})
@@ -6917,7 +6917,7 @@ def test_a_name_that_is_not_ours_is_misdirected(open_stack, trusted, headers, st
     assert todol.app_db.execute('SELECT count(*) FROM todos') == [(int(status == 200),)]
 
 
-def write(client=None, count=1, **options):
+def write_todos(client=None, count=1, **options):
     """The statuses of that many writes, of a visitor without a cookie if there is no client."""
     return [(client or WSGIClient()).post('/todos', {'title': 'x'}, **options).status for _ in range(count)]
 
@@ -6929,29 +6929,29 @@ def with_session(user=None):
 
 
 @pytest.mark.parametrize('accept', ['text/html', JSON, TURBO])
-def test_a_flood_is_told_to_wait_and_nobody_else_notices(minutes, open_stack, accept):
+def test_a_flood_is_told_to_wait_and_nobody_else_notices(minute, open_stack, accept):
     open_stack(TODOL_WRITES_PER_MINUTE=3)
     client, other = with_session(), with_session()
     good = {'text/html': 303, JSON: 201, TURBO: 200}[accept]
-    assert write(client, 40, accept=accept) == [good] * 3 + [429] * 37, 'more than all of its address may'
+    assert write_todos(client, 40, accept=accept) == [good] * 3 + [429] * 37, 'more than all of its address may'
     answer = client.post('/todos', {'title': 'x'}, accept=accept)
     assert 50 <= int(answer.headers['retry-after']) <= 60 and 'More than 3 changes' in answer.text
     assert client.get('/').status == 200 and len(client.todos()) == 3
-    assert write(other, 3) == [303] * 3
-    minutes()
-    assert write(client, 4) == [303] * 3 + [429], 'a new minute'
+    assert write_todos(other, 3) == [303] * 3
+    minute()
+    assert write_todos(client, 4) == [303] * 3 + [429], 'a new minute'
 
 
 @pytest.mark.parametrize('visitor', ['without', 'forged', 'with'])
-def test_all_of_one_address_may_write_ten_times_as_often_as_one_session(minutes, open_stack, visitor):
+def test_all_of_one_address_may_write_ten_times_as_often_as_one_session(minute, open_stack, visitor):
     open_stack(TODOL_WRITES_PER_MINUTE=3)
     forged = {'Cookie': f'{todol.keys.cookie}={"x" * 22}.1.{"y" * 43}'} if visitor == 'forged' else {}
-    found = [write(with_session() if visitor == 'with' else WSGIClient(), headers=forged)[0] for _ in range(32)]
+    found = [write_todos(with_session() if visitor == 'with' else WSGIClient(), headers=forged)[0] for _ in range(32)]
     assert found == [303] * 30 + [429] * 2
     answer = with_session().post('/todos', {'title': 'x'}, accept=JSON)
     assert answer.status == 429 and 'More than 30 changes' in answer.text and 'set-cookie' not in answer.headers
-    minutes()
-    assert write() == [303]
+    minute()
+    assert write_todos() == [303]
 
 
 @pytest.mark.parametrize(('named', 'headers', 'address'), [
@@ -6966,12 +6966,12 @@ def test_the_clients_address_is_taken_from_the_header_that_is_named_and_from_no_
     assert todol.client_address({'REMOTE_ADDR': '127.0.0.1', **headers}) == address
 
 
-def test_each_address_behind_the_proxy_has_its_own_count_and_the_counts_are_bounded(minutes, open_stack, monkeypatch):
+def test_each_address_behind_the_proxy_has_its_own_count_and_the_counts_are_bounded(minute, open_stack, monkeypatch):
     open_stack(TODOL_WRITES_PER_MINUTE=1, TODOL_CLIENT_IP_HEADER='X-Real-IP')
     monkeypatch.setattr(todol, 'MAX_COUNTED', 4)
 
     def write_from(address, count=1):
-        return write(count=count, headers={'X-Real-IP': str(address)})
+        return write_todos(count=count, headers={'X-Real-IP': str(address)})
 
     assert write_from('a', 11) == [303] * 10 + [429] and write_from('b', 10) == [303] * 10
     assert write_from('b') == [429]
@@ -6979,16 +6979,16 @@ def test_each_address_behind_the_proxy_has_its_own_count_and_the_counts_are_boun
     assert found == [303] * 12 + [429] * 28, 'two with a count of their own, the others share one'
     assert len(todol.writes._counts) <= 5
     assert write_from(0) == [303] and write_from('a') == [429], 'who was counted apart still is'
-    minutes()
+    minute()
     assert write_from('a') == write_from(39) == [303]
 
 
-def test_reading_is_never_too_much_nor_is_it_counted(minutes, open_stack):
+def test_reading_is_never_too_much_nor_is_it_counted(minute, open_stack):
     open_stack(TODOL_WRITES_PER_MINUTE=1)
     client = with_session()
     asked = [client.request(method, path) for method in ('GET', 'HEAD') for path in ('/', '/up') for _ in range(20)]
     assert {answer.status for answer in asked} == {200}
-    assert write(client, 2) == [303, 429] and client.get('/').status == 200
+    assert write_todos(client, 2) == [303, 429] and client.get('/').status == 200
 
 
 # Templates
