@@ -3044,13 +3044,16 @@ def _error(status, message, headers, target='notice', streams='', details=''):
     return bottle.HTTPResponse(body.encode(errors='replace'), status, headers)
 
 
+BOTTLES_TEXTS = ('Not found: ', 'Method not allowed', 'Unknown Error')
+
+
 def unexpected_answer(error):
     """bottle's own errors (no such path, abort()) and whatever nobody expected."""
     status = error.status_code
     message = {404: 'There is nothing here.', 405: 'This path knows no such method.'}.get(status)
     if error.exception:         # what nobody expected
         message = 'Something went wrong here. It is in the log.'
-    elif error.body and not str(error.body).startswith(('Not found: ', 'Method not allowed')):
+    elif error.body and not str(error.body).startswith(BOTTLES_TEXTS):
         message = str(error.body)           # abort(404, 'There is no such poll.')
     details = error.traceback or '' if status >= 500 and settings.env == 'development' else ''
     answer = _error(status, message or error.status_line, {}, details=details)
@@ -3251,7 +3254,6 @@ def _parse_json(body):
 PARSERS = {'application/x-www-form-urlencoded': _parse_form, 'application/json': _parse_json}
 
 
-@functools.lru_cache(256)
 def weights_of(header):
     """A header like Accept as a dict of lower-case names to weights. Source: RFC 9110, section
     12.4.2."""
