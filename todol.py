@@ -61,6 +61,8 @@ import zoneinfo
 
 try:
     import bottle
+    if not hasattr(bottle.Bottle, 'patch'):     # an older one lacks what the file needs below
+        raise ImportError(name=f'bottle 0.13 (there is {bottle.__version__})')
     import gevent
     import gevent.event
     import gevent.local
