@@ -2387,14 +2387,16 @@ CABLE_MIGRATIONS = [
     ('003 index messages by time', 'CREATE INDEX messages_by_time ON messages (created_at)'),
     ('004 create epochs', 'CREATE TABLE epochs (epoch TEXT PRIMARY KEY)'),      # one row
     ('005 drop index by time', 'DROP INDEX messages_by_time'),      # ids are in the order of time
+    ('006 name the epoch', 'INSERT INTO epochs SELECT lower(hex(randomblob(4))) '
+                           'WHERE NOT EXISTS (SELECT 1 FROM epochs)'),
 ]
-INSERT_MESSAGE = '''INSERT INTO messages (stream, payload, created_at)
-                    VALUES (?, ?, now_s()) RETURNING id'''
-# Ids are in the order of time: the first that is young enough ends the look.
+# Ids are in the order of time: the first that is young enough ends the look. The last message
+# always stays, since its id is the position of who is up to date.
 TRIM_MESSAGES = '''
     DELETE FROM messages
-    WHERE id < coalesce((SELECT id FROM messages WHERE created_at >= now_s() - ?
-                         ORDER BY id LIMIT 1), ?)'''
+    WHERE id < max(:end - :keep + 1,
+                   coalesce((SELECT id FROM messages WHERE created_at >= now_s() - :seconds
+                             ORDER BY id LIMIT 1), :end))'''
 
 
 class CableError(AppError):
@@ -2418,9 +2420,6 @@ class Cable:
 
     def __init__(self, database):
         self._db = database
-        self._reset()
-
-    def _reset(self):
         self._subscribers = {}          # stream -> set of functions
         self._last = 0                  # id of the last message delivered here
         self._bell = gevent.event.Event()
@@ -2429,14 +2428,14 @@ class Cable:
 
     def open(self):
         """Start delivering what is appended from now on."""
-        self.epoch = self._db.transact(self._name_epoch)
+        (self.epoch,), = self._db.execute('SELECT epoch FROM epochs')
         self._last = self._end()
         processes.wakes(self._bell, b'c')
         self._loop = Loop('cable', self._turn)
 
     def close(self):
         self._loop.stop()
-        self._reset()
+        self.__init__(self._db)
 
     def broadcast(self, stream, message):
         """Append a message to the log, and have it delivered. Gives its id when it is in the log.
@@ -2476,18 +2475,13 @@ class Cable:
             self._subscribers.pop(stream, None)
 
     def since(self, stream, position):
-        """The messages of a stream after a position, up to what is delivered to subscribers. Raises
-        PositionLost.
-
-        Nothing is delivered between its last look and its return, so who goes live at once misses
-        nothing.
-        """
-        self._db._check()
+        """The messages of a stream after a position, up to what is delivered to subscribers: who
+        goes live at once misses nothing. Raises PositionLost."""
+        (first,), = self._db.execute('SELECT coalesce(min(id), 1) FROM messages')
+        end = self._end()
         epoch, _, id = position.rpartition(':')
         if epoch != self.epoch or not re.fullmatch('[0-9]{1,18}', id):
             raise PositionLost(f'{position[:100]!r} is not a position of this log')
-        (first, end), = self._db.execute('SELECT coalesce((SELECT min(id) FROM messages), 1), '
-                                         'coalesce((SELECT max(id) FROM messages), 0)')
         if not first - 1 <= int(id) <= end:
             raise PositionLost(f'the log reaches from {first - 1} to {end}')
         return self._read(stream, int(id), 0.0)
@@ -2496,73 +2490,62 @@ class Cable:
         """The messages of a stream from a time on (Unix seconds). Raises PositionLost."""
         if not now() - KEEP_MESSAGES_SECONDS <= at:         # nor is it NaN
             raise PositionLost(f'the log is kept for {KEEP_MESSAGES_SECONDS} seconds')
-        (first, end), = self._db.execute(
-            'SELECT (SELECT min(id) FROM messages), (SELECT max(id) FROM messages)')
-        if first is not None and end - first + 1 >= KEEP_MESSAGES:      # it is also cut by number
-            (cut_at,), = self._db.execute('SELECT created_at FROM messages WHERE id = ?', (first,))
-            if cut_at > at:
-                raise PositionLost('the log was cut short after that time')
+        oldest_of_full = self._db.execute(
+            'SELECT created_at FROM messages WHERE id <= ? ORDER BY id LIMIT 1',
+            (self._end() - KEEP_MESSAGES + 1,))
+        if oldest_of_full and oldest_of_full[0][0] > at:
+            raise PositionLost('the log was cut short after that time')
         return self._read(stream, 0, at)
 
     def prune(self):
         """Delete what is older than KEEP_MESSAGES_SECONDS or beyond the last KEEP_MESSAGES."""
-        end = self._end()
-        self._db.execute('DELETE FROM messages WHERE id <= ?', (end - KEEP_MESSAGES,))
-        self._db.execute(TRIM_MESSAGES, (KEEP_MESSAGES_SECONDS, end))
-
-    def _name_epoch(self):
-        if not self._db.execute('SELECT epoch FROM epochs'):
-            self._db.execute('INSERT INTO epochs (epoch) VALUES (?)', (secrets.token_hex(4),))
-        return self._db.execute('SELECT epoch FROM epochs')[0][0]
+        self._db.execute(TRIM_MESSAGES, {'end': self._end(), 'keep': KEEP_MESSAGES,
+                                         'seconds': KEEP_MESSAGES_SECONDS})
 
     def _append(self, messages):
         ids = []
         for stream, message in messages:
             payload = _payload(message()) if callable(message) else message
-            (id,), = self._db.execute(INSERT_MESSAGE, (stream, payload))
+            (id,), = self._db.execute('INSERT INTO messages (stream, payload, created_at) '
+                                      'VALUES (?, ?, now_s()) RETURNING id', (stream, payload))
             ids.append(id)
             if id % TRIM_EVERY == 0:
                 self.prune()
         return ids
 
     def _end(self):
-        """The id of the last message that was ever appended: trimming never takes that one."""
+        """The id of the last message that was ever appended."""
         return self._db.execute('SELECT coalesce(max(id), 0) FROM messages')[0][0]
 
     def _turn(self):
         self._bell.clear()
-        self._deliver()
-        return functools.partial(self._bell.wait, processes.patience())
+        if self._deliver() < DELIVER_ROWS:
+            return functools.partial(self._bell.wait, processes.patience())
 
     def _deliver(self):
-        """Hand out what is new in the log."""
-        rows = True
-        while rows:
-            rows = self._db.execute('SELECT id, stream, payload, created_at FROM messages '
-                                    'WHERE id > ? ORDER BY id LIMIT ?', (self._last, DELIVER_ROWS))
-            for row in rows:
-                message = Message(*row)
-                self._last = message.id
-                for receive in tuple(self._subscribers.get(message.stream, ())):
-                    try:
-                        receive(message)
-                    except BaseException:       # one subscriber's trouble is not another's
-                        log.exception('subscriber failed stream=%s', message.stream)
-            if len(rows) < DELIVER_ROWS:
-                return
+        """Hand out the next rows of the log, and give their number."""
+        rows = self._db.execute('SELECT id, stream, payload, created_at FROM messages '
+                                'WHERE id > ? ORDER BY id LIMIT ?', (self._last, DELIVER_ROWS))
+        for row in rows:
+            message = Message(*row)
+            self._last = message.id
+            for receive in tuple(self._subscribers.get(message.stream, ())):
+                try:
+                    receive(message)
+                except BaseException:       # one subscriber's trouble is not another's
+                    log.exception('subscriber failed stream=%s', message.stream)
+        return len(rows)
 
     def _read(self, stream, after, at):
-        while True:
-            last = self._last
-            rows = self._db.execute(
-                'SELECT id, stream, payload, created_at FROM messages WHERE stream = ? '
-                'AND id > ? AND id <= ? AND created_at >= ? ORDER BY id LIMIT ?',
-                (stream, after, last, at, REPLAY_MESSAGES + 1))
-            if self._last == last:      # else it waited for the file, and something was delivered
-                break
-        if len(rows) > REPLAY_MESSAGES:
+        rows = self._db.execute(
+            'SELECT id, stream, payload, created_at FROM messages WHERE stream = ? '
+            'AND id > ? AND created_at >= ? ORDER BY id LIMIT ?',
+            (stream, after, at, REPLAY_MESSAGES + 1))
+        # What is not delivered yet comes to who is live. Nothing switches from the read to here.
+        messages = [Message(*row) for row in rows if row[0] <= self._last]
+        if len(messages) > REPLAY_MESSAGES:
             raise PositionLost(f'more than {REPLAY_MESSAGES} messages were missed')
-        return [Message(*row) for row in rows]
+        return messages
 
 
 def offset_of(position):
@@ -2571,13 +2554,9 @@ def offset_of(position):
 
 
 def _stream_checked(stream):
-    if not isinstance(stream, str) or not 0 < len(stream) <= 500:
-        raise CableError(f'a stream is text of 1 to 500 characters, not {_shown(stream)}')
-    try:
-        stream.encode()
-    except UnicodeEncodeError:
-        raise CableError(f'a stream is text without lone surrogates, not '
-                         f'{_shown(stream)}') from None
+    if not isinstance(stream, str) or not re.fullmatch(r'[^\ud800-\udfff]{1,500}', stream):
+        raise CableError(f'a stream is text of 1 to 500 characters, without lone surrogates, not '
+                         f'{_shown(stream)}')
     return stream
 
 
@@ -2610,17 +2589,16 @@ app_db.migrations += [
     ('006 create secrets', 'CREATE TABLE secrets (name TEXT PRIMARY KEY, value TEXT NOT NULL)'),
 ]
 
+
 class Keys:
     """The HMAC keys of sessions and streams, and the name of the cookie; nothing is signed before
     open()."""
 
     def open(self):
-        """Derive them from the secret of the settings, or else from one that is made once, and kept
-        in the app database."""
-        secret = settings.secret or app_db.transact(_kept_secret)
-        self.session, self.stream = (
-            hmac.digest(secret.encode(), f'{APP} {purpose}'.encode(), 'sha256')
-            for purpose in ('session', 'stream'))
+        """Derive them from the secret of the settings, or else from the one that is kept."""
+        secret = settings.secret or _kept_secret()
+        self.session, self.stream = (_hmac(secret.encode(), f'{APP} {purpose}')
+                                     for purpose in ('session', 'stream'))
         # Cookies know no ports: a few digits of the key keep two apps on one host apart.
         self.cookie = f'{APP}_session_{hashlib.sha256(self.session).hexdigest()[:6]}'
 
@@ -2632,6 +2610,7 @@ keys = Keys()
 
 
 def _kept_secret():
+    """The secret in the app database, made once."""
     app_db.execute("INSERT INTO secrets (name, value) VALUES ('secret', ?) ON CONFLICT DO NOTHING",
                    (new_secret(),))
     return app_db.execute(KEPT_SECRET)[0][0]
@@ -2648,15 +2627,14 @@ def new_user():
 def sign_session(user):
     """The cookie's value: user id, Unix time in hex, HMAC-SHA256 of both."""
     text = f'{user}.{int(now()):x}'
-    return f'{text}.{_signature(keys.session, text)}'
+    return f'{text}.{_session_signature(text)}'
 
 
 def verify_session(cookie):
     """The user id and the age in seconds, or None for a cookie that is not ours, was changed or is
     too old."""
     match = re.fullmatch(r'(([\w-]{22})\.([0-9a-f]{1,12}))\.([\w-]{43})', cookie, re.ASCII)
-    if not match or not hmac.compare_digest(_signature(keys.session, match[1]),
-                                            match[4]):
+    if not match or not hmac.compare_digest(_session_signature(match[1]), match[4]):
         return None
     age = now() - int(match[3], 16)
     return (match[2], age) if age < SESSION_SECONDS else None
@@ -2668,8 +2646,8 @@ def find_session(cookies, secure):
     other host can have set it. The name without digits is that of version 1."""
     given = [cookie.strip().partition('=')[::2] for cookie in cookies.split(';')]
     for name in [f'__Host-{keys.cookie}'] * secure + [keys.cookie, f'{APP}_session']:
-        for value in (value for given_name, value in given if given_name == name):
-            session = verify_session(value)
+        for given_name, value in given:
+            session = verify_session(value) if given_name == name else None
             if session:
                 return session, name == cookie_name(secure)
     return None, False
@@ -2679,33 +2657,24 @@ def cookie_name(secure):
     return f'__Host-{keys.cookie}' if secure else keys.cookie
 
 
-@functools.lru_cache(1024)          # who is here asks again
-def _signature(key, text):
-    digest = hmac.digest(key, text.encode(), 'sha256')
-    return base64.urlsafe_b64encode(digest).decode().rstrip('=')
-
-
 def private_stream(user, *parts):
-    """The name of a stream that only its user can subscribe to."""
-    return _joined(user, *parts)
+    """The name of a stream that only its user can subscribe to. Raises CableError."""
+    texts = [str(part) for part in (user, *parts)]
+    if any(':' in text for text in texts):      # two streams must not have one name
+        raise CableError(f'the parts of a stream are without colons, not {_shown(parts)}')
+    return ':'.join(texts)
 
 
 def shared_stream(*parts):
     """The name of a stream that is open to whoever holds its signed name, as in Turbo."""
-    return _joined('shared', *parts)
-
-
-def _joined(*parts):
-    if any(':' in str(part) for part in parts):     # two streams must not have one name
-        raise CableError(f'the parts of a stream are without colons, not {_shown(parts)}')
-    return ':'.join(str(part) for part in parts)
+    return private_stream('shared', *parts)
 
 
 def sign_stream_name(name):
     """Source: turbo-rails e511fb2, Turbo.signed_stream_verifier; rails MessageVerifier(digest:
     SHA256, serializer: JSON)."""
     encoded = base64.b64encode(json.dumps(name).encode()).decode()
-    return f'{encoded}--{_stream_signature(keys.stream, encoded)}'
+    return f'{encoded}--{_hmac(keys.stream, encoded).hex()}'
 
 
 def verify_stream_name(signed, user):
@@ -2713,15 +2682,19 @@ def verify_stream_name(signed, user):
     if not isinstance(signed, str) or not signed.isascii():
         return None
     encoded, _, signature = signed.rpartition('--')
-    if not hmac.compare_digest(_stream_signature(keys.stream, encoded), signature):
+    if not hmac.compare_digest(_hmac(keys.stream, encoded).hex(), signature):
         return None
     name = json.loads(base64.b64decode(encoded))
     return name if name.split(':')[0] in ('shared', user) else None
 
 
-@functools.lru_cache(1024)
-def _stream_signature(key, encoded):
-    return hmac.digest(key, encoded.encode(), 'sha256').hex()
+def _session_signature(text):
+    return base64.urlsafe_b64encode(_hmac(keys.session, text)).decode().rstrip('=')
+
+
+@functools.lru_cache(1024)          # who is here asks again
+def _hmac(key, text):
+    return hmac.digest(key, text.encode(), 'sha256')
 
 
 # === Web: bottle made strict =============================================================
@@ -4563,7 +4536,7 @@ def serve():
 # database goes first: a job moves from there to the job database, and is in one of the two copies,
 # or in both, where its id makes it one.
 
-ARCHIVES = {'.tar.gz': 'gz', '.tgz': 'gz', '.tar': '', '.zip': 'zip'}
+ARCHIVES = {'.tar.gz': 'gztar', '.tgz': 'gztar', '.tar': 'tar', '.zip': 'zip'}    # as shutil says
 OTHER_ARCHIVES = ('.gz', '.bz2', '.xz', '.zst', '.7z', '.rar')
 
 
@@ -4573,32 +4546,37 @@ class BackupError(AppError):
 
 def backup(target):
     """Copy the databases that are worth it to a directory or an archive; the app may run. What was
-    there is replaced when the copies are whole. Raises BackupError, StorageError."""
+    there is replaced when the copies are whole: an archive at once, a directory file by file, so a
+    kill between two of them leaves old ones beside new ones. Raises BackupError, StorageError."""
     kind = _kind_of(target)
     _refuse_overlap(target)
-    for database in _copied():
-        _refuse_missing(database.default_path)
+    for database in _copied().values():
+        if not os.path.isfile(database.default_path):
+            raise StorageError(f'there is no {database.default_path}; set {PREFIX}DATA and '
+                               f'{PREFIX}ENV as the app has them')
+    folder = os.path.abspath(target)
     with _sentences(target):
-        parent = os.path.abspath(target)
-        if kind is None:
-            if not os.path.isdir(parent):
-                os.makedirs(parent, mode=0o700)
-                give_to_owner(parent, parent)
-        else:
-            parent = os.path.dirname(parent)
-        with tempfile.TemporaryDirectory(prefix='.backup-', dir=parent) as scratch:
-            copies = {}
-            for database in _copied():
-                name = os.path.basename(database.default_path)
-                copies[name] = os.path.join(scratch, name)
-                _copy(database, database.default_path, copies[name])
-            if kind is not None:
-                packed = _pack(copies, kind, os.path.join(scratch, 'all'))
-                copies = {os.path.basename(target): packed}
-            for name, path in copies.items():
-                os.replace(path, os.path.join(parent, name))
-                give_to_owner(os.path.join(parent, name), os.path.join(parent, name))
-            sync(parent)
+        if kind:
+            folder = os.path.dirname(folder)
+        elif not os.path.isdir(folder):
+            os.makedirs(folder, mode=0o700)
+            give_to_owner(folder, folder)
+        with tempfile.TemporaryDirectory(prefix='.backup-', dir=folder) as scratch:
+            copies = os.path.join(scratch, 'copies')
+            os.mkdir(copies)
+            for name, database in _copied().items():
+                _copy(database, database.default_path, os.path.join(copies, name))
+            # The app goes last: with the jobs of a newer copy none of its own is missing.
+            made = {name: os.path.join(copies, name) for name in reversed(_copied())}
+            if kind:
+                packed = shutil.make_archive(os.path.join(scratch, 'all'), kind, copies)
+                os.chmod(packed, 0o600)
+                sync(packed)
+                made = {os.path.basename(target): packed}
+            for name, path in made.items():
+                os.replace(path, os.path.join(folder, name))
+                give_to_owner(os.path.join(folder, name), os.path.join(folder, name))
+            sync(folder)
 
 
 def restore(source, force=False):
@@ -4609,8 +4587,7 @@ def restore(source, force=False):
     _refuse_overlap(source)
     with _sentences(source), contextlib.ExitStack() as undo:
         scratch = undo.enter_context(tempfile.TemporaryDirectory())
-        names = {os.path.basename(database.default_path): database for database in _copied()}
-        directory = source if kind is None else _unpack(source, kind, names, scratch)
+        directory = _unpack(source, kind, scratch) if kind else source
         os.makedirs(settings.data, mode=0o700, exist_ok=True)
         if not lock_directory(settings.data, fcntl.LOCK_EX, undo):
             raise BackupError(f'an app runs on {settings.data}; stop it first')
@@ -4618,7 +4595,7 @@ def restore(source, force=False):
                    if os.path.exists(database.default_path)]
         if present and not force:
             raise BackupError(f'{present[0]} exists; give --force to put the backup in its place')
-        for name, database in names.items():
+        for name, database in _copied().items():
             if not os.path.isfile(os.path.join(directory, name)):
                 raise BackupError(f'the backup has no {name}; {PREFIX}ENV is {settings.env}')
             undo.callback(remove, database.default_path + '.new')
@@ -4627,36 +4604,29 @@ def restore(source, force=False):
         sync(settings.data)
         for database in databases.values():     # the cable too: open tabs then load the page again
             for suffix in (*DATABASE_SUFFIXES, '-stamps'):
-                if os.path.exists(database.default_path + suffix):
-                    os.replace(database.default_path + suffix,
-                               f'{database.default_path}.before{suffix}')
-        for database in names.values():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(database.default_path + suffix)
+        for database in _copied().values():
             os.replace(database.default_path + '.new', database.default_path)
         sync(settings.data)
         remove(app_db.default_path + RESTORING)
-        for database in databases.values():
-            for suffix in (*DATABASE_SUFFIXES, '-stamps'):
-                remove(f'{database.default_path}.before{suffix}')
 
 
 def run_checks():
     """What is wrong with the databases, as sentences. They are only read; the app may run."""
-    problems, opened = [], []
-    for database in databases.values():
-        if not os.path.exists(database.default_path) and not database.copied:
-            continue                    # as a restore leaves the cable: the next start makes it
-        try:
-            _refuse_damage(database, database.default_path)
-            database.open_read_only()
-            opened.append(database)
-        except AppError as error:
-            problems.append(str(error))
-    try:
+    problems = []
+    with contextlib.ExitStack() as opened:
+        for database in databases.values():
+            if not os.path.exists(database.default_path) and not database.copied:
+                continue                # as a restore leaves the cable: the next start makes it
+            try:
+                _refuse_damage(database, database.default_path)
+                database.open_read_only()
+                opened.callback(database.close)
+            except AppError as error:
+                problems.append(str(error))
         for function in checks if not problems else ():
             problems += function()
-    finally:
-        for database in opened:
-            database.close()
     return problems
 
 
@@ -4670,13 +4640,14 @@ def sync(path):
 
 
 def _copied():
-    return [database for database in databases.values() if database.copied]
+    """The databases that are worth a copy, by the names of their files."""
+    return {os.path.basename(database.default_path): database
+            for database in databases.values() if database.copied}
 
 
 def _copy(database, source, target):
     """Copy a database as its readers see it, write-ahead log included, to one file; checked, and
     synced. Raises StorageError, MigrationError."""
-    _refuse_missing(source)
     remove(target)
     make_private(target)
     try:
@@ -4689,13 +4660,6 @@ def _copy(database, source, target):
         raise StorageError(f'{source} can not be copied: {error}') from None
     _refuse_damage(database, target)
     sync(target)
-
-
-def _refuse_missing(path):
-    """Raises StorageError."""
-    if not os.path.isfile(path):
-        raise StorageError(f'there is no {path}; set {PREFIX}DATA and {PREFIX}ENV as the app has '
-                           f'them')
 
 
 def _refuse_damage(database, path):
@@ -4744,41 +4708,24 @@ def _sentences(path):
         raise BackupError(f'{error.filename or path}: {error.strerror or error}') from None
 
 
-def _pack(files, kind, path):
-    """Pack files (name -> path) into an archive, and give its path."""
-    make_private(path)
-    if kind == 'zip':
-        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
-            for name, file in files.items():
-                archive.write(file, name)
-    else:
-        with tarfile.open(path, f'w:{kind}') as archive:
-            for name, file in files.items():
-                archive.add(file, name)
-    sync(path)
-    return path
-
-
-def _unpack(path, kind, names, directory):
-    """Unpack the files of these names, wherever in the archive they are, and nothing else: so it
-    can't write elsewhere. Gives the directory. Raises BackupError."""
+def _unpack(path, kind, directory):
+    """Unpack our files, wherever in the archive they are, and nothing else: so it can't write
+    elsewhere. Gives the directory. Raises BackupError."""
+    open_archive = zipfile.ZipFile if kind == 'zip' else tarfile.open
     try:
-        with contextlib.ExitStack() as opened:
+        with open_archive(path) as archive:
             if kind == 'zip':
-                archive = opened.enter_context(zipfile.ZipFile(path))
-                members = [(item.filename, item) for item in archive.infolist()]
-                read = archive.open
+                members, read = {name: name for name in archive.namelist()}, archive.open
             else:
-                archive = opened.enter_context(tarfile.open(path))
-                members = [(item.name, item) for item in archive if item.isfile()]
+                members = {member.name: member for member in archive if member.isfile()}
                 read = archive.extractfile
-            for name, member in members:
-                if os.path.basename(name) in names:
+                while archive.fileobj.read(2**20):
+                    pass                # to its end, where the checksum of the whole stands
+            for name, member in members.items():
+                if os.path.basename(name) in _copied():
                     with read(member) as file, \
                             open(os.path.join(directory, os.path.basename(name)), 'wb') as copy:
                         shutil.copyfileobj(file, copy)
-            while kind != 'zip' and archive.fileobj.read(2**20):
-                pass                    # to its end, where the checksum of the whole stands
     except OSError:
         raise
     except Exception as error:          # three libraries have theirs
