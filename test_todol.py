@@ -5348,8 +5348,8 @@ def open_cable(open_database, cache_clock, monkeypatch):
     monkeypatch.setattr(todol, 'POLL_SECONDS', 600)
     opened = []
 
-    def open_():
-        opened.append(todol.Cable(open_database('cable')))
+    def open_(path=None):
+        opened.append(todol.Cable(open_database('cable', path)))
         opened[-1].open()
         return opened[-1]
 
@@ -5393,12 +5393,28 @@ def broadcast_many(cable, stream, messages):
     return ids
 
 
-def test_a_broadcast_reaches_every_subscriber_of_its_stream_and_nobody_else(cable, cache_clock):
-    first, second, other = listen_to(cable, 'a'), listen_to(cable, 'a'), listen_to(cable, 'b')
-    id, = broadcast_many(cable, 'a', [{'html': '<p>ünï \ud800 👋</p>', 'n': [1, None]}])
-    assert payloads(first) == [{'html': '<p>ünï \ud800 👋</p>', 'n': [1, None]}]
-    assert first == second and not other
+def assert_lost(sentence, since, *arguments):
+    with pytest.raises(todol.PositionLost, match=sentence):
+        since(*arguments)
+
+
+def test_a_broadcast_reaches_every_subscriber_of_its_stream_as_long_as_it_is_one(cable, cache_clock):
+    first, second, other, leaver = listen_to(cable, 'a'), [], listen_to(cable, 'b'), []
+    receive, leave = second.append, leaver.append
+    cable.unsubscribe('a', receive)     # harmless before it subscribed
+    cable.subscribe('a', receive)
+    cable.subscribe('a', leave)
+    message = {'html': '<p>ünï \ud800 👋</p>', 'n': [1, None]}
+    id, = broadcast_many(cable, 'a', [message])
+    assert payloads(first) == [message] and first == second == leaver and not other
     assert (first[0].id, first[0].stream, first[0].created_at) == (id, 'a', cache_clock.now)
+    for _ in range(2):
+        cable.unsubscribe('a', leave)
+    broadcast_many(cable, 'a', [2])
+    assert payloads(first) == [message, 2] and first == second and payloads(leaver) == [message]
+    cable.unsubscribe('a', first.append), cable.unsubscribe('a', receive)
+    broadcast_many(cable, 'a', [3])
+    assert len(first) == len(second) == 2 and 'a' not in cable._subscribers, 'an empty set is no leak'
 
 
 def test_broadcasts_of_several_messages_are_one_transaction_in_their_order(cable):
@@ -5408,28 +5424,14 @@ def test_broadcasts_of_several_messages_are_one_transaction_in_their_order(cable
     deliver(cable)
     assert ids == sorted(ids) and [message.id for message in first + second] == [ids[0], ids[2], ids[1]]
     assert payloads(first) == [1, 3] and payloads(second) == [2] and len(begun) == 1
-    for bad, error in ((lambda: 1 / 0, ZeroDivisionError), (lambda: {1}, todol.CableError), ({1}, todol.CableError)):
-        with pytest.raises(error):
-            cable.broadcast_all([('a', 4), ('a', bad)])
+    with pytest.raises(ZeroDivisionError):
+        cable.broadcast_all([('a', 4), ('a', lambda: 1 / 0)])
     assert cable.broadcast_all([]) == [] and cable.broadcast('a', 5) == ids[-1] + 1
     deliver(cable)
     assert payloads(first) == [1, 3, 5] == payloads(cable.since('a', f'{cable.epoch}:0'))
 
 
-def test_who_has_unsubscribed_gets_nothing_more(cable):
-    received, stays = [], listen_to(cable, 'a')
-    receive = received.append
-    cable.unsubscribe('a', receive)     # harmless before it subscribed
-    cable.subscribe('a', receive)
-    broadcast_many(cable, 'a', [1])
-    cable.unsubscribe('a', receive)
-    cable.unsubscribe('a', receive)
-    broadcast_many(cable, 'a', [2])
-    assert payloads(received) == [1] and payloads(stays) == [1, 2]
-
-
-@pytest.mark.parametrize('error', [ZeroDivisionError, SystemExit, KeyboardInterrupt, gevent.GreenletExit,
-                                   gevent.Timeout])
+@pytest.mark.parametrize('error', [ZeroDivisionError, gevent.GreenletExit])
 def test_a_subscriber_that_fails_hurts_neither_the_others_nor_the_broadcaster(cable, log_lines, error):
     def fail(message):
         raise error
@@ -5459,58 +5461,34 @@ def test_a_subscriber_may_come_and_go_while_it_receives(cable):
     assert payloads(received) == [0] and payloads(joined) == [1] and payloads(always) == [0, 1]
 
 
-def test_a_subscriber_that_broadcasts_gets_nothing_twice(open_cable):
-    ours, theirs = open_cable(), open_cable()
-    received, answers = [], listen_to(ours, 'answers')
-
-    def answer(message):
-        received.append(message)
-        ours.broadcast('answers', message.id)
-
-    ours.subscribe('a', answer)
-    broadcast_many(theirs, 'a', range(5))
-    deliver(ours)
-    eventually(lambda: len(answers) == 5)
-    assert payloads(received) == [0, 1, 2, 3, 4] and payloads(answers) == [message.id for message in received]
-
-
 def test_broadcasts_of_many_greenlets_arrive_in_the_order_of_their_ids_exactly_once(open_cable):
+    """Those of another process too, when the bell rings: more than are read from the log at once."""
     ours, theirs = open_cable(), open_cable()
     here, there, callers = listen_to(ours, 'a'), listen_to(theirs, 'a'), set()
     ours.subscribe('a', lambda message: callers.add(gevent.getcurrent()))
-    all_together(*[functools.partial(broadcast_many, (ours, theirs)[n % 2], 'a', range(n * 100, n * 100 + 20))
-                   for n in range(30)])
-    deliver(ours, theirs)
-    assert [message.id for message in here] == list(range(1, 601))
-    assert here == there and len(callers) == 1
+    all_together(*[functools.partial(broadcast_many, ours, 'a', range(n * 100, n * 100 + 20)) for n in range(30)])
+    assert not there and len(here) > todol.DELIVER_ROWS
+    deliver(theirs)
+    broadcast_many(theirs, 'a', [5000])
+    deliver(ours)
+    assert [message.id for message in here] == list(range(1, 602)) and here == there and len(callers) == 1
+    assert ours.position() == theirs.position()
     for n in range(30):
         assert [each for each in payloads(here) if each // 100 == n] == list(range(n * 100, n * 100 + 20))
 
 
-def test_what_another_process_broadcasts_is_delivered_when_the_bell_rings(open_cable):
-    ours, theirs = open_cable(), open_cable()
-    received = listen_to(theirs, 'a')
-    broadcast_many(ours, 'a', range(todol.DELIVER_ROWS + 3))        # more than one read of the log
-    assert not received
-    deliver(theirs)
-    assert payloads(received) == list(range(todol.DELIVER_ROWS + 3))
-    assert ours.position() == theirs.position()
-
-
-@pytest.mark.parametrize('broken', ['execute', '_deliver'])
-def test_a_delivery_that_fails_is_made_up_for_though_no_bell_rings_again(cable, monkeypatch, broken):
+def test_a_delivery_that_fails_is_made_up_for_though_no_bell_rings_again(cable, monkeypatch):
     monkeypatch.setattr(todol, 'RESTART_SECONDS', 0.01)
-    received, owner = listen_to(cable, 'a'), cable._db if broken == 'execute' else cable
+    received = listen_to(cable, 'a')
 
     def fail_once(*arguments):
         monkeypatch.undo()
         raise todol.StorageError('injected')
 
-    ids = [cable._db.transact(cable._append, [('a', '1')]), cable._db.transact(cable._append, [('a', '2')])]
-    monkeypatch.setattr(owner, broken, fail_once)
+    cable._db.transact(cable._append, [('a', '1'), ('a', '2')])
+    monkeypatch.setattr(cable._db, 'execute', fail_once)
     cable._bell.set()
-    eventually(lambda: len(received) == len(ids), what='the second attempt')
-    assert payloads(received) == [1, 2] and cable._loop.alive
+    eventually(lambda: payloads(received) == [1, 2], what='the second attempt')
 
 
 # Positions
@@ -5523,9 +5501,13 @@ def test_who_comes_back_with_a_position_gets_what_was_missed_in_order(cable):
     deliver(cable)
     missed = cable.since('a', position)
     assert payloads(missed) == [0, 2, 3] and [message.id for message in missed] == [ids[0], ids[2], ids[3]]
-    assert payloads(cable.since('b', position)) == [1, 4]
-    assert cable.since('a', cable.position()) == []
+    assert payloads(cable.since('b', position)) == [1, 4] and cable.since('a', cable.position()) == []
     assert todol.offset_of(position) + 5 == ids[-1] == todol.offset_of(cable.position())
+    for text in ('', ':', '1', 'x' * 10**6, f'{cable.epoch}x:1', f'{cable.epoch}', f':{cable.epoch}:1', 'deadbeef:1'):
+        assert_lost('is not a position', cable.since, 'a', text)
+    for id in ('7', '-1', '1.0', '', ' 1', '\u0661', '9' * 18, '9' * 30):
+        assert_lost('is not a position|reaches from 0 to 6', cable.since, 'a', f'{cable.epoch}:{id}')
+    assert payloads(cable.since('a', f'{cable.epoch}:0')) == [0, 0, 2, 3]
 
 
 def test_a_replay_and_a_subscription_together_have_no_gap_and_no_double(cable):
@@ -5543,30 +5525,14 @@ def test_a_replay_and_a_subscription_together_have_no_gap_and_no_double(cable):
     assert [message.id for message in replayed + received] == list(range(1, 52))
 
 
-@given(text=st.text() | st.from_regex(r'[0-9a-f]{8}:[-+ ]?[0-9]{0,25}', fullmatch=True))
-def test_what_is_no_position_of_this_log_is_lost(cable, text):
-    with pytest.raises(todol.PositionLost):
-        cable.since('a', text)
-
-
-@pytest.mark.parametrize('id', ['3', '-1', '1.0', '', ' 1', '\u0661', '9' * 18, '9' * 30])
-def test_a_position_of_this_log_that_never_was_is_lost(cable, id):
-    broadcast_many(cable, 'a', range(2))
-    with pytest.raises(todol.PositionLost):
-        cable.since('a', f'{cable.epoch}:{id}')
-    assert payloads(cable.since('a', f'{cable.epoch}:0')) == [0, 1]
-
-
 def test_more_missed_messages_than_are_worth_a_replay_are_a_lost_position(cable, cache_clock):
     position = cable.position()
     broadcast_many(cable, 'a', range(todol.REPLAY_MESSAGES))
     broadcast_many(cable, 'other', range(3))
     assert len(cable.since('a', position)) == len(cable.since_time('a', cache_clock.now)) == todol.REPLAY_MESSAGES
     broadcast_many(cable, 'a', ['one more'])
-    with pytest.raises(todol.PositionLost, match='missed'):
-        cable.since('a', position)
-    with pytest.raises(todol.PositionLost, match='missed'):
-        cable.since_time('a', cache_clock.now)
+    assert_lost('missed', cable.since, 'a', position)
+    assert_lost('missed', cable.since_time, 'a', cache_clock.now)
 
 
 def test_messages_are_given_from_a_time_on(cable, cache_clock):
@@ -5577,11 +5543,10 @@ def test_messages_are_given_from_a_time_on(cable, cache_clock):
     assert payloads(cable.since_time('a', cache_clock.now - 19)) == [3, 4]
     assert cable.since_time('a', cache_clock.now + 1) == [] == cable.since_time('b', cache_clock.now - 50)
     for at in (cache_clock.now - todol.KEEP_MESSAGES_SECONDS - 1, float('nan'), -float('inf')):
-        with pytest.raises(todol.PositionLost, match='seconds'):
-            cable.since_time('a', at)
+        assert_lost('seconds', cable.since_time, 'a', at)
 
 
-def test_the_log_forgets_old_messages_and_tells_who_comes_back_too_late(cable, cache_clock):
+def test_the_log_is_bounded_in_time_and_number_and_tells_who_comes_back_too_late(cable, cache_clock, monkeypatch):
     start = cable.position()
     broadcast_many(cable, 'a', range(10))
     middle = cable.position()
@@ -5589,155 +5554,86 @@ def test_the_log_forgets_old_messages_and_tells_who_comes_back_too_late(cable, c
     broadcast_many(cable, 'a', range(10, todol.TRIM_EVERY))     # the last of these trims
     assert log_ids(cable) == list(range(11, todol.TRIM_EVERY + 1))
     assert payloads(cable.since('a', middle)) == list(range(10, todol.TRIM_EVERY))
-    with pytest.raises(todol.PositionLost, match='reaches'):
-        cable.since('a', start)
-
-
-def test_the_log_is_bounded_in_number_and_tells_who_comes_back_too_late(cable, cache_clock, monkeypatch):
+    assert_lost('reaches', cable.since, 'a', start)
+    assert len(cable.since_time('a', cache_clock.now - 600)) == todol.TRIM_EVERY - 10, 'nothing since then was cut'
     monkeypatch.setattr(todol, 'KEEP_MESSAGES', 100)
     before = cache_clock.now
-    for n in range(2 * todol.TRIM_EVERY):
+    for n in range(todol.TRIM_EVERY):
         cache_clock.now += 1
         cable.broadcast('a', n)
     deliver(cable)
-    first, last = log_ids(cable)[0], log_ids(cable)[-1]
-    assert (first, last) == (2 * todol.TRIM_EVERY - 99, 2 * todol.TRIM_EVERY)
-    assert len(cable.since('a', f'{cable.epoch}:{first - 1}')) == 100
-    with pytest.raises(todol.PositionLost, match='reaches'):
-        cable.since('a', f'{cable.epoch}:{first - 2}')
-    assert len(cable.since_time('a', before + first)) == 100
-    with pytest.raises(todol.PositionLost, match='cut'):
-        cable.since_time('a', before + first - 1)
+    end = 2 * todol.TRIM_EVERY
+    assert log_ids(cable) == list(range(end - 99, end + 1))
+    assert len(cable.since('a', f'{cable.epoch}:{end - 100}')) == 100
+    assert_lost('reaches', cable.since, 'a', f'{cable.epoch}:{end - 101}')
+    assert len(cable.since_time('a', before + todol.TRIM_EVERY - 99)) == 100
+    assert_lost('cut', cable.since_time, 'a', before + todol.TRIM_EVERY - 100)
 
 
-def test_trimming_an_old_log_leaves_its_end_so_that_positions_stay_true(open_cable, cache_clock):
+def test_a_position_stays_true_over_a_restart_and_while_an_old_log_is_trimmed(open_cable, cache_clock, tmp_path):
     cable = open_cable()
-    broadcast_many(cable, 'a', range(5))
-    position = cable.position()
-    cache_clock.now += todol.KEEP_MESSAGES_SECONDS + 1
-    cable.prune()
-    assert log_ids(cable) == [5]
-    cable.close()
-    cable = open_cable()
-    assert cable.position() == position and cable.since('a', position) == []
-    assert broadcast_many(cable, 'a', [5]) == [6]
-    assert payloads(cable.since('a', position)) == [5]
-
-
-def test_a_position_survives_a_restart_and_the_log_is_not_delivered_again(open_cable):
-    cable = open_cable()
-    position = cable.position()
-    broadcast_many(cable, 'a', range(3))
+    start, _ = cable.position(), broadcast_many(cable, 'a', range(5))
     end = cable.position()
     cable.close()
     cable = open_cable()
     received = listen_to(cable, 'a')
-    assert cable.position() == end and payloads(cable.since('a', position)) == [0, 1, 2]
-    broadcast_many(cable, 'a', [3])
-    assert payloads(received) == [3]
-
-
-def test_the_epoch_stays_with_the_file_and_a_new_file_has_another(open_cable, open_database, tmp_path):
-    cable = open_cable()
-    broadcast_many(cable, 'a', [1])
-    assert open_cable().epoch == cable.epoch
-    fresh = todol.Cable(open_database('cable', tmp_path / 'new.sqlite3'))
-    fresh.open()
-    broadcast_many(fresh, 'a', [1])
-    with pytest.raises(todol.PositionLost):
-        fresh.since('a', cable.position())
-    fresh.close()
+    assert cable.position() == end and payloads(cable.since('a', start)) == list(range(5)), 'the epoch is the same'
+    cache_clock.now += todol.KEEP_MESSAGES_SECONDS + 1
+    cable.prune()
+    assert log_ids(cable) == [5] and cable.since('a', end) == []
+    assert broadcast_many(cable, 'a', [5]) == [6]
+    assert payloads(cable.since('a', end)) == [5] == payloads(received), 'the log is not delivered again'
+    fresh = open_cable(tmp_path / 'new.sqlite3')
+    broadcast_many(fresh, 'a', range(5))
+    assert re.fullmatch('[0-9a-f]{8}', fresh.epoch)
+    assert_lost('is not a position', fresh.since, 'a', end)
 
 
 # What is refused, and where
 
-def test_a_function_gives_its_message_while_nobody_else_can_write_to_the_log(cable):
+def test_a_function_gives_its_message_once_while_nobody_else_can_write_to_the_log(cable):
+    received, calls = listen_to(cable, 'a'), []
+
     def tell():
         with pytest.raises(sqlite3.OperationalError, match='locked'), write_lock(cable._db):
             pass
-        return {'told': 1}
+        calls.append(1)
+        return {'told': len(calls)}
 
-    received = listen_to(cable, 'a')
-    broadcast_many(cable, 'a', [tell])
-    assert payloads(received) == [{'told': 1}]
-
-
-def test_a_function_is_called_once_and_can_not_wait(cable):
-    calls = []
+    all_together(*[functools.partial(cable.broadcast, 'a', tell)] * 5)
+    deliver(cable)
+    assert payloads(received) == [{'told': n} for n in range(1, 6)]
     with pytest.raises(todol.MisuseError, match='can not wait'):
         cable.broadcast('a', lambda: calls.append(1) or gevent.sleep(0.01))
-    assert len(calls) == 1 and not log_ids(cable)
-    ids = all_together(*[functools.partial(cable.broadcast, 'a', lambda: len(calls) or calls.append(1))] * 5)
-    assert len(calls) == 1 and log_ids(cable) == sorted(ids) == [1, 2, 3, 4, 5]
+    assert len(calls) == 6 and log_ids(cable) == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize('error', [ZeroDivisionError, SystemExit, gevent.GreenletExit])
-def test_a_function_that_fails_leaves_nothing_in_the_log_and_hurts_nobody_in_the_same_commit(cable, error):
+def test_what_json_does_not_have_or_is_too_large_is_refused_at_the_call(cable):
     received = listen_to(cable, 'a')
-
-    def fail():
-        raise error('in a function')
-
-    def broadcast(message):
-        try:
-            return cable.broadcast('a', message)
-        except BaseException as raised:
-            return type(raised)
-
-    assert all_together(*(functools.partial(broadcast, message) for message in (1, fail, 2))) == [1, error, 2]
-    deliver(cable)
-    assert payloads(received) == [1, 2] and log_ids(cable) == [1, 2]
-
-
-@given(value=odd_values, later=st.booleans())
-def test_an_odd_message_is_refused_at_the_call_or_arrives_and_poisons_nothing_either_way(cable, value, later):
-    received = listen_to(cable, 'a')
-    before = log_ids(cable)
-    try:
-        cable.broadcast('a', (lambda: value) if later or callable(value) else value)
-    except todol.CableError as error:
-        assert log_ids(cable) == before and len(str(error)) < 500
-        expected = []
-    else:
-        expected = [json.dumps(value)]
-    broadcast_many(cable, 'a', [1])
-    assert [json.dumps(each) for each in payloads(received)] == [*expected, '1']
-    assert not re.search('NaN|Infinity', ''.join(message.payload for message in received))
-    cable.unsubscribe('a', received.append)
-
-
-@pytest.mark.parametrize('message', [
-    float('nan'), [float('inf')], {1, 2}, b'bytes', {(1, 2): 3}, 10**5000, object(), deep(10**5), endless(dict),
-    '\x7f' * (todol.MAX_BROADCAST_BYTES - 1), 'ü' * 200_000], ids=lambda each: type(each).__name__)
-@pytest.mark.parametrize('later', [False, True])
-def test_what_json_does_not_have_or_is_too_large_is_refused(cable, message, later):
-    received = listen_to(cable, 'a')
-    for others in ([], [('b', 1)]):
-        with pytest.raises(todol.CableError, match='a message must be what JSON has|the message has [0-9,]+ bytes'):
-            cable.broadcast_all([*others, ('a', (lambda: message) if later else message)])
+    for message in (float('nan'), [float('inf')], {1, 2}, b'bytes', {(1, 2): 3}, 10**5000, object(), deep(10**5),
+                    endless(dict), '\x7f' * (todol.MAX_BROADCAST_BYTES - 1), 'ü' * 200_000):
+        for given_ in (message, lambda message=message: message):
+            with pytest.raises(todol.CableError, match='a message must be what JSON has|has [0-9,]+ bytes') as raised:
+                cable.broadcast_all([('b', 1), ('a', given_)])
+            assert len(str(raised.value)) < 500
     assert not log_ids(cable)
     broadcast_many(cable, 'a', ['x' * (todol.MAX_BROADCAST_BYTES - 2)])
     assert received[0].id == 1 and len(received[0].payload) == todol.MAX_BROADCAST_BYTES
 
 
-@pytest.mark.parametrize('stream', [None, 1, b'a', '', 'x' * 501, 'x' * 10**6, '\ud800', ['a'], 10**5000],
-                         ids=lambda each: type(each).__name__)
-def test_a_stream_that_is_no_short_text_is_refused_by_every_call(cable, stream):
+def test_a_stream_that_is_no_short_text_is_refused_by_every_call_and_any_other_is_one(cable):
     called = []
-    for call in (lambda: cable.subscribe(stream, called.append),
-                 lambda: cable.broadcast(stream, lambda: called.append(1)),
-                 lambda: cable.broadcast_all([('a', lambda: called.append(1)), (stream, 1)])):
-        with pytest.raises(todol.CableError, match='a stream is text') as raised:
-            call()
-        assert len(str(raised.value)) < 300
+    for stream in (None, 1, b'a', '', 'x' * 501, 'x' * 10**6, '\ud800', 'a\udfff', ['a'], 10**5000):
+        for call in (lambda: cable.subscribe(stream, called.append),
+                     lambda: cable.broadcast_all([('a', lambda: called.append(1)), (stream, 1)])):
+            with pytest.raises(todol.CableError, match='a stream is text') as raised:
+                call()
+            assert len(str(raised.value)) < 300
     assert not called and not log_ids(cable) and not cable._subscribers
-
-
-@given(stream=st.text(min_size=1, max_size=500))
-def test_any_short_text_is_a_stream(cable, stream):
-    position, received, other = cable.position(), listen_to(cable, stream), listen_to(cable, stream[:-1] + '.')
-    broadcast_many(cable, stream, [1])
-    assert payloads(received) == [1] == payloads(cable.since(stream, position)) and (not other or stream[-1] == '.')
+    for stream in ('x' * 500, '\n', '\0', 'A', 'a', 'ü', 'u\u0308', '\ue000', '👋', ' ', "'; --"):
+        position, received = cable.position(), listen_to(cable, stream)
+        broadcast_many(cable, stream, [1])
+        assert payloads(received) == [1] == payloads(cable.since(stream, position))
 
 
 CABLE_VERBS = {
@@ -5751,10 +5647,8 @@ CABLE_VERBS = {
 }
 
 
-@pytest.mark.parametrize('role', ['app', 'job', 'cache'])
-@pytest.mark.parametrize('writers', [1, 3])
-def test_inside_a_transaction_of_another_database_broadcasts_are_refused_at_once(cable, open_database, role, writers):
-    database, called = open_database(role), []
+def test_inside_a_transaction_of_another_database_broadcasts_are_refused_at_once(cable, open_database):
+    database, called = open_database('app'), []
     database.execute('CREATE TABLE kept (n INTEGER)')
 
     def write(n):
@@ -5764,33 +5658,23 @@ def test_inside_a_transaction_of_another_database_broadcasts_are_refused_at_once
                 CABLE_VERBS[verb](cable, lambda: called.append(1))
         assert cable.since('a', cable.position()) == cable.since_time('a', todol.now()) == [], 'reads are free'
 
-    all_together(*(functools.partial(database.transact, write, n) for n in range(writers)))
-    assert database.execute('SELECT count(*) FROM kept') == [(writers,)] and not called and not log_ids(cable)
-    received = listen_to(cable, 'a')
+    all_together(*(functools.partial(database.transact, write, n) for n in range(3)))
+    assert database.execute('SELECT count(*) FROM kept') == [(3,)] and not called and not log_ids(cable)
+    assert broadcast_many(cable, 'a', [1]) == [1]
+
+
+def test_from_another_thread_or_before_the_stack_is_open_every_verb_of_the_cable_says_what_to_do(cable):
+    called, received = [], listen_to(cable, 'a')
+    closed = todol.Cable(todol.Database('cable', declared=False))
+    for verb, call in CABLE_VERBS.items():
+        note = called.append if verb == 'subscribe' else lambda: called.append(1)
+        error = from_a_thread(lambda: call(cable, note))
+        assert isinstance(error, todol.MisuseError) and 'in_thread' in str(error), (verb, error)
+        with pytest.raises(todol.MisuseError, match='open_stack'):
+            call(closed, note)
+    assert not called and not log_ids(cable) and list(cable._subscribers) == ['a']
     broadcast_many(cable, 'a', [1])
     assert payloads(received) == [1]
-
-
-@pytest.mark.parametrize('verb', CABLE_VERBS)
-def test_from_another_thread_or_before_the_stack_is_open_every_verb_of_the_cable_says_what_to_do(cable, verb):
-    called, received = [], listen_to(cable, 'a')
-    note = called.append if verb == 'subscribe' else lambda: called.append(1)
-    error = from_a_thread(lambda: CABLE_VERBS[verb](cable, note))
-    assert isinstance(error, todol.MisuseError) and 'in_thread' in str(error), repr(error)
-    assert not called and not log_ids(cable)
-    broadcast_many(cable, 'a', [1])
-    assert payloads(received) == [1] and list(cable._subscribers) == ['a']
-    with pytest.raises(todol.MisuseError, match='open_stack'):
-        CABLE_VERBS[verb](todol.Cable(todol.Database('cable', declared=False)), called.append)
-
-
-def test_a_broadcast_to_a_locked_log_is_an_error_and_the_next_one_works(cable, monkeypatch):
-    monkeypatch.setattr(todol, 'BUSY_SECONDS', 0.05)
-    received = listen_to(cable, 'a')
-    with write_lock(cable._db), pytest.raises(todol.StorageError, match='locked'):
-        cable.broadcast('a', 1)
-    broadcast_many(cable, 'a', [2])
-    assert payloads(received) == [2]
 
 
 # Processes
@@ -5844,48 +5728,19 @@ def test_two_processes_get_each_others_broadcasts_in_one_order_without_polling(s
     assert [id for id, _ in there] == list(range(1, 201))
     for name in ('ours', 'theirs'):
         assert [payload for _, payload in there if payload[0] == name] == [[name, n] for n in range(100)]
-
-
-def test_a_process_that_was_suspended_misses_nothing(stack, neighbour):
-    process = neighbour()
     process.send_signal(signal.SIGSTOP)
     for n in range(1000):
         stack.cable.broadcast('a', n)
     process.send_signal(signal.SIGCONT)
-    assert [payload for _, payload in read_messages(process, 1000)] == list(range(1000))
+    assert [payload for _, payload in read_messages(process, 1000)] == list(range(1000)), 'suspended, it missed some'
 
 
-def test_messages_that_no_bell_announced_arrive_by_polling(stack, neighbour, monkeypatch):
-    process = neighbour(0.05)
-    monkeypatch.setattr(todol.processes, 'ring', lambda *_: None)
-    stack.cable.broadcast('a', 'quiet')
-    assert read_messages(process, 1)[0][1] == 'quiet'
-
-
-@pytest.mark.parametrize('broken', ['gone', 'no pipe'])
-def test_a_bell_that_fails_is_no_error_of_a_broadcast(stack, neighbour, broken):
+def test_messages_that_no_bell_announced_arrive_by_polling(stack, neighbour):
     process = neighbour(0.05)
     for bell in pathlib.Path(todol.settings.data).glob('*.bell.*'):
-        if not bell.name.endswith(todol.processes.name):
-            bell.unlink()
-            if broken == 'no pipe':
-                bell.write_bytes(b'')
-    received = listen_to(stack.cable, 'a')
+        bell.unlink()
     assert stack.cable.broadcast_all([('a', 1), ('a', 2)]) == [1, 2]
-    deliver(stack.cable)
-    assert payloads(received) == [1, 2] == [payload for _, payload in read_messages(process, 2)]
-
-
-def test_broadcasts_that_returned_survive_kill_9(stack, neighbour):
-    position = stack.cable.position()
-    process = neighbour()
-    process.stdin.write(b'100000\n')
-    seen = read_messages(process, 50)
-    process.kill()
-    process.wait()
-    stack.cable_db.execute('DELETE FROM messages WHERE id > ?', (seen[-1][0],))
-    eventually(lambda: todol.offset_of(stack.cable.position()) >= seen[-1][0])
-    assert [(message.id, json.loads(message.payload)) for message in stack.cable.since('a', position)] == seen
+    assert [payload for _, payload in read_messages(process, 2)] == [1, 2]
 
 
 # === Sessions: who is asking, without a row for it ====================================================================
