@@ -8764,8 +8764,6 @@ def test_a_drain_ends_in_time_whoever_does_not(serve):
         assert 1.9 < time.monotonic() - started < 4 and ended and statuses(rest_of(connection)) == [500]
 
 
-import bz2
-import lzma
 import tarfile
 import zipfile
 
