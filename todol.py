@@ -73,7 +73,7 @@ try:
     from gevent.pywsgi import Input, WSGIServer, _InvalidClientInput
     from geventwebsocket.exceptions import ProtocolError, WebSocketError
     from geventwebsocket.handler import WebSocketHandler
-    from geventwebsocket.websocket import WebSocket
+    from geventwebsocket.websocket import Header
 except ImportError as missing:
     if __name__ != '__main__':
         raise
@@ -3255,9 +3255,9 @@ def gzipped(body, level):
 # === WebSocket: Action Cable at /cable ===================================================
 # Speaks actioncable-v1-json, so that @rails/actioncable and @hotwired/turbo-rails work unchanged,
 # and AnyCable's actioncable-v1-ext-json, whose clients resume without loss. gevent-websocket alone
-# must not face a network (frames without bound, interleaved writes, close frames without a code);
-# CableSocket mends it, with Handler in HTTP, and keeps one rule: everything that is sent goes
-# through push(), which never waits.
+# must not face a network (frames without bound, interleaved writes, close frames without a code):
+# CableSocket takes its place, with Handler in HTTP, and keeps one rule: everything that is sent
+# goes through push(), which never waits.
 
 CABLE_PATH = '/cable'
 PROTOCOLS = ('actioncable-v1-ext-json', 'actioncable-v1-json', 'actioncable-unsupported')
@@ -3265,171 +3265,79 @@ BEAT_SECONDS = 3            # between pings in JSON: clients take twice that for
 BEATS_PER_WS_PING = 5       # every client answers a ping of RFC 6455: a dead one is noticed
 SILENCE_SECONDS = 60        # a socket that says nothing for so long is dropped
 CLOSE_SECONDS = 2           # how long the other side may take to close too
+HOLD_SECONDS = 3            # how long a restored subscription waits for its history command
 OUTBOX_BYTES = 2 * MAX_BROADCAST_BYTES      # a client that leaves more unread is dropped
-MAX_FRAGMENTS = 128         # of one message
 MAX_SUBSCRIPTIONS = 100     # of one socket
-FRAMES_PER_TURN = 100       # of one socket in one turn of the event loop
 RESUME_SECONDS = 300        # how long a session of actioncable-v1-ext-json can be resumed
 WEBSOCKET_GUID = '258EAFA5-E914-47DA-95CA-C5AB0DC85B11'     # RFC 6455, section 1.3
 
-TEXT, BINARY, CLOSE, PING, PONG = 0x1, 0x2, 0x8, 0x9, 0xA
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = OPCODES = (0x0, 0x1, 0x2, 0x8, 0x9, 0xA)
+# What JSON of another shape than the protocol's raises
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 connections = {}            # user -> set of Connection
 
 
-class TooLarge(ProtocolError):
-    """A frame or message beyond the limit."""
+class Violation(ProtocolError):
+    """What a client may not do. code: of the close frame. Source: RFC 6455, section 7.4.1."""
+
+    def __init__(self, reason, code=1002):
+        super().__init__(reason)
+        self.code = code
 
 
-class CableSocket(WebSocket):
+class CableSocket:
     """A WebSocket whose reads are bounded and whose writes never wait. Source: RFC 6455."""
 
-    def __init__(self, environ, stream, handler):
-        super().__init__(environ, stream, handler)
-        self._socket = handler.socket
-        self._read = handler.rfile.read
-        self._unsent = collections.deque()
-        self._unsent_bytes = 0
-        self._writer = None
-        self._frames = 0
+    def __init__(self, handler):
+        self.read = handler.rfile.read
+        self.closed = False             # nothing more is sent
         self.heard_at = time.monotonic()
-        self.close_sent = False
-
-    def __del__(self):
-        pass        # the library's would write to a socket that may have another owner by now
+        self._socket = handler.socket
+        self._unsent = bytearray()
+        self._writer = None             # the greenlet that sends it
 
     def receive(self):
         """The next text message; None when the socket is closed, by whom and why ever."""
-        code = None
         try:
-            return self.read_message()
-        except TooLarge:
-            code = 1009
-        except ProtocolError:
-            code = 1002
+            return self._read_message()
+        except ProtocolError as error:
+            self.close(getattr(error, 'code', 1002))        # the library's have none
+            self.linger()
         except UnicodeDecodeError:
-            code = 1007
+            self.close(1007)
+            self.linger()
         except (OSError, WebSocketError, ValueError):   # ValueError: closed under the read
-            pass
-        if code:
-            self.close(code)
-            self._linger()
-        self.closed = True
+            self.closed = True
         return None
-
-    def read_message(self):
-        kind, parts, size = None, [], 0
-        while True:
-            final, opcode, payload = self.read_frame(size)
-            self.heard_at = time.monotonic()
-            self._frames += 1
-            if self._frames % FRAMES_PER_TURN == 0:
-                gevent.sleep(0)
-            if opcode == PING:
-                self.push(frame(payload, PONG))
-            elif opcode == CLOSE:
-                self.handle_close(None, payload)
-                raise WebSocketError('closed by the other side')
-            elif opcode != PONG:
-                if (opcode == 0) == (kind is None):
-                    raise ProtocolError('a continuation of nothing, or a message inside another')
-                kind = kind or opcode
-                parts.append(payload)
-                size += len(payload)
-                if len(parts) > MAX_FRAGMENTS:
-                    raise TooLarge('too many fragments')
-                if final:
-                    if kind == BINARY:
-                        self.close(1003)
-                        self._linger()
-                        raise WebSocketError('binary message')
-                    return b''.join(parts).decode()
-
-    def read_frame(self, already=0):
-        """The next frame: final, opcode, payload. already: bytes that the message has so far."""
-        first, second = self._exactly(2)
-        final, opcode, length = first & 0x80, first & 0x0F, second & 0x7F
-        if first & 0x70 or opcode not in (0, TEXT, BINARY, CLOSE, PING, PONG):
-            raise ProtocolError('reserved bit or opcode')
-        if not second & 0x80:
-            raise ProtocolError('a client must mask its frames')
-        if opcode >= CLOSE and (length > 125 or not final):
-            raise ProtocolError('a control frame is short and whole')
-        if length == 126:
-            length, = struct.unpack('!H', self._exactly(2))
-        elif length == 127:
-            length, = struct.unpack('!Q', self._exactly(8))
-        if opcode < CLOSE and already + length > settings.max_message_bytes:
-            raise TooLarge(f'more than {settings.max_message_bytes} bytes')     # unread
-        mask = self._exactly(4)
-        payload = self._exactly(length)
-        key = int.from_bytes((mask * (length // 4 + 1))[:length], 'big')
-        return final, opcode, (int.from_bytes(payload, 'big') ^ key).to_bytes(length, 'big')
-
-    def handle_close(self, header, payload):
-        """Answer the other side's close with the same code."""
-        if not payload:
-            return self.close(1000)
-        code = struct.unpack('!H', payload[:2])[0] if len(payload) > 1 else 0
-        if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
-            raise ProtocolError(f'close code {code}')
-        payload[2:].decode()
-        self.close(code, payload[2:])
-
-    def send(self, message, binary=None):
-        """Send a text; a client that does not read is dropped, the caller never waits."""
-        self.push(frame(message.encode()))
-
-    def send_frame(self, message, opcode):
-        self.push(frame(message, opcode))
 
     def push(self, data):
         """Send the bytes of whole frames: at once if the kernel takes them, else from a greenlet,
-        in order."""
-        if self.closed or self.close_sent:
+        in order. A client that does not read is dropped."""
+        if self.closed:
             return
-        if self._writer is None:
+        sent = 0
+        if not self._unsent:
             try:
                 sent = self._socket._sock.send(data)        # beneath gevent's: non-blocking
             except BlockingIOError:
-                sent = 0
+                pass
             except OSError:
                 return self.abort()
-            if sent == len(data):
-                return
-            data = data[sent:]
-            self._writer = gevent.spawn(self._write_unsent)
-        self._unsent.append(data)
-        self._unsent_bytes += len(data)
-        if self._unsent_bytes > OUTBOX_BYTES:
+            if sent < len(data):
+                self._writer = gevent.spawn(self._write_unsent)
+        self._unsent += data[sent:]
+        if len(self._unsent) > OUTBOX_BYTES:
             log.warning('socket dropped, its client does not read unsent_bytes=%s',
-                        self._unsent_bytes)
+                        len(self._unsent))
             self.abort()
 
-    def close(self, code=1000, message=b''):
+    def close(self, code=1000, reason=b''):
         """Send a close frame, as the last one."""
-        if not self.close_sent:
-            self.push(frame(struct.pack('!H', code) + message[:123], CLOSE))
-            self.close_sent = True
+        self.push(frame(struct.pack('!H', code) + reason, CLOSE))
+        self.closed = True
 
-    def abort(self):
-        """Drop the connection; whoever reads from it gets the end."""
-        self.closed = self.close_sent = True
-        self._unsent.clear()
-        with contextlib.suppress(OSError):
-            self._socket._sock.shutdown(socket.SHUT_RDWR)
-
-    def _write_unsent(self):
-        try:
-            while self._unsent:
-                data = self._unsent.popleft()
-                self._socket.sendall(data)
-                self._unsent_bytes -= len(data)
-            self._writer = None
-        except OSError:
-            self.abort()
-
-    def _linger(self):
+    def linger(self):
         """Read on for a moment after the close frame was sent: a reset because of unread bytes
         could overtake it."""
         if self._writer:
@@ -3439,26 +3347,71 @@ class CableSocket(WebSocket):
             while self._socket.recv(65536):
                 pass
 
-    def _exactly(self, size):
-        data = self._read(size) if size else b''
-        if len(data) < size:
+    def abort(self):
+        """Drop the connection; whoever reads from it gets the end."""
+        self.closed = True
+        with contextlib.suppress(OSError):
+            self._socket._sock.shutdown(socket.SHUT_RDWR)
+
+    def _write_unsent(self):
+        try:
+            while self._unsent:
+                del self._unsent[:self._socket.send(self._unsent)]
+        except OSError:
+            self.abort()
+
+    def _read_message(self):
+        message, inside = bytearray(), False
+        while True:
+            opcode, final, payload = self._read_frame(len(message))
+            self.heard_at = time.monotonic()
+            gevent.sleep(0)             # a flood of frames must not starve the others
+            if opcode == PING:
+                self.push(frame(payload, PONG))
+            elif opcode == CLOSE:
+                self._answer_close(payload)
+                raise WebSocketError('closed by the other side')
+            elif opcode != PONG:
+                if opcode == BINARY:
+                    raise Violation('only text is understood', 1003)
+                if inside != (opcode == CONTINUATION):
+                    raise Violation('a continuation of nothing, or a message inside another')
+                message += payload
+                inside = True
+                if final:
+                    return message.decode()
+
+    def _read_frame(self, already):
+        """The next frame: opcode, whether it is final, payload. already: bytes that the message
+        has so far."""
+        header = Header.decode_header(self)     # also refuses control frames that are not short
+        opcode, size = header.opcode, header.length
+        if header.flags or opcode not in OPCODES:
+            raise Violation('reserved bit or opcode')
+        if not header.mask:
+            raise Violation('a client must mask its frames')
+        if opcode < CLOSE and already + size > settings.max_message_bytes:
+            raise Violation(f'more than {settings.max_message_bytes} bytes', 1009)      # unread
+        payload = self.read(size)
+        if len(payload) < size:
             raise WebSocketError('the connection ended')
-        return data
+        key = int.from_bytes((header.mask * (size // 4 + 1))[:size], 'big')
+        return opcode, header.fin, (int.from_bytes(payload, 'big') ^ key).to_bytes(size, 'big')
+
+    def _answer_close(self, payload):
+        """Close with the code and the reason of the other side's close."""
+        if not payload:
+            return self.close()
+        code = int.from_bytes(payload[:2], 'big') if len(payload) > 1 else 0
+        if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+            raise Violation(f'close code {code}')
+        payload[2:].decode()
+        self.close(code, payload[2:])
 
 
 def frame(payload, opcode=TEXT):
     """The bytes of one unmasked, final frame."""
-    size = len(payload)
-    if size < 126:
-        return bytes((0x80 | opcode, size)) + payload
-    if size < 65536:
-        return struct.pack('!BBH', 0x80 | opcode, 126, size) + payload
-    return struct.pack('!BBQ', 0x80 | opcode, 127, size) + payload
-
-
-def encode(message):
-    """A protocol message as a frame."""
-    return frame(to_json(message).encode())
+    return bytes(Header.encode_header(True, opcode, b'', len(payload), 0)) + payload
 
 
 class Subscription:
@@ -3466,33 +3419,36 @@ class Subscription:
 
     def __init__(self, connection, identifier, stream):
         self.connection = connection
-        self.identifier = identifier
         self.stream = stream
-        self._live = False          # messages are not sent before what was missed
+        self._held = []             # messages that came before start(); None: it is live
         self._last_id = -1          # of the message that was sent last: nothing goes out twice
         quoted = json.dumps(identifier)
         self._head = f'{{"identifier":{quoted},"message":'.encode()
 
-    def start(self, missed=(), last_id=-1):
-        """Send what was missed, and be live from here on. last_id: of the last message that the
-        client has."""
-        self._live, self._last_id = True, last_id
-        for message in missed:
+    def start(self, missed=None, last_id=-1):
+        """Send what was missed, or else what was held, and be live from here on. last_id: of the
+        last message that the client has."""
+        held, self._held = self._held, None
+        self._last_id = last_id
+        for message in missed if missed is not None else held or ():
             self.receive(message)
+
+    def start_unasked(self):
+        """Be live if no command has asked for it."""
+        if self._held is not None:
+            self.start()
 
     def receive(self, message):
         """Send a message of the stream."""
-        if not self._live or message.id <= self._last_id:
-            return
-        self._last_id = message.id
-        tail = b'}'
-        if self.connection.extended:
-            tail = (f',"stream_id":{json.dumps(self.stream)},"epoch":"{cable.epoch}",'
-                    f'"offset":{message.id}}}').encode()
-        self.connection.socket.push(frame(self._head + message.payload.encode() + tail))
-
-    def send(self, type):
-        self.connection.send({'identifier': self.identifier, 'type': type})
+        if self._held is not None:
+            self._held.append(message)
+        elif message.id > self._last_id:
+            self._last_id = message.id
+            tail = b'}'
+            if self.connection.extended:
+                tail = (f',"stream_id":{json.dumps(self.stream)},"epoch":"{cable.epoch}",'
+                        f'"offset":{message.id}}}').encode()
+            self.connection.socket.push(frame(self._head + message.payload.encode() + tail))
 
 
 class Connection:
@@ -3506,15 +3462,14 @@ class Connection:
         self.rails = 'actioncable-unsupported' in offered       # only Rails' own client offers that
         self.sid = secrets.token_urlsafe(12)
         self.subscriptions = {}     # identifier -> Subscription
-        self._restore = restore
+        self._restore = restore     # the sid of a session to go on with
 
     def serve(self):
         """Greet, and do what the client commands until it is gone."""
         if self.user is None:
             self.disconnect('unauthorized', reconnect=False)
-            return self.socket._linger()
+            return self.socket.linger()
         connections.setdefault(self.user, set()).add(self)
-        heartbeat.set()
         try:
             self._welcome()
             for text in iter(self.socket.receive, None):
@@ -3529,7 +3484,10 @@ class Connection:
                 self._save()
 
     def send(self, message):
-        self.socket.push(encode(message))
+        self.socket.push(frame(to_json(message).encode()))
+
+    def answer(self, identifier, type):
+        self.send({'identifier': identifier, 'type': type})
 
     def disconnect(self, reason, reconnect):
         """Tell why, and close, for good after CLOSE_SECONDS."""
@@ -3545,10 +3503,10 @@ class Connection:
         if saved and saved['user'] == self.user:
             for identifier in saved['identifiers']:
                 stream, _ = self._stream_of(identifier)
-                if stream:
-                    self._add(identifier, stream)       # held until its history command
+                if stream:      # held: what came live before its history would be out of order
+                    subscription = self._add(identifier, stream)
+                    gevent.spawn_later(HOLD_SECONDS, subscription.start_unasked)
             welcome.update(restored=True, restored_ids=list(self.subscriptions))
-            self._save()
         self.send(welcome)
 
     def _obey(self, text):
@@ -3565,11 +3523,10 @@ class Connection:
             elif name == 'unsubscribe':
                 self._unsubscribe(identifier)
             elif name == 'history' and self.extended:
-                if identifier in self.subscriptions:
-                    self._replay_history(self.subscriptions[identifier], command.get('history'))
+                self._replay_history(identifier, command.get('history'))
             elif name != 'message':         # StreamsChannel has no actions
                 raise ValueError('no such command')
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except MALFORMED as error:
             log.info('cable command ignored error=%r', error)
 
     def _subscribe(self, identifier, history):
@@ -3578,24 +3535,23 @@ class Connection:
             # identifier waits for a confirmation of its own. AnyCable's takes one that it does not
             # expect for an error.
             if self.rails:
-                self.subscriptions[identifier].send('confirm_subscription')
+                self.answer(identifier, 'confirm_subscription')
             return
         stream, since = self._stream_of(identifier)
         if stream is None or len(self.subscriptions) >= MAX_SUBSCRIPTIONS:
-            return self.send({'identifier': identifier, 'type': 'reject_subscription'})
+            return self.answer(identifier, 'reject_subscription')
         subscription = self._add(identifier, stream)
-        subscription.send('confirm_subscription')
+        self.answer(identifier, 'confirm_subscription')
         if history and self.extended:
-            self._replay_history(subscription, history)
+            self._replay_history(identifier, history)
         elif since is None:
             subscription.start()
         else:
             try:
-                subscription.start(cable.since(stream, since), offset_of(since))
+                subscription.start(cable.since(stream, str(since)), offset_of(since))
             except PositionLost:
                 subscription.start([Message(offset_of(cable.position()), stream,
                                             json.dumps(REFRESH), 0.0)])
-        self._save()
 
     def _unsubscribe(self, identifier):
         subscription = self.subscriptions.pop(identifier, None)
@@ -3603,38 +3559,36 @@ class Connection:
             cable.unsubscribe(subscription.stream, subscription.receive)
             self._save()
 
-    def _replay_history(self, subscription, history):
+    def _replay_history(self, identifier, history):
         """Send what was missed, or say that it is lost; then the subscription is live."""
+        subscription = self.subscriptions[identifier]
+        stream = subscription.stream
         try:
-            position = (history.get('streams') or {}).get(subscription.stream)
+            position = (history.get('streams') or {}).get(stream)
             if position is not None:
                 position = f'{position["epoch"]}:{position["offset"]}'
-                subscription.start(cable.since(subscription.stream, position), offset_of(position))
+                subscription.start(cable.since(stream, position), offset_of(position))
             else:
-                since = float(history['since'])
-                subscription.start(cable.since_time(subscription.stream, since))
-            subscription.send('confirm_history')
-        except (PositionLost, KeyError, TypeError, ValueError, AttributeError,
-                OverflowError):
+                subscription.start(cable.since_time(stream, float(history['since'])))
+            self.answer(identifier, 'confirm_history')
+        except (PositionLost, *MALFORMED):
             subscription.start()
-            subscription.send('reject_history')
+            self.answer(identifier, 'reject_history')
 
     def _stream_of(self, identifier):
-        """The stream that an identifier names, and the position in it to start after; None where it
-        may not listen."""
-        try:
+        """The stream that an identifier names, None where it may not listen; and the position in
+        it to start after, None: from now on."""
+        with contextlib.suppress(*MALFORMED):
             params = json.loads(identifier)
-            if params['channel'] not in ('Turbo::StreamsChannel', '$pubsub'):
-                return None, None
-            since = params.get('since')
-            stream = verify_stream_name(params['signed_stream_name'], self.user)
-            return stream, since if isinstance(since, str) else None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return None, None
+            if params['channel'] in ('Turbo::StreamsChannel', '$pubsub'):
+                stream = verify_stream_name(params['signed_stream_name'], self.user)
+                return stream, params.get('since')
+        return None, None
 
     def _add(self, identifier, stream):
         subscription = self.subscriptions[identifier] = Subscription(self, identifier, stream)
         cable.subscribe(stream, subscription.receive)
+        self._save()
         return subscription
 
     def _save(self):
@@ -3647,27 +3601,18 @@ class Connection:
 
 
 class Heartbeat:
-    """Pings every connection, and drops those that have gone silent. Sleeps while there is none."""
-
-    def __init__(self):
-        self._anybody = gevent.event.Event()
-        self._beats = 0
+    """Pings every connection, and drops those that have gone silent."""
 
     def open(self):
+        self._beats = 0
         self._loop = Loop('heartbeat', self._turn)
 
     def close(self):
         self._loop.stop()
 
-    def set(self):
-        self._anybody.set()
-
     def _turn(self):
-        if not connections:
-            self._anybody.clear()
-            return self._wait
         self._beats += 1
-        ping = encode({'type': 'ping', 'message': int(time.time())})
+        ping = frame(f'{{"type":"ping","message":{int(time.time())}}}'.encode())
         if self._beats % BEATS_PER_WS_PING == 0:
             ping += frame(b'', PING)
         silent_since = time.monotonic() - SILENCE_SECONDS
@@ -3676,11 +3621,7 @@ class Heartbeat:
                 connection.socket.abort()
             else:
                 connection.socket.push(ping)
-        return self._wait
-
-    def _wait(self):
-        self._anybody.wait()
-        gevent.sleep(BEAT_SECONDS)
+        return functools.partial(gevent.sleep, BEAT_SECONDS)
 
 
 heartbeat = Heartbeat()
@@ -3899,7 +3840,7 @@ class Handler(WebSocketHandler):
             headers.append(('Sec-WebSocket-Protocol', protocol))
         query = urllib.parse.parse_qs(environ['QUERY_STRING'])
         restore = (query.get('sid') or [environ.get('HTTP_X_ANYCABLE_RESTORE_SID', '')])[0]
-        self.websocket = environ['wsgi.websocket'] = CableSocket(environ, _NoStream, self)
+        self.websocket = environ['wsgi.websocket'] = CableSocket(self)
         self.cable_connection = Connection(self.websocket, user, protocol, offered, restore)
         self.close_connection = True            # no request follows a WebSocket
         self.start_response('101 Switching Protocols', headers)
@@ -3939,11 +3880,6 @@ class Handler(WebSocketHandler):
             if self.websocket._writer:
                 self.websocket._writer.join(CLOSE_SECONDS)
             self.websocket.closed = True
-
-
-class _NoStream:
-    """CableSocket has its own way to the socket; the library's base class only looks at these."""
-    read = write = None
 
 
 class Server(WSGIServer):
