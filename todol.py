@@ -4269,7 +4269,7 @@ const cable = {
     } else if (type === 'reject_subscription' || type === 'disconnect' && !reconnect) {
       wait(3000).then(() => visit());
     } else if (!type) {
-      aliveAt = this.heardAt;
+      if (!document.hidden) aliveAt = this.heardAt;
       const its = sources().filter(source => source.identifier === identifier);
       if (offset) for (const source of its) source.dataset.since = `${epoch}:${offset}`;
       renderStreams(message, true);
@@ -4322,31 +4322,26 @@ class CableStreamSource extends HTMLElement {
 
 // A hidden tab lets go of its socket, an idle one too if data-idle-seconds of a source
 // says so: the machine can sleep. Both catch up when looked at.
-let hiddenTimer, aliveAt = Date.now();
+let aliveAt = Date.now();
 function alive() {
   aliveAt = Date.now();
   if (!document.hidden) cable.open(false);      // not counted: the pauses don't grow by it
   wake();
 }
-addEventListener('visibilitychange', () => {
-  clearTimeout(hiddenTimer);
-  if (document.hidden) hiddenTimer = setTimeout(() => cable.release(), HIDDEN_MS);
-  else alive();
-});
-for (const name of ['online', 'pageshow', 'focus', 'pointermove', 'pointerdown', 'keydown']) {
-  addEventListener(name, alive);
-}
+for (const name of ['visibilitychange', 'online', 'pageshow', 'focus', 'pointermove',
+  'pointerdown', 'keydown']) addEventListener(name, alive);
 addEventListener('offline', () => cable.show());
 setInterval(() => {
   const idleMs = 1000 * ($('[data-idle-seconds]')?.dataset.idleSeconds ?? 0);
+  const mostMs = document.hidden ? HIDDEN_MS : idleMs || Infinity;
   if (cable.socket && Date.now() - cable.heardAt > STALE_MS) cable.lost();
-  if (!cable.socket || !idleMs || Date.now() - aliveAt < idleMs) return;
+  if (!cable.socket || Date.now() - aliveAt < mostMs) return;
   cable.release();
   cable.show(true);
 }, 3000);
 
-const helpers = { $, $$, byId, wait, onClick };
-globalThis.live = { ...helpers, visit, change, changes, renderStreams, morph, hooks };
+globalThis.live = { $, $$, byId, wait, onClick, visit, change, changes, renderStreams, morph,
+  hooks };
 addEventListener('DOMContentLoaded', () => {        // the app's script has set hooks by then
   epoch = epochOf(document);
   customElements.get('turbo-stream') ?? customElements.define('turbo-stream', StreamElement);
@@ -4990,7 +4985,6 @@ app_settings(
     Setting('MAX_TODOS', '10000', 'most todos of one user', whole_number(1, 1_000_000)),
 )
 
-FILTERS = ('all', 'active', 'completed')
 BROADCAST_ROWS = 50         # a change of more rows is told as "load the page again"
 NOT_TEXT = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')      # controls, lone surrogates
 # Spaces, and marks that show nothing. (To isprintable(), the newest emoji are not printable.)
@@ -5005,6 +4999,11 @@ INSERT_TODO = '''
     VALUES (:user, :title, coalesce((SELECT version FROM lists WHERE user_id = :user), 0) + 1, :key,
             now_s())
     ON CONFLICT (user_id, key) WHERE key IS NOT NULL DO NOTHING
+    RETURNING id'''
+TOGGLE_TODOS = '''
+    UPDATE todos SET completed = :completed, version = :version
+    WHERE user_id = :user AND completed <> :completed
+        AND (:ids IS NULL OR id IN (SELECT value FROM json_each(:ids)))
     RETURNING id'''
 COUNT_CHANGE = '''
     INSERT INTO lists (user_id, active, completed, version) VALUES (?, ?, ?, 1)
@@ -5111,21 +5110,14 @@ def update_todo(user, id, title=None, completed=None):
 def toggle_todos(user, completed, ids=None):
     """Set all todos of a user, or those of ids that are theirs, to completed or active. Gives the
     ids that changed."""
-    version = count_todos(user).version + 1
-    if ids is None:
-        rows = app_db.execute('UPDATE todos SET completed = ?, version = ? '
-                              'WHERE user_id = ? AND completed <> ? RETURNING id',
-                              (int(completed), version, user, int(completed)))
-    else:
-        rows = []
-        for id in ids:
-            rows += app_db.execute('UPDATE todos SET completed = ?, version = ? '
-                                   'WHERE id = ? AND user_id = ? AND completed <> ? RETURNING id',
-                                   (int(completed), version, id, user, int(completed)))
-    if rows:
-        moved = len(rows) if completed else -len(rows)
-        _changed(user, [id for id, in rows], active=-moved, completed=moved)
-    return [id for id, in rows]
+    rows = app_db.execute(TOGGLE_TODOS, {
+        'user': user, 'completed': int(completed), 'version': count_todos(user).version + 1,
+        'ids': None if ids is None else json.dumps(ids)})
+    ids = [id for id, in rows]
+    if ids:
+        moved = len(ids) if completed else -len(ids)
+        _changed(user, ids, active=-moved, completed=moved)
+    return ids
 
 
 @app_db.transaction
@@ -5190,7 +5182,7 @@ def miscounted_lists():
 # === Templates ===========================================================================
 # The element names, class names and texts are those of the TodoMVC app template, so that anyone's
 # tests and styles for it fit.
-
+PATHS = {'all': '/', 'active': '/active', 'completed': '/completed'}        # of the filters
 THEME_COLORS = ('#f9f6f1', '#181612')       # as --paper in the styles: light, dark
 
 TEMPLATES.update({
@@ -5445,7 +5437,6 @@ def broadcast_todos(changes):
 # Forms work without script, with _method for what they can't say.
 
 ID = '<id:re:[0-9]{1,18}>'          # within SQLite's 64 bits
-PATHS = {'all': '/', 'active': '/active', 'completed': '/completed'}
 
 
 @app.get([*PATHS.values()])
@@ -5566,7 +5557,7 @@ def came_from():
     """The filter of the page that the request came from: a form that stands at another URL says it
     itself."""
     named = fields().get('showing')
-    if named in FILTERS:
+    if named in PATHS:
         return named
     referer = re.match(r'https?://[^/?#]*([^?#]*)', bottle.request.get_header('Referer', ''))
     return next((name for name, path in PATHS.items() if referer and path == referer[1]), 'all')
