@@ -6890,11 +6890,10 @@ LIVE = f'{EXTENDED}, actioncable-unsupported'           # what the live script o
 BOTH = pytest.mark.parametrize('protocols', [RAILS, EXTENDED])
 
 
-def cable_script(tmp_path, lines, name='script.py'):
-    """A program that does these lines with todol imported, and then what todol.py does; for start_server(program=)."""
-    path = tmp_path / name
-    path.write_text(f'import sys; sys.path.insert(0, {str(HERE)!r})\nimport gevent, todol\n{lines}\n'
-                    f'sys.exit(todol.main())\n')
+def cable_script(tmp_path, line):
+    """A program that does a line with todol imported, and then what todol.py does; for start_server(program=)."""
+    path = tmp_path / 'script.py'
+    path.write_text(f'import sys; sys.path.insert(0, {str(HERE)!r})\nimport todol\n{line}\nsys.exit(todol.main())\n')
     return path
 
 
@@ -7009,12 +7008,6 @@ def assert_closed(tab, code):
     assert tab.read_frame() == (None, b'')
 
 
-def resident_bytes(server):
-    status = pathlib.Path(f'/proc/{server.process.pid}/status')
-    need(status.exists(), 'this system has no /proc')
-    return int(re.search(r'VmRSS:\s+(\d+)', status.read_text())[1]) * 1024
-
-
 def log_of(server, stream):
     """[(offset, message), ...]: what the cable's log on the disk has of a stream."""
     with contextlib.closing(server.database('cable')) as database:
@@ -7033,79 +7026,33 @@ def client_frame(payload=b'', opcode=1, final=True):
 
 # --- the upgrade ---
 
-def test_an_upgrade_is_answered_with_the_key_of_rfc_6455(one_server, connect, somebody):
-    tab = connect(one_server, somebody)
-    assert tab.status == 101
-    assert tab.headers['sec-websocket-accept'] == 's3pPLMBiTxaQ9kYGzzhZRbK+xOo='     # section 1.3 there
-    assert tab.headers['upgrade'].lower() == 'websocket' and tab.headers['connection'].lower() == 'upgrade'
-
-
 @pytest.mark.parametrize('status, options', [
     (404, {'path': '/cables'}),
-    (404, {'path': '/'}),
     (404, {'headers': {'Connection': 'keep-alive'}}),                   # then it is a plain GET
     (404, {'headers': {'Connection': None, 'Upgrade': None}}),
     (400, {'path': '/cable HTTP/1.0\r\nX-Rest:'}),
-    *((426, {'headers': {'Sec-WebSocket-Version': version}}) for version in ('7', '8', '14', None)),
-    *((400, {'key': key}) for key in ('a', '', None, 'x' * 24, 'dGhlIHNhbXBsZSBub25jZ', 'dGhlIHNhbXBsZSBub25jZQ==A',
-                                      'dGhlIHNhbXBsZSBub25jZR==', 'dGhlIHNhbXBsZSBub25jZSEh', '\xe9' * 24)),
-    *((400, {'protocols': offer}) for offer in ('xactioncable-v1-jsonx', 'foo, actioncable-v1-json-evil', 'graphql-ws',
-                                                'ActionCable-v1-JSON', 'actioncable-v1-json actioncable-v1-ext-json')),
+    *((426, {'headers': {'Sec-WebSocket-Version': version}}) for version in ('8', None)),
+    *((400, {'key': key}) for key in ('a', None, 'x' * 24, 'dGhlIHNhbXBsZSBub25jZR==', '\xe9' * 24)),
+    *((400, {'protocols': offer}) for offer in ('foo, actioncable-v1-json-evil', 'ActionCable-v1-JSON')),
+    *((status, {'headers': {'Host': host, 'Origin': origin}}) for status, host, origin in [     # more of them in Web
+        (101, 'example.com', None), (101, 'example.com:443', 'https://example.com'),    # nginx, $host:$server_port
+        (101, 'EXAMPLE.com', 'http://example.com:80'), (403, 'example.com', 'http://evil.example'),
+        (403, 'example.com', 'null'), (403, 'example.com', 'http://example.com:8080')]),
     (101, {'headers': {'Connection': 'keep-alive, Upgrade', 'Upgrade': 'WebSocket'}}),
 ], ids=lambda value: str(value)[:50])
 def test_an_upgrade_is_checked(one_server, connect, somebody, status, options):
     assert connect(one_server, somebody, **options).status == status
 
 
-@pytest.mark.parametrize('status, host, origin', [
-    *((101, host, origin) for host, origin in [
-        ('example.com', None), ('example.com:8080', 'http://example.com:8080'), ('example.com', 'https://example.com'),
-        ('example.com:443', 'https://example.com'),         # nginx with $host:$server_port
-        ('example.com', 'https://example.com:443'),
-        ('example.com:80', 'http://example.com'), ('example.com', 'http://example.com:80'),
-        ('EXAMPLE.com:443', 'HTTPS://Example.COM'), ('[::1]:8080', 'http://[::1]:8080'), ('[::1]:80', 'http://[::1]')]),
-    *((403, 'example.com', origin) for origin in (
-        'null', '', 'https://', 'http://evil.example', 'http://example.com.evil.example', 'http://sub.example.com',
-        'ws://example.com', 'http://example.com:8080', 'http://example.com:443', 'https://example.com:80',
-        'http://example.com/', 'example.com', 'http://example.com@evil.example',
-        'http://evil.example, http://example.com')),
-    (403, 'example.com:8080', 'http://example.com'), (403, 'example.com:443', 'http://example.com'),
-    (403, 'example.com:80', 'https://example.com')])
-def test_a_page_of_another_host_may_not_connect_and_default_ports_and_case_do_not_count(one_server, connect, somebody,
-                                                                                        status, host, origin):
-    headers = {'Host': host, 'Origin': origin}
-    assert connect(one_server, somebody, headers=headers).status == status
-    headers = {'Host': 'other.example', 'Origin': origin}       # the host of the target is what counts
-    assert connect(one_server, somebody, headers=headers, path=f'http://{host}/cable').status == status
-    headers = {'Host': 'other.example', 'X-Forwarded-Host': host, 'Origin': origin}
-    assert connect(one_server, somebody, headers=headers).status == (403 if origin is not None else 101), 'a proxy'
-
-
 def test_behind_a_proxy_its_host_and_scheme_count_and_only_the_configured_names_are_answered(start_server, connect):
-    server = start_server(TODOL_HOSTS='good.example, [::1]', TODOL_TRUST_PROXY='on')
-    client = server.client()
-    client.get('/', headers={'Host': 'good.example', 'X-Forwarded-Proto': 'https'})
-    assert all(name.startswith('__Host-') for name in client.cookies), client.cookies
-    names = [(101, 'good.example'), (101, 'GOOD.example:8080'), (101, '[::1]:8080'), (101, '[::1]'),
-             (421, 'evil.example'), (421, 'good.example.evil.example'), (421, 'sub.good.example'),
-             (421, 'good.example:x')]
-    forwarded = {'Host': 'evil.example', 'X-Forwarded-Host': 'good.example, evil.example'}
-    for status, headers in [
-            *((status, {'Host': name}) for status, name in names),
-            *((status, {'Host': 'good.example', 'X-Forwarded-Host': name}) for status, name in names),
-            (101, {**forwarded, 'Origin': 'https://good.example'}),
-            (403, {**forwarded, 'Origin': 'https://evil.example'})]:
-        tab = connect(server, client, headers={'X-Forwarded-Proto': 'https, http', **headers})
-        assert tab.status == status, headers
-        assert status != 101 or tab.receive() == {'type': 'welcome'}, headers
-    tab = connect(server, client, headers={'Host': 'good.example'})     # plain http does not take the cookie of https
-    assert tab.receive()['reason'] == 'unauthorized'
-
-
-def test_an_upgrade_that_is_not_a_get_is_refused(one_server):
-    headers = {'Upgrade': 'websocket', 'Connection': 'Upgrade', 'Sec-WebSocket-Version': '13',
-               'Sec-WebSocket-Key': 'dGhlIHNhbXBsZSBub25jZQ=='}
-    assert one_server.client().post('/cable', headers=headers).status == 400
+    server = start_server(TODOL_HOSTS='good.example', TODOL_TRUST_PROXY='on')
+    client, good, https = server.client(), {'Host': 'good.example'}, {'Host': 'x', 'X-Forwarded-Proto': 'https'}
+    client.get('/', headers={**https, **good})
+    for answer, headers in [('welcome', {'X-Forwarded-Host': 'good.example', 'Origin': 'https://good.example'}),
+                            ('disconnect', {**good, 'X-Forwarded-Proto': 'http'}),      # not with the cookie of https
+                            (421, {'X-Forwarded-Host': 'evil.example'}), (403, {**good, 'Origin': 'https://x.example'})]:
+        tab = connect(server, client, headers={**https, **headers})
+        assert answer == (tab.receive()['type'] if tab.status == 101 else tab.status), headers
 
 
 def test_a_refusal_says_which_version_is_spoken_and_leaves_the_connection_good(one_server, connect):
@@ -7114,29 +7061,30 @@ def test_a_refusal_says_which_version_is_spoken_and_leaves_the_connection_good(o
     assert b'13' in tab._file.read(int(tab.headers['content-length']))
     tab.socket.sendall(b'GET /up HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n')
     assert tab._file.readline() == b'HTTP/1.1 200 OK\r\n'
+    headers = {'Upgrade': 'websocket', 'Connection': 'Upgrade', 'Sec-WebSocket-Version': '13',
+               'Sec-WebSocket-Key': 'dGhlIHNhbXBsZSBub25jZQ=='}
+    assert one_server.client().post('/cable', headers=headers).status == 400, 'it starts with GET'
 
 
 @pytest.mark.parametrize('offer, chosen', [
-    (RAILS, 'actioncable-v1-json'), (ANYCABLE, 'actioncable-v1-json'), (EXTENDED, 'actioncable-v1-ext-json'),
-    ('actioncable-v1-json, actioncable-v1-ext-json', 'actioncable-v1-ext-json'),
-    ('foo,actioncable-v1-json ,bar', 'actioncable-v1-json'),
-    ('actioncable-unsupported', 'actioncable-unsupported'),     # Rails' client gives up then, else it tries for ever
-    ('foo, actioncable-unsupported', 'actioncable-unsupported'), (None, None)])
-def test_the_answer_names_one_of_the_protocols_offered(greeted, offer, chosen):
+    (RAILS, 'actioncable-v1-json'), (EXTENDED, EXTENDED), (f'actioncable-v1-json, {EXTENDED}', EXTENDED),
+    ('foo,actioncable-v1-json ,bar', 'actioncable-v1-json'), (None, None),
+    ('foo, actioncable-unsupported', 'actioncable-unsupported')])   # Rails' client gives up then, else it tries for ever
+def test_the_answer_has_the_key_of_rfc_6455_and_names_one_of_the_protocols_offered(greeted, offer, chosen):
     tab = greeted(offer)
+    assert tab.headers['sec-websocket-accept'] == 's3pPLMBiTxaQ9kYGzzhZRbK+xOo='     # section 1.3 there
+    assert tab.headers['upgrade'].lower() == 'websocket' and tab.headers['connection'].lower() == 'upgrade'
     assert tab.headers.get('sec-websocket-protocol') == chosen
     assert set(tab.welcome) == ({'type', 'sid'} if chosen == EXTENDED else {'type'})
-    assert chosen != EXTENDED or len({tab.welcome['sid'], greeted(offer).welcome['sid'], 'x' * 16}) == 3
+    assert chosen != EXTENDED or tab.welcome['sid'] != greeted(offer).welcome['sid']
 
 
-@BOTH
-@pytest.mark.parametrize('cookie', [None, 'forged', 'changed', 'of another name'])
-def test_a_socket_without_a_good_session_is_told_so_and_closed(one_server, connect, somebody, cookie, protocols):
+@pytest.mark.parametrize('cookie', ['', 'NAME=forged', 'NAME=CHANGED', 'xNAME=GOOD'])
+def test_a_socket_without_a_good_session_is_told_so_and_closed(one_server, connect, somebody, cookie):
     (name, good), = somebody.cookies.items()
     changed = ('B' if good[0] == 'A' else 'A') + good[1:]
-    somebody.cookies = {None: {}, 'forged': {name: 'forged'}, 'changed': {name: changed},
-                       'of another name': {f'x{name}': good}}[cookie]
-    tab = connect(one_server, somebody, protocols=protocols)
+    cookie = cookie.replace('NAME', name).replace('CHANGED', changed).replace('GOOD', good)
+    tab = connect(one_server, headers={'Cookie': cookie} if cookie else {})
     assert tab.receive() == {'type': 'disconnect', 'reason': 'unauthorized', 'reconnect': False}
     assert_closed(tab, 1008)
 
@@ -7182,18 +7130,12 @@ def test_a_ping_with_whole_unix_seconds_comes_every_three_seconds(start_server, 
     assert 2 <= second['message'] - first['message'] <= 5       # after six the clients take a line for dead
 
 
-ODD_IDENTIFIERS = [
-    '{"signed_stream_name":"NAME","channel":"Turbo::StreamsChannel"}',
+@BOTH
+@pytest.mark.parametrize('identifier', [
     ' { "channel" :\t"Turbo::StreamsChannel" , "signed_stream_name" : "NAME" } \n',
     r'{"\u0063hannel":"Turbo\u003a:StreamsChannel","signed_stream_name":"NAME","caf\u00e9":"\ud83d\ude00\ud800"}',
-    '{"channel":"Turbo::StreamsChannel","signed_stream_name":"NAME","caf\u00e9":"\U0001f600\\/"}',
-    '{"channel":"x","channel":"Turbo::StreamsChannel","signed_stream_name":"NAME","n":1.0}',
-    '{"channel":"$pubsub","signed_stream_name":"NAME"}',
-]
-
-
-@BOTH
-@pytest.mark.parametrize('identifier', [*ODD_IDENTIFIERS, '', 'x', '\ud800'])
+    '{"channel":"x","channel":"Turbo::StreamsChannel","signed_stream_name":"NAME","caf\u00e9":"\U0001f600\\/","n":1.0}',
+    '{"channel":"$pubsub","signed_stream_name":"NAME"}', '', '\ud800'])
 def test_an_identifier_comes_back_byte_for_byte(greeted, somebody, identifier, protocols):
     tab = greeted(protocols)
     tab.command('subscribe', identifier)
@@ -7202,36 +7144,27 @@ def test_an_identifier_comes_back_byte_for_byte(greeted, somebody, identifier, p
         identifier = identifier.replace('NAME', json.loads(stream_identifier(somebody))['signed_stream_name'])
         tab.command('subscribe', identifier)
         assert tab.receive() == confirmed(identifier)
-        somebody.create('Milk')
-        assert tab.receive()['identifier'] == identifier
+        somebody.create('<b>Milk</b>')
+        message = tab.receive()
+        assert message['identifier'] == identifier and message['message'].startswith('<turbo-stream')
+        assert '&lt;b&gt;Milk' in message['message']
+        assert protocols == EXTENDED or set(message) == {'identifier', 'message'}
 
 
-def test_a_broadcast_is_a_string_of_turbo_streams_beside_the_identifier_and_nothing_else(subscribed, somebody):
-    tab = subscribed()
-    somebody.create('<b>Milk</b>')
-    message = tab.receive()
-    assert set(message) == {'identifier', 'message'}
-    assert message['message'].lstrip().startswith('<turbo-stream') and '&lt;b&gt;Milk' in message['message']
-
-
-def test_an_unsubscribe_is_not_answered_and_ends_the_messages(subscribed, somebody):
-    tab, witness = subscribed(), subscribed()
-    tab.command('unsubscribe', tab.identifier)
-    tab.command('unsubscribe', 'never subscribed')
-    assert until_answered(tab) == []
-    somebody.create('Milk')
-    assert 'Milk' in witness.receive()['message']
-    assert until_answered(tab) == []
-
-
-def test_commands_are_done_in_their_order(greeted, somebody):
+def test_commands_are_done_in_their_order_and_an_unsubscribe_is_not_answered(greeted, subscribed, somebody):
+    tab, witness = greeted(ANYCABLE), subscribed()
     identifier = stream_identifier(somebody, since=False)
-    tab = greeted(ANYCABLE)
+    commands = ['subscribe', 'unsubscribe'] * 20
     tab.socket.sendall(b''.join(client_frame(json.dumps({'command': command, 'identifier': identifier}).encode())
-                                for command in ['subscribe', 'unsubscribe'] * 20 + ['subscribe']))
+                                for command in [*commands, 'subscribe']))
     assert until_answered(tab) == [confirmed(identifier)] * 21
     somebody.create('Milk')
     assert 'Milk' in tab.receive()['message'] and until_answered(tab) == []
+    tab.command('unsubscribe', identifier)
+    tab.command('unsubscribe', 'never subscribed')
+    assert until_answered(tab) == []
+    somebody.create('Bread')
+    assert 'Bread' in messages_of(witness, 2)[1] and until_answered(tab) == []
 
 
 @pytest.mark.parametrize('protocols, answers', [(RAILS, 1), (ANYCABLE, 0), (EXTENDED, 0), (LIVE, 1)])
@@ -7245,15 +7178,11 @@ def test_a_repeated_subscribe_is_confirmed_again_only_to_a_client_of_rails(subsc
     assert 'Bread' in tab.receive()['message'] and until_answered(tab) == []
 
 
-MALFORMED = ['', ' ', '{', 'null', '1', '"subscribe"', '[]', '[{"command":"subscribe","identifier":"x"}]', '{}',
-             'NaN', '\0',
-             '{"command":null,"identifier":"x"}', '{"command":"subscribe"}', '{"command":"subscribe","identifier":7}',
-             '{"command":"subscribe","identifier":{"channel":"x"}}', '{"command":["subscribe"],"identifier":"x"}',
-             '{"command":"destroy","identifier":"x"}', '{"command":"whisper","identifier":"x","data":{}}',
+MALFORMED = ['', '{', 'null', '1', '[]', '{}', 'NaN', '\0', '{"command":null,"identifier":"x"}', '{"command":"subscribe"}',
+             '{"command":"subscribe","identifier":7}', '{"command":"subscribe","identifier":{"channel":"x"}}',
+             '{"command":["subscribe"],"identifier":"x"}', '{"command":"SUBSCRIBE","identifier":"x"}',
              '{"command":"message","identifier":"x","data":"{\\"action\\":\\"exit\\"}"}', '{"command":"pong"}',
-             '{"command":"history","identifier":"x"}', '{"command":"unsubscribe","identifier":null}',
-             '{"command":"SUBSCRIBE","identifier":"x"}', '[' * 20_000, '{"command":' * 5_000,
-             '{"command":"pong","x":' + '9' * 5_000 + '}']
+             '{"command":"history","identifier":"x"}', '[' * 20_000, '{"command":"pong","x":' + '9' * 5_000 + '}']
 
 
 @BOTH
@@ -7261,58 +7190,28 @@ def test_what_is_malformed_or_unknown_is_ignored_and_the_socket_stays(subscribed
     tab = subscribed(protocols)
     for text in MALFORMED:
         tab.send_frame(text.encode())
-        assert until_answered(tab) == [], text[:100]
+    assert until_answered(tab) == []
     somebody.create('Milk')
     assert 'Milk' in tab.receive()['message']
-
-
-def bad_identifiers(mine, foreign):
-    """Identifiers that a user may not subscribe with, made from a good one of theirs and another user's."""
-    good = json.loads(mine)
-    name = good['signed_stream_name']
-    encoded, _, signature = name.partition('--')
-    shared = base64.b64encode(b'"shared:poll"').decode()
-    names = [json.loads(foreign)['signed_stream_name'], '', encoded, '--' + signature, encoded + '--', name[:-1],
-             name + '0', signature + '--' + encoded, base64.b64encode(b'"x"').decode() + '--' + signature, name.upper(),
-             f'{shared}--{signature}', f'{shared}--{"0" * 64}', f'{shared}--', 'shared:poll',
-             '\xe9' + name, None, 7, [name], {'x': name}]
-    changes = [{'signed_stream_name': name} for name in names]
-    changes += [{'channel': channel} for channel in ('', 'TodosChannel', None, ['Turbo::StreamsChannel'])]
-    return [*(json.dumps({**good, **change}) for change in changes), '', 'null', '[]', '7', '"x"', '{}', '[' * 20_000,
-            json.dumps({'channel': 'Turbo::StreamsChannel'}), json.dumps({'signed_stream_name': name})]
 
 
 @BOTH
 def test_nobody_subscribes_to_what_was_not_signed_for_them(one_server, greeted, subscribed, somebody, protocols):
     other = session_client(one_server)
     tab, witness = greeted(protocols), subscribed(client=other)
-    for identifier in bad_identifiers(stream_identifier(somebody), stream_identifier(other)):
+    good = json.loads(stream_identifier(somebody))
+    name, foreign = good['signed_stream_name'], json.loads(stream_identifier(other))['signed_stream_name']
+    shared, signature = base64.b64encode(b'"shared:poll"').decode(), name.rpartition('--')[2]
+    changes = [{'signed_stream_name': each} for each in (foreign, '', name[:-1], f'{shared}--{signature}', f'{shared}--',
+                                                         'shared:poll', '\xe9' + name, None, 7, [name])]
+    changes += [{'channel': channel} for channel in ('', 'TodosChannel', None, ['Turbo::StreamsChannel'])]
+    for identifier in [*(json.dumps({**good, **change}) for change in changes), '', 'null', '[]', '"x"', '{}', '[' * 20_000,
+                       json.dumps({'signed_stream_name': name})]:
         tab.command('subscribe', identifier)
         assert tab.receive() == rejected(identifier)
     other.create('Secret')
     assert 'Secret' in witness.receive()['message']
     assert until_answered(tab) == []
-
-
-def test_a_shared_stream_is_open_to_whoever_has_its_name(one_server, connect, subscribed, somebody, publish):
-    stream = todol.shared_stream('poll', 7)
-    signed = {'channel': 'Turbo::StreamsChannel', 'signed_stream_name': todol.sign_stream_name(stream)}
-    before = todol.cable.position()
-    publish('missed', stream=stream)
-    tabs = [subscribed(protocols, json.dumps({**signed, 'since': before}), client)
-            for client in (somebody, session_client(one_server)) for protocols in (RAILS, EXTENDED)]
-    id, = publish('vote', stream=stream)
-    publish('elsewhere', stream=todol.shared_stream('poll', 8))
-    for tab in tabs:
-        assert messages_of(tab, 1) == ['missed']
-        last = tab.receive()
-        assert last['message'] == 'vote' and last.get('offset', id) == id and until_answered(tab) == []
-    assert connect(one_server).receive()['reason'] == 'unauthorized', 'a session it takes'
-    user = user_of(somebody)
-    for name in ('polls', ' shared:x', 'Shared:x', user[:-1] + ':x', '', ':', 'shared' + user):
-        identifier = json.dumps({**signed, 'signed_stream_name': todol.sign_stream_name(name)})
-        tab.command('subscribe', identifier)
-        assert tab.receive() == rejected(identifier), f'{name!r} is neither shared nor of this user'
 
 
 def test_a_socket_has_only_so_many_subscriptions(greeted, somebody):
@@ -7325,18 +7224,9 @@ def test_a_socket_has_only_so_many_subscriptions(greeted, somebody):
     tab.command('unsubscribe', identifiers[0])
     tab.command('subscribe', identifiers[-1])
     assert tab.receive() == confirmed(identifiers[-1])
-
-
-def test_two_subscriptions_of_one_stream_get_each_message_once_each(subscribed, somebody):
-    one, two = stream_identifier(somebody, n=1), stream_identifier(somebody, n=2)
-    tab = subscribed(identifier=one)
-    tab.command('subscribe', two)
-    tab.receive()
-    somebody.create('Milk')
-    assert {tab.receive()['identifier'] for _ in range(2)} == {one, two}
-    tab.command('unsubscribe', one)
-    somebody.create('Bread')
-    assert tab.receive()['identifier'] == two and until_answered(tab) == []
+    somebody.create('Milk')         # a message for each subscription of its stream
+    told = [tab.receive()['identifier'] for _ in identifiers[1:]]
+    assert sorted(told) == sorted(identifiers[1:]) and until_answered(tab) == []
 
 
 # --- the position of a page: since ---
@@ -7345,36 +7235,20 @@ def test_what_was_said_between_page_and_subscription_comes_first_and_in_order(su
     publish('before the page')
     identifier = stream_identifier(somebody)
     publish('one', 'two')
-    tab = subscribed(identifier=identifier)
+    tab, without_position = subscribed(identifier=identifier), subscribed(identifier=identifier_since(somebody, None))
     publish('three')
     assert messages_of(tab, 3) == ['one', 'two', 'three'] and until_answered(tab) == []
+    assert messages_of(without_position, 1) == ['three']
 
 
-def test_a_subscription_without_a_position_starts_now(subscribed, somebody, publish):
-    publish('old')
-    odd = [identifier_since(somebody, since) for since in (None, 7, ['x'])]
-    for identifier in (stream_identifier(somebody, since=False), *odd):
-        assert until_answered(subscribed(identifier=identifier)) == []
-
-
-@pytest.mark.parametrize('position', ['', 'x', ':', '00000000:1', '{epoch}:', '{epoch}:x', '{epoch}:-1',
-                                      '{epoch}:999999', '{epoch}:1e3', '{epoch}:99999999999999999999', '{epoch}: 1'])
-@BOTH
-def test_a_position_that_the_log_does_not_have_gives_one_refresh(subscribed, somebody, publish, position, protocols):
-    tab = subscribed(protocols, identifier_since(somebody, position.format(epoch=todol.cable.epoch)))
+@pytest.mark.parametrize('position', ['', 7, ['x'], '00000000:1', '{epoch}:', '{epoch}:-1', '{epoch}:999999'])
+def test_a_position_that_the_log_does_not_have_gives_one_refresh(subscribed, somebody, publish, position):
+    position = position.format(epoch=todol.cable.epoch) if isinstance(position, str) else position
+    tab = subscribed(identifier=identifier_since(somebody, position))
     lost, = until_answered(tab)
     assert lost['message'].strip() == '<turbo-stream action="refresh"></turbo-stream>'
     publish('live')
     assert messages_of(tab, 1) == ['live']
-
-
-def test_a_client_that_missed_very_much_gets_one_refresh_instead(subscribed, somebody, publish):
-    epoch, most = todol.cable.epoch, todol.REPLAY_MESSAGES
-    before, first, *_ = publish(*range(most + 2))
-    tab = subscribed(identifier=identifier_since(somebody, f'{epoch}:{first}'))
-    assert messages_of(tab, most) == list(range(2, most + 2))
-    lost, = until_answered(subscribed(identifier=identifier_since(somebody, f'{epoch}:{before}')))
-    assert 'refresh' in lost['message']
 
 
 # --- actioncable-v1-ext-json ---
@@ -7383,23 +7257,16 @@ def history_of(offset, client, **more):
     return {'streams': {todos_of(client): {'epoch': todol.cable.epoch, 'offset': offset}}, **more}
 
 
-def test_a_broadcast_carries_its_position(subscribed, somebody, publish):
-    tab = subscribed(EXTENDED)
-    message = {'any': ['JSON', 1.5, None, True, '\u00e9\U0001f600\ud800"<']}
-    id, = publish(message)
-    assert tab.receive() == {'identifier': tab.identifier, 'message': message, 'stream_id': todos_of(somebody),
-                             'epoch': todol.cable.epoch, 'offset': id}
-
-
-def test_a_subscribe_with_history_is_confirmed_then_replayed_then_live(greeted, somebody, publish):
+def test_a_subscribe_with_history_is_confirmed_then_replayed_then_live_with_positions(greeted, somebody, publish):
     identifier = stream_identifier(somebody)
-    ids = publish(*range(4))
+    odd = {'any': ['JSON', 1.5, None, True, '\u00e9\U0001f600\ud800"<']}
+    ids = publish('old', 'known', 'missed', odd)
     tab = greeted(EXTENDED)
     tab.command('subscribe', identifier, history=history_of(ids[1], somebody))
     assert tab.receive() == confirmed(identifier)
-    for number in (2, 3):
-        message = tab.receive()
-        assert (message['offset'], message['message']) == (ids[number], number)
+    for id, message in zip(ids[2:], ('missed', odd)):
+        assert tab.receive() == {'identifier': identifier, 'message': message, 'stream_id': todos_of(somebody),
+                                 'epoch': todol.cable.epoch, 'offset': id}
     assert tab.receive() == confirmed(identifier, 'confirm_history')
     publish('live')
     assert messages_of(tab, 1) == ['live'] and until_answered(tab) == []
@@ -7425,35 +7292,22 @@ def test_history_is_told_by_position_or_by_time_and_position_wins(somebody, publ
     now = time.time()
     ids = publish(0, 1, 2)
     for history, messages in [(history_of(ids[0], somebody), [1, 2]), (history_of(ids[2], somebody), []),
-                              (history_of(ids[2], somebody, since=now - 60), []),
                               (history_of(ids[1], somebody, since=now + 60), [2]),
-                              ({'since': int(now) - 1}, [0, 1, 2]), ({'since': now + 60, 'streams': {}}, []),
-                              ({'since': int(now) - 1, 'streams': {'other': {'epoch': 'x', 'offset': 1}}}, [0, 1, 2]),
-                              ({'since': str(int(now) - 1), 'streams': None}, [0, 1, 2])]:
+                              ({'since': str(int(now) - 1), 'streams': None}, [0, 1, 2]),
+                              ({'since': now + 60, 'streams': {}}, []),
+                              ({'since': int(now) - 1, 'streams': {'other': {'epoch': 'x', 'offset': 1}}}, [0, 1, 2])]:
         assert answer_to_history(history) == (messages, 'confirm_history'), history
 
 
 @pytest.mark.parametrize('history', [
-    None, {}, [], 'x', 7, {'since': None}, {'since': 'x'}, {'since': []}, {'since': 0}, {'since': -1}, {'since': 1e9},
-    {'since': float('nan')}, {'since': 10**400}, {'since': True}, {'streams': []}, {'streams': 'x'},
-    {'streams': {'STREAM': None}}, {'streams': {'STREAM': 7}}, {'streams': {'STREAM': {}}},
-    *({'streams': {'STREAM': {'epoch': epoch, 'offset': offset}}} for epoch, offset in
-      [('00000000', 1), (None, 1), *(('EPOCH', offset) for offset in (None, -1, 10**6, 10**30, 1.5))])],
+    None, {}, [], {'since': None}, {'since': 'x'}, {'since': 0}, {'since': 10**400}, {'streams': 'x'},
+    {'streams': {'STREAM': 7}}, {'streams': {'STREAM': {}}}, {'streams': {'STREAM': {'epoch': '00000000', 'offset': 1}}},
+    *({'streams': {'STREAM': {'epoch': 'EPOCH', 'offset': offset}}} for offset in (None, -1, 10**6))],
     ids=lambda history: str(history)[:60])
 def test_history_that_is_lost_or_nonsense_is_rejected_then_all_is_live(somebody, publish, answer_to_history, history):
     publish('missed')
     history = json.loads(json.dumps(history).replace('STREAM', todos_of(somebody)).replace('EPOCH', todol.cable.epoch))
     assert answer_to_history(history) == ([], 'reject_history')
-
-
-def test_the_log_reaches_back_to_before_its_first_message(subscribed, somebody, publish, answer_to_history):
-    ids = publish(0, 1, 2)
-    todol.cable_db.execute('DELETE FROM messages WHERE id <= ?', (ids[1],))
-    for id, missed in zip(ids, (None, [2], [])):
-        tab = subscribed(identifier=identifier_since(somebody, f'{todol.cable.epoch}:{id}'))
-        assert [each['message'] for each in until_answered(tab)] == ([todol.REFRESH] if missed is None else missed)
-        answer = 'reject_history' if missed is None else 'confirm_history'
-        assert answer_to_history(history_of(id, somebody)) == (missed or [], answer)
 
 
 def test_a_position_ahead_of_this_process_brings_nothing_twice(greeted, somebody, publish):
@@ -7498,40 +7352,37 @@ def test_a_restored_session_is_silent_until_its_history_and_then_complete(greete
     assert messages_of(tab, 1) == ['live'] and until_answered(tab) == []
 
 
-def test_a_restored_session_can_be_restored_again_by_either_sid(subscribed, restored):
+@pytest.mark.parametrize('history', [None, {'streams': {}}])
+def test_a_restored_session_goes_on_from_its_welcome_if_no_history_is_asked_for_or_none_is_left(
+        subscribed, restored, publish, history):
     first = subscribed(EXTENDED)
     cut(first)
-    second = restored(first.welcome['sid'])
-    cut(second)
-    for tab in (second, first):         # the second welcome may have been lost on its way
-        assert restored(tab.welcome['sid']).welcome['restored_ids'] == [first.identifier]
+    tab = restored(first.welcome['sid'])
+    publish('between')
+    if history:
+        tab.command('history', first.identifier, history=history)
+    assert messages_of(tab, 1) == ['between']           # without a command after todol.HOLD_SECONDS
+    assert until_answered(tab) == [confirmed(first.identifier, 'reject_history')] * bool(history)
+    publish('live')
+    assert messages_of(tab, 1) == ['live'] and until_answered(tab) == []
 
 
-@pytest.mark.parametrize('commands, left', [
-    ('+1 -1', []), ('+1 +2 -1', [2]), ('+1 +2 -2 +2 -1 +1', [2, 1]), ('+1 +2 -2 -1', []), ('+1 +2 -2', [1])])
-def test_a_session_is_restored_with_what_is_still_subscribed(greeted, restored, somebody, commands, left):
-    identifiers = {number: stream_identifier(somebody, n=number) for number in (1, 2)}
-    tab = greeted(EXTENDED)
-    for command in commands.split():
-        tab.command('subscribe' if command[0] == '+' else 'unsubscribe', identifiers[int(command[1])])
-    until_answered(tab)
-    cut(tab)
-    assert restored(tab.welcome['sid']).welcome.get('restored_ids', []) == [identifiers[number] for number in left]
-
-
-def test_a_session_is_restored_only_to_its_user(one_server, subscribed, restored, somebody):
-    tab, other = subscribed(EXTENDED), session_client(one_server)
-    sid = tab.welcome['sid']
-    cut(tab)
+def test_a_session_is_restored_only_to_its_user_and_again_by_either_sid(one_server, subscribed, restored, somebody):
+    first, other = subscribed(EXTENDED), session_client(one_server)
+    sid, identifier = first.welcome['sid'], stream_identifier(somebody, n=2)
+    first.command('subscribe', identifier)
+    first.command('unsubscribe', first.identifier)
+    until_answered(first)
+    cut(first)
     for client, asked in [(other, sid), *((somebody, asked) for asked in ('unknown', '', '%ff%00', 'x' * 5000))]:
         assert 'restored' not in restored(asked, client).welcome
-    assert 'restored' in restored(sid).welcome
-
-
-def test_a_client_that_resumes_by_position_leaves_no_session_behind(subscribed, restored):
-    tab = subscribed(LIVE)
-    cut(tab)
-    assert 'restored' not in restored(tab.welcome['sid']).welcome
+    second = restored(sid)
+    cut(second)
+    for tab in (second, first):         # the second welcome may have been lost on its way
+        assert restored(tab.welcome['sid']).welcome['restored_ids'] == [identifier], 'what is still subscribed'
+    by_position = subscribed(LIVE)
+    cut(by_position)
+    assert 'restored' not in restored(by_position.welcome['sid']).welcome, 'it leaves no session behind'
 
 
 def test_nothing_of_the_extended_protocol_reaches_a_client_of_the_plain_one(greeted, subscribed, somebody, publish):
@@ -7546,26 +7397,6 @@ def test_nothing_of_the_extended_protocol_reaches_a_client_of_the_plain_one(gree
 
 
 # --- cuts, restarts, crashes ---
-
-class Stream(threading.Thread):
-    """Creates todos one after the other, while servers come and go: a steady stream of broadcasts."""
-
-    def __init__(self, client):
-        super().__init__(daemon=True)
-        self.client, self.titles, self.stopping = client, [], threading.Event()
-        self.start()
-
-    def run(self):
-        while not self.stopping.wait(0.01):
-            title = f'todo-{len(self.titles)}'
-            with contextlib.suppress(OSError):
-                self.client.create(title, key=title)    # the key: it may have been created before the answer was lost
-                self.titles.append(title)
-
-    def stop(self):
-        self.stopping.set()
-        self.join(20)
-
 
 class Listener:
     """A client that comes back. received: the lists of what each of its connections got."""
@@ -7590,111 +7421,86 @@ class Listener:
         history = {} if self.way == 'since' else {'history': {'since': self.started_at, 'streams': streams}}
         self.tab.command('history' if welcome.get('restored') else 'subscribe', self.identifier, **history)
 
-    def listen(self, number):
-        """Take messages; False when the connection ends before that many."""
-        while number:
+    def listen(self, enough):
+        """Take messages until enough(the messages of this connection); False if the connection ends before."""
+        while not enough(self.received[-1]):
             message = self.tab.receive()
             if message is None or message.get('type') == 'disconnect':
                 self.told = message
                 return False
             if 'message' in message:
                 self.received[-1].append((message.get('offset'), message['message']))
-                number -= 1
-                if 'offset' in message:
-                    self.position = {'epoch': message['epoch'], 'offset': message['offset']}
+                self.position = {'epoch': message['epoch'], 'offset': message['offset']} if 'offset' in message else None
         return True
 
-    def assert_complete(self, stream):
-        """Stop the stream, hear all of it, and check that: with history all connections together got the log, once and
-        in order; with since each of them did."""
-        stream.stop()
-        client = client_of_same_user(self.server, self.client)
-        client.create('the end')
-        while not any('the end' in message for _, message in self.received[-1]):
-            assert self.listen(1), 'closed before the end'
-        log = log_of(self.server, todos_of(self.client))
-        if self.way == 'since':
-            for part in self.received:
-                assert [text for _, text in part] == [text for _, text in log][:len(part)]
-            assert len(self.received[-1]) == len(log)
-        else:
-            assert sum(self.received, []) == log
-        titles = [title for title, _ in client.todos()]
-        assert set(stream.titles) < set(titles) and len(set(titles)) == len(titles)
 
-
-@pytest.mark.parametrize('way', ['since', 'history', 'restore'])
-@pytest.mark.parametrize('number', ['cut', signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize('way, number', [
+    ('since', signal.SIGKILL), ('since', signal.SIGTERM), ('history', 'cut'), ('history', signal.SIGKILL),
+    ('restore', 'cut'), ('restore', signal.SIGTERM)])
 def test_each_message_arrives_once_and_in_order_whatever_ends_the_line(start_server, greeted, way, number):
     server, cuts = start_server(TODOL_WRITES_PER_MINUTE=10**9), 6 if number == 'cut' else 2
-    client = session_client(server)
-    listener, stream = Listener(greeted, server, client, way), Stream(client_of_same_user(server, client))
+    client, created, stopping = session_client(server), [], threading.Event()
+    listener, writer = Listener(greeted, server, client, way), client_of_same_user(server, client)
+
+    def write():        # while servers come and go
+        while not stopping.wait(0.01):
+            title = f'todo-{len(created)}'
+            with contextlib.suppress(OSError):
+                writer.create(title, key=title)     # the key: it may have been created before the answer was lost
+                created.append(title)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
     try:
         for _ in range(cuts):
             listener.open()
-            assert listener.listen(12)
+            assert listener.listen(lambda received: len(received) >= 12)
             if number == 'cut':
                 cut(listener.tab)
                 continue
             server.process.send_signal(number)
-            assert not listener.listen(10**6)
+            assert not listener.listen(lambda received: False)
             if number == signal.SIGTERM:
                 assert listener.told == {'type': 'disconnect', 'reason': 'server_restart', 'reconnect': True}
             listener.tab.socket.close()
             assert server.process.wait(20) == (0 if number == signal.SIGTERM else -number)
             server.start(server.port)
         listener.open()
-        listener.assert_complete(stream)
     finally:
-        stream.stop()
+        stopping.set()
+        thread.join(20)
+    client_of_same_user(server, client).create('the end')
+    assert listener.listen(lambda received: received and 'the end' in received[-1][1]), 'closed before the end'
+    log = log_of(server, todos_of(client))
+    if way == 'since':      # each connection gets all since the page
+        for part in listener.received:
+            assert [text for _, text in part] == [text for _, text in log][:len(part)]
+        assert len(listener.received[-1]) == len(log)
+    else:
+        assert sum(listener.received, []) == log
+    titles = [title for title, _ in client_of_same_user(server, client).todos()]
+    assert set(created) < set(titles) and len(set(titles)) == len(titles)
     assert listener.restored == (cuts if way == 'restore' else 0)
-
-
-def test_a_change_made_through_one_process_reaches_a_socket_on_another(start_server, subscribed):
-    one, two = start_server(), start_server()
-    here = session_client(one)
-    there = client_of_same_user(two, here)
-    identifier = stream_identifier(here)        # the page came from one process, its socket goes to the other
-    here.create('between')
-    tab = subscribed(EXTENDED, identifier, client=there, server=two)
-    for number in range(20):
-        (here if number % 2 else there).create(f'todo {number}')
-    told = eventually(lambda: [log := log_of(one, todos_of(here))] * ('data-version="21"' in log[-1][1]))[0]
-    assert [(message['offset'], message['message']) for message in (tab.receive() for _ in told)] == told
-    assert until_answered(tab) == []
 
 
 # --- hostile bytes ---
 
-def closing(code, reason=b''):
-    return dict(payload=struct.pack('!H', code) + reason, opcode=8)
-
-
 HOSTILE_FRAMES = [
     (1002, 'unmasked', [dict(payload=b'x', masked=False)]),
     *((1002, f'reserved bit {bit:#x}', [dict(payload=b'x', reserved=bit)]) for bit in (0x10, 0x20, 0x40)),
-    *((1002, f'opcode {opcode}', [dict(payload=b'x', opcode=opcode)]) for opcode in (*range(3, 8), *range(11, 16))),
+    *((1002, f'opcode {opcode}', [dict(payload=b'x', opcode=opcode)]) for opcode in (3, 7, 11, 15)),
     (1002, 'orphan continuation', [dict(payload=b'x', opcode=0)]),
-    (1002, 'orphan continuation, not final', [dict(payload=b'x', opcode=0, final=False)]),
     (1002, 'message inside another', [dict(payload=b'x', final=False), dict(payload=b'y')]),
     (1002, 'long ping', [dict(payload=b'x' * 126, opcode=9)]),
-    (1002, 'long close', [dict(payload=struct.pack('!H', 1000) + b'x' * 124, opcode=8)]),
     (1002, 'fragmented ping', [dict(payload=b'x', opcode=9, final=False)]),
-    (1002, 'fragmented close', [dict(payload=struct.pack('!H', 1000), opcode=8, final=False)]),
     (1002, 'close of one byte', [dict(payload=b'x', opcode=8)]),
-    *((1002, f'close {code}', [closing(code)])
-      for code in (0, 1, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535)),
-    (1007, 'broken UTF-8', [dict(payload=b'\xff')]),
-    (1007, 'overlong UTF-8', [dict(payload=b'\xc0\xaf')]),
-    (1007, 'a surrogate in UTF-8', [dict(payload=b'\xed\xa0\x80')]),
-    (1007, 'beyond Unicode', [dict(payload=b'\xf4\x90\x80\x80')]),
+    *((1002, f'close {code}', [dict(payload=struct.pack('!H', code), opcode=8)])
+      for code in (0, 999, 1004, 1006, 1015, 2999, 5000)),
+    *((1007, f'UTF-8 {payload}', [dict(payload=payload)]) for payload in (b'\xff', b'\xc0\xaf', b'\xed\xa0\x80')),
     (1007, 'half a character', [dict(payload=b'\xe2', final=False), dict(payload=b'\x82', opcode=0)]),
-    (1007, 'close with broken UTF-8', [closing(1000, b'\xff')]),
-    (1009, 'too large', [dict(declared=65_537)]),
-    *((1009, f'declared {size}', [dict(declared=size)])
-      for size in (2**31, 2**40, 2**62, 2**63 - 1, 2**63 + 5, 2**64 - 1)),
+    (1007, 'close with broken UTF-8', [dict(payload=struct.pack('!H', 1000) + b'\xff', opcode=8)]),
+    *((1009, f'declared {size}', [dict(declared=size)]) for size in (65_537, 2**31, 2**63 + 5, 2**64 - 1)),
     (1009, 'too large in fragments', [dict(payload=b'x' * 40_000, final=False), dict(declared=25_537, opcode=0)]),
-    (1009, 'empty fragments', [dict(final=False), *[dict(opcode=0, final=False)] * 200]),
     (1003, 'binary', [dict(payload=b'x', opcode=2)]),
     (1003, 'binary in fragments', [dict(payload=b'x', opcode=2, final=False), dict(payload=b'y', opcode=0)]),
 ]
@@ -7708,7 +7514,7 @@ def test_a_socket_that_breaks_the_rules_is_closed_with_the_right_code(greeted, c
     assert_closed(tab, code)
 
 
-@pytest.mark.parametrize('code', [None, 1000, 1001, 1002, 1003, *range(1007, 1015), 3000, 3999, 4000, 4999])
+@pytest.mark.parametrize('code', [None, 1000, 1003, 1007, 1014, 3000, 4999])
 def test_a_close_is_answered_with_its_code_and_reason_and_what_follows_is_not_done(greeted, code):
     tab = greeted()
     reason = '\u20ac' * 41 if code else ''         # 123 bytes, the most that a control frame has room for
@@ -7716,16 +7522,6 @@ def test_a_close_is_answered_with_its_code_and_reason_and_what_follows_is_not_do
     tab.socket.sendall(close + client_frame(b'{"command":"subscribe","identifier":"x"}'))
     assert_closed(tab, code or 1000)
     assert tab.close_reason == reason
-
-
-@pytest.mark.parametrize('size', [0, 1, 124, 125])
-def test_a_ping_is_answered_with_its_payload_even_inside_a_message(greeted, size):
-    tab, payload = greeted(), os.urandom(size)
-    tab.send_frame(b'{"command":"subscribe",', final=False)
-    tab.send_frame(payload, opcode=9)
-    tab.send_frame(b'"identifier":"x"}', opcode=0)
-    assert next_frame(tab) == (10, payload)
-    assert tab.receive() == rejected('x')
 
 
 def test_a_message_of_every_size_at_a_boundary_makes_the_round(greeted):
@@ -7738,15 +7534,6 @@ def test_a_message_of_every_size_at_a_boundary_makes_the_round(greeted):
         assert tab.receive() == rejected('x' * room)
 
 
-def test_the_largest_message_is_what_the_setting_says(start_server, greeted):
-    server = start_server(TODOL_MAX_MESSAGE_BYTES=1024)
-    tab = greeted(client=session_client(server), server=server)
-    tab.send_frame(b' ' * 1024)
-    assert until_answered(tab) == []
-    tab.send_frame(b' ' * 1025)
-    assert_closed(tab, 1009)
-
-
 def test_a_client_in_the_middle_of_sending_hears_why_it_is_closed(greeted):
     tab = greeted()
     tab.send_frame(declared=60_000_000)
@@ -7755,91 +7542,44 @@ def test_a_client_in_the_middle_of_sending_hears_why_it_is_closed(greeted):
         tab.socket.sendall(bytes(100_000))      # no reset yet, which could overtake the close frame on a real line
 
 
-@pytest.mark.parametrize('first, more', [
-    (struct.pack('!BBQ', 0x81, 0xFF, 60_000_000) + bytes(4), bytes(1_000_000)),             # one frame
-    (client_frame(b'x', 1, final=False), client_frame(b'x' * 16_000, 0, final=False) * 62)], ids=['frame', 'fragments'])
-def test_what_is_too_large_is_refused_before_it_is_read(one_server, greeted, somebody, first, more):
-    before = resident_bytes(one_server)
-    for _ in range(5):
-        tab = greeted()
-        with contextlib.suppress(OSError):          # it hangs up in the middle
-            tab.socket.sendall(first)
-            for _ in range(15):
-                tab.socket.sendall(more)
-                assert somebody.get('/up').status == 200
-        assert resident_bytes(one_server) - before < 8_000_000
-
-
-@pytest.mark.parametrize('frames', [client_frame(b'', 10), client_frame(b'', 9), client_frame(b'{}'),
-                                    client_frame(b'', 1, final=False) + client_frame(b'', 0)],
-                         ids=['pongs', 'pings', 'commands', 'fragments'])
+@pytest.mark.parametrize('frames', [client_frame(b'', 10), client_frame(b'', 1, False) + client_frame(b'', 0)],
+                         ids=['pongs', 'fragments'])
 def test_a_flood_of_tiny_frames_does_not_starve_anybody(greeted, somebody, frames):
     tab = greeted()
-    stopping = threading.Event()
-
-    def flood():
-        with contextlib.suppress(OSError):      # whoever sends pings without reading the pongs is dropped
-            while not stopping.is_set():
-                tab.socket.sendall(frames * 10_000)
-
-    thread = threading.Thread(target=flood, daemon=True)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 2         # the kernel's buffers are full long before
-        while time.monotonic() < deadline:
-            assert somebody.get('/up').status == 200
-    finally:
-        stopping.set()
-        with contextlib.suppress(OSError):
-            tab.socket.shutdown(socket.SHUT_RDWR)
-        thread.join(20)
+    flood = threading.Thread(target=tell, args=(tab.socket, frames * 2_000_000), daemon=True)
+    flood.start()
+    for _ in range(50):
+        assert somebody.get('/up').status == 200
+    assert flood.is_alive(), 'it was over before'
+    tab.socket.shutdown(socket.SHUT_RDWR)
+    flood.join(20)
+    cut(tab)
 
 
-@pytest.fixture
-def slow_reader(subscribed):
-    """slow_reader() gives a subscribed tab for which the kernels keep little."""
-    def open_():
+def test_who_never_reads_is_dropped_and_the_others_get_every_frame_whole(one_server, subscribed, publish):
+    def slow_reader():      # for which the kernels keep little
         tab = subscribed()
         tab.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         return tab
-    return open_
 
-
-def publish_until_dropped(publish, server, witnesses=()):
-    """Publish large messages until a client is dropped, and give how many that took. The witnesses get each of them."""
-    before = len(server.log)
-    for number in range(200):
-        publish(f'{number} ' + 'x' * 100_000)
-        for tab in witnesses:
-            assert tab.receive()['message'].startswith(f'{number} ')
-        if 'its client does not read' in server.log[before:]:
-            return number
-    pytest.fail('nobody was dropped')
-
-
-def test_who_never_reads_is_dropped_and_the_others_get_everything(one_server, slow_reader, subscribed, publish):
-    deaf = slow_reader()
-    good = [subscribed(protocols) for protocols in (RAILS, EXTENDED)]
-    publish_until_dropped(publish, one_server, good)
-    publish('after')
-    assert [messages_of(tab, 1) for tab in good] == [['after']] * 2
+    deaf, good, before = slow_reader(), [subscribed(protocols) for protocols in (RAILS, EXTENDED)], len(one_server.log)
+    messages = [f'{number} ' + 'x' * 100_000 for number in range(200)]
+    for number, message in enumerate(messages):
+        publish(message)
+        assert [messages_of(tab, 1) for tab in good] == [[message]] * 2
+        if 'its client does not read' in one_server.log[before:]:
+            break
+    assert number < 100, 'nobody was dropped'
     with contextlib.suppress(OSError):          # the end, after what was under way
         while deaf.socket.recv(1_000_000):
             pass
-
-
-def test_nothing_gets_into_the_middle_of_a_frame_that_is_half_written(one_server, slow_reader, publish):
-    slow_reader()
-    number = publish_until_dropped(publish, one_server) - 4         # so many leave half of the room unread
-    tab = slow_reader()
-    messages = [f'{index} ' + 'x' * 100_000 for index in range(number)]
-    for message in messages:
-        publish(message)
-    tab.send_frame(b'are you there', opcode=9)
+    late = slow_reader()
+    publish(*messages[:number - 4])             # so many leave half of the room unread
+    late.send_frame(b'are you there', opcode=9)
     publish('last')
-    received = [next_frame(tab) for _ in range(number + 2)]
-    assert [json.loads(payload)['message'] for opcode, payload in received if opcode == 1] == [*messages, 'last']
-    assert (10, b'are you there') in received[number:]
+    received = [next_frame(late) for _ in range(number - 2)]
+    assert [json.loads(text)['message'] for opcode, text in received if opcode == 1] == [*messages[:number - 4], 'last']
+    assert (10, b'are you there') in received[number - 4:]
 
 
 def test_a_silent_client_is_dropped_and_one_that_answers_pings_is_not(start_server, tmp_path, greeted):
@@ -7858,34 +7598,24 @@ def test_a_silent_client_is_dropped_and_one_that_answers_pings_is_not(start_serv
     assert until_answered(answering) == []
 
 
-def test_an_answered_close_ends_the_connection_and_an_unanswered_one_too(start_server, tmp_path, greeted):
-    server = start_server(program=cable_script(tmp_path, 'todol.CLOSE_SECONDS = 0.2'))
+def test_a_message_may_be_as_long_as_the_setting_says_and_a_close_ends_the_connection(start_server, tmp_path, greeted):
+    server = start_server(program=cable_script(tmp_path, 'todol.CLOSE_SECONDS = 0.2'), TODOL_MAX_MESSAGE_BYTES=1024)
     tab = greeted(client=session_client(server), server=server)
-    tab.send_frame(b'x', opcode=3)
-    assert_closed(tab, 1002)
-
-    def refused():
-        tab.socket.sendall(b'x')
-        return False
-
-    with pytest.raises(OSError):        # a reset, once it is gone on the other side
-        eventually(refused, what='the end of the connection')
+    tab.send_frame(b' ' * 1024)
+    assert until_answered(tab) == []
+    tab.send_frame(b' ' * 1025)
+    assert_closed(tab, 1009)
+    with pytest.raises(OSError):        # a reset, once it is gone on the other side, though its close is not answered
+        eventually(lambda: tab.socket.sendall(b'x'), what='the end of the connection')
 
 
 # --- any bytes at all (Hypothesis) ---
 
 @pytest.fixture
-def bystander(one_server, greeted):
-    """A function that checks that another user's socket, opened before, still works."""
-    tab = greeted(client=session_client(one_server))
-    return lambda: until_answered(tab) == []
-
-
-@pytest.fixture
 def raw_socket(one_server, somebody):
     """raw_socket() is a CableClient of somebody, for a with statement."""
     cookie = '; '.join(f'{name}={value}' for name, value in somebody.cookies.items())
-    return lambda protocols=RAILS: contextlib.closing(CableClient(one_server.port, cookie, protocols))
+    return lambda: contextlib.closing(CableClient(one_server.port, cookie))
 
 
 any_frames = st.builds(
@@ -7896,14 +7626,14 @@ any_frames = st.builds(
 
 @given(sent=st.lists(any_frames, max_size=8) | st.binary(max_size=500))
 @hypothesis_settings(max_examples=100)
-def test_no_frames_and_no_bytes_disturb_anybody_else(raw_socket, bystander, sent):
+def test_no_frames_and_no_bytes_disturb_anybody_else(raw_socket, somebody, sent):
     with raw_socket() as tab, contextlib.suppress(OSError):
         if isinstance(sent, bytes):
             tab.socket.sendall(sent)
         else:
             for frame in sent:
                 tab.send_frame(**frame)
-    assert bystander()
+    assert somebody.get('/up').status == 200
 
 
 @given(identifier=st.text(max_size=300), cuts=st.lists(st.integers(0, 2000), max_size=20),
@@ -7923,34 +7653,10 @@ def test_a_message_in_any_fragments_between_pings_arrives_whole(raw_socket, iden
         assert tab.receive() == rejected(identifier)
 
 
-any_names = st.sampled_from(['command', 'identifier', 'history', 'since', 'streams', 'STREAM', 'epoch', 'offset'])
-any_json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(any_names, inner, max_size=4), max_leaves=10)
-any_commands = st.fixed_dictionaries({}, optional={
-    'command': st.sampled_from(['subscribe', 'unsubscribe', 'history', 'message', 'pong', 'whisper']) | any_json,
-    'identifier': st.just('GOOD') | any_json, 'history': any_json, 'data': any_json})
-
-
-@given(sent=st.lists(any_commands | any_json, max_size=5))
-def test_no_command_closes_the_socket(somebody, raw_socket, page_identifier, sent):
-    with raw_socket(EXTENDED) as tab:
-        tab.receive()
-        for command in sent:
-            text = json.dumps(command).replace('"GOOD"', json.dumps(page_identifier))
-            tab.send_frame(text.replace('STREAM', todos_of(somebody)).encode())
-        until_answered(tab)
-
-
-@pytest.fixture
-def page_identifier(somebody):
-    return stream_identifier(somebody)
-
-
 # --- the unmodified clients in Chromium ---
 
 def same_user(server, page):
-    """A client with the session of the page: another window of its browser."""
+    """A client with the session of a page: another window of its browser."""
     client = server.client()
     client.cookies.update({cookie['name']: cookie['value'] for cookie in page.context.cookies()})
     return client
@@ -8000,7 +7706,8 @@ def page_with(server, new_page):
 CONNECTED = "Boolean(document.querySelector('turbo-cable-stream-source[connected]'))"
 
 
-def test_turbo_rails_shows_what_came_between_page_and_socket_and_during_a_cut(server, page_with):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
+def test_turbo_rails_shows_what_came_between_page_and_socket_and_during_a_cut(server, page_with, number):
     page, client = page_with('turbo-rails')
 
     def late(route):        # the script comes when the page is old already
@@ -8013,40 +7720,11 @@ def test_turbo_rails_shows_what_came_between_page_and_socket_and_during_a_cut(se
     eventually(lambda: titles_shown(page) == ['between'])
     client.create('live')
     eventually(lambda: titles_shown(page) == ['between', 'live'])
-    interrupt(server, signal.SIGKILL)
+    interrupt(server, number)
     same_user(server, page).create('missed')
     back_in_tab(page, "document.body.textContent.includes('missed')")
     same_user(server, page).create('live again')
     eventually(lambda: titles_shown(page) == ['between', 'live', 'missed', 'live again'])
-
-
-CONSUME = '''identifier => {
-    window.heard = []
-    const note = name => argument => heard.push([name, argument])
-    const names = ['connected', 'disconnected', 'rejected', 'received']
-    const mixin = Object.fromEntries(names.map(name => [name, note(name)]))
-    ActionCable.createConsumer().subscriptions.create(JSON.parse(identifier), mixin)
-}'''
-
-
-def test_a_consumer_of_actioncable_is_connected_received_disconnected_and_connected_again(server, page_with):
-    page, client = page_with('actioncable')
-    page.evaluate(CONSUME, stream_identifier(client))
-    shown(page, "heard.some(([name]) => name === 'connected')")
-    client.create('Milk')
-    shown(page, "heard.some(([name, text]) => name === 'received' && text.includes('Milk'))")
-    interrupt(server, signal.SIGTERM)
-    same_user(server, page).create('missed')
-    back_in_tab(page, "heard.some(([name, text]) => name === 'received' && text.includes('missed'))")
-    names = page.evaluate('heard.map(([name]) => name)')
-    assert names[:4] == ['connected', 'received', 'disconnected', 'connected'] and set(names[4:]) == {'received'}
-
-
-def test_a_consumer_of_actioncable_is_told_that_it_is_rejected(server, page_with):
-    page, _ = page_with('actioncable')
-    page.evaluate(CONSUME, stream_identifier(session_client(server)))
-    shown(page, 'heard.length')
-    assert page.evaluate('heard.map(([name]) => name)') == ['rejected']
 
 
 LISTEN = '''([protocol, params, options]) => {
@@ -8061,10 +7739,10 @@ LISTEN = '''([protocol, params, options]) => {
 }'''
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize('protocol, options', [
-    (ANYCABLE, {}), (EXTENDED, {'pongs': True}), (EXTENDED, {'disableSessionRecovery': True})],
-    ids=['plain', 'extended', 'no recovery'])
+@pytest.mark.parametrize('protocol, options, number', [
+    (ANYCABLE, {}, signal.SIGKILL), (EXTENDED, {'pongs': True}, signal.SIGTERM),
+    (EXTENDED, {'pongs': True}, signal.SIGKILL), (EXTENDED, {'disableSessionRecovery': True}, signal.SIGKILL)],
+    ids=['plain', 'extended, told', 'extended', 'no recovery'])
 def test_a_client_of_anycable_resumes(server, page_with, protocol, options, number):
     page, client = page_with('anycable')
     params = json.loads(stream_identifier(client, since=protocol == ANYCABLE))
@@ -8084,19 +7762,6 @@ def test_a_client_of_anycable_resumes(server, page_with, protocol, options, numb
         assert page.evaluate('heard') == log
         assert 'history_received' in page.evaluate('events') and 'history_not_found' not in page.evaluate('events')
     assert 'close' not in page.evaluate('events')
-
-
-@pytest.mark.parametrize('protocol', [ANYCABLE, EXTENDED])
-def test_turbo_over_anycable_shows_each_change_and_what_a_cut_hid(server, page_with, protocol):
-    page, client = page_with('anycable-turbo')
-    page.evaluate('protocol => AnyCable.start(AnyCable.createCable({protocol, logLevel: "error"}))', protocol)
-    shown(page, CONNECTED)
-    client.create('Milk')
-    eventually(lambda: titles_shown(page) == ['Milk'])
-    interrupt(server, signal.SIGKILL)
-    same_user(server, page).create('missed')
-    back_in_tab(page, "document.body.textContent.includes('missed')")
-    assert titles_shown(page) == ['Milk', 'missed']
 
 
 # === HTTP: gevent's server, strict about what it reads ================================================================
