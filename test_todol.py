@@ -9682,27 +9682,9 @@ def test_what_is_wrong_with_the_data_is_a_sentence_of_every_command_that_reads_i
 
 # === Todos: rows and rules, no HTML ===================================================================================
 
-
-JSON, TURBO = 'application/json', todol.TURBO_STREAM
-
-
-# Each change there is, on a list whose first todo has the id put in for {id}, and the answer to it as JSON.
-
-
-# What people type, and what they never would: control characters, lone surrogates, marks that turn the text around.
-open_titles = st.text(st.characters() | st.characters(categories=['Cc', 'Cf', 'Cs', 'Zs']), max_size=40)
 OPERATIONS = ('create', 'create', 'rename', 'toggle', 'toggle all', 'toggle some', 'delete', 'clear')
 operations = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.sampled_from(USERS), st.integers(0, 20), st.booleans(),
                                 st.sampled_from(['milk', ' milk ', 'x' * 500, '🩷', ' '])), max_size=25)
-
-
-def as_promised(title):
-    """What must become of a title: the text that is kept, or the class of the error."""
-    title = title.replace('\r\n', ' ').translate(dict.fromkeys(map(ord, '\t\r\n'), ' ')).strip()
-    if len(title) > 500 or any(ord(each) < 32 or 127 <= ord(each) < 160 or 0xD800 <= ord(each) < 0xE000
-                               for each in title):
-        return todol.TitleError
-    return title
 
 
 def operate(model, operation, user, number, completed, title):
@@ -9759,28 +9741,17 @@ def test_lists_and_counts_agree_with_a_plain_model_whatever_two_users_do(stack, 
     assert list(todol.miscounted_lists()) == []
 
 
-@given(open_titles | st.text('ab \n', min_size=495, max_size=510))
-def test_a_title_is_trimmed_and_kept_or_refused_with_a_sentence(title):
-    expected = as_promised(title)
-    if expected is todol.TitleError:
-        with pytest.raises(todol.TitleError, match='That title has'):
-            todol.clean_title(title)
-    elif expected.isprintable():
-        assert todol.clean_title(title) == expected
-    else:
-        assert todol.clean_title(title) in (expected, ''), 'nothing but invisible characters counts as blank'
+@pytest.mark.parametrize(('typed', 'kept'), [
+    *((title, title) for title in ('🩷', '\U0001FAE9', '👩‍👩‍👧‍👦', 'שלום עולם', '\u202eevil', 'e\u0301', '\uf8ff', 'x' * 500,
+                                   '<b>&amp;</b>', "'; DROP TABLE todos --")),
+    (' \t a\r\nb\tc\rd\n', 'a b c d'), ('\u3000a\u3000', 'a')])
+def test_a_title_of_any_script_is_kept_trimmed_on_one_line(stack, typed, kept):
+    todo = todol.create_todo(USERS[0], typed)
+    assert todol.list_todos(USERS[0])[-1].title == kept
+    assert todol.update_todo(USERS[0], todo.id, f'{typed} ').title == kept
 
 
-@pytest.mark.parametrize('title', ['🩷', '\U0001FAE9', '👩‍👩‍👧‍👦', 'שלום עולם', '\u202eevil', 'e\u0301', '\uf8ff',
-                                   '<b>&amp;</b>', "'; DROP TABLE todos --"])
-def test_a_title_of_any_script_is_kept_as_it_is(stack, title):
-    todo = todol.create_todo(USERS[0], title)
-    assert todol.list_todos(USERS[0])[-1].title == title
-    assert todol.update_todo(USERS[0], todo.id, f'{title} ').title == title
-
-
-@pytest.mark.parametrize('title', ['', ' ', '\t\r\n', '\u00a0', '\u3000', '\u200b', '\u2028', '\ufeff', '\u200e \u200f',
-                                   '\u2060'])
+@pytest.mark.parametrize('title', ['', '\t\r\n', '\u00a0', '\u200b', '\ufeff', '\u200e \u200f'])
 def test_a_title_of_which_nothing_shows_is_blank(stack, title):
     with pytest.raises(todol.TitleError, match='needs a title'):
         todol.create_todo(USERS[0], title)
@@ -9802,49 +9773,39 @@ def test_a_title_that_is_not_text_or_too_long_is_refused_and_said(stack, title, 
     assert todol.count_todos(USERS[0]) == (1, 0, 1)
 
 
-def test_a_title_may_be_as_long_as_the_settings_say(open_stack):
-    open_stack(TODOL_MAX_TITLE_CHARS=3)
-    assert todol.create_todo(USERS[0], ' abc ').title == 'abc'
-    with pytest.raises(todol.TitleError, match='4 characters; at most 3 fit'):
-        todol.create_todo(USERS[0], 'abcd')
-
-
-def test_a_key_makes_one_todo_however_often_it_is_sent(stack):
+def test_a_key_makes_one_todo_of_a_title_of_a_user_however_often_it_is_sent(stack):
     first = todol.create_todo(USERS[0], 'milk', 'k')
     todol.update_todo(USERS[0], first.id, 'oat milk', completed=True)
     again = todol.create_todo(USERS[0], ' milk', 'k')
     assert again == todol.find_todo(USERS[0], first.id) and again.completed is True
     assert todol.count_todos(USERS[0]) == (0, 1, 2)
-
-
-def test_a_key_means_nothing_with_another_title_for_another_user_or_after_a_delete(stack):
-    first = todol.create_todo(USERS[0], 'milk', 'k')
     others = [todol.create_todo(USERS[0], 'bread', 'k'), todol.create_todo(USERS[1], 'milk', 'k'),
               todol.create_todo(USERS[0], 'milk', '')]
+    todol.delete_todo(USERS[0], others[-1].id)
     todol.delete_todo(USERS[0], first.id)
     others.append(todol.create_todo(USERS[0], 'milk', 'k'))
-    assert len({first.id, *(todo.id for todo in others)}) == 5
-
-
-def test_an_id_is_never_used_twice(stack):
-    first = todol.create_todo(USERS[0], 'last of the table')
-    todol.delete_todo(USERS[0], first.id)
-    assert todol.create_todo(USERS[0], 'next').id > first.id
+    assert len({first.id, *(todo.id for todo in others)}) == 5, 'an id is never used twice'
 
 
 def test_a_full_list_takes_no_more_but_repeats_and_other_users_are_welcome(open_stack):
-    open_stack(TODOL_MAX_TODOS=2)
-    kept = todol.create_todo(USERS[0], 'a', 'key')
-    todol.update_todo(USERS[0], todol.create_todo(USERS[0], 'b').id, completed=True)
+    open_stack(TODOL_MAX_TODOS=2, TODOL_MAX_TITLE_CHARS=3)
+    client = WSGIClient()
+    client.create('a', key='key')
+    client.create('b')
     eventually(lambda: not untold())
-    before = todol.count_todos(USERS[0])
-    with pytest.raises(todol.LimitError, match='2 todos'):
-        todol.create_todo(USERS[0], 'c', 'of c')
-    assert todol.count_todos(USERS[0]) == before and not untold(), 'nothing is left of it'
-    assert todol.create_todo(USERS[0], 'a', 'key').id == kept.id
-    assert todol.create_todo(USERS[1], 'c')
-    todol.clear_completed(USERS[0])
-    assert todol.create_todo(USERS[0], 'c', 'of c')
+    user = session(client).split('.')[0]
+    before = todol.count_todos(user)
+    shown = Page(client.post('/todos', {'title': 'new'}).text)
+    assert 'The list is full: it has 2 todos' in shown.one(id='new-todo-error').text
+    assert shown.one(id='new-todo').attributes['value'] == 'new', 'the text is kept'
+    assert todol.count_todos(user) == before and not untold(), 'nothing is left of it'
+    client.create('a', key='key')
+    assert todol.create_todo(USERS[1], 'abc')
+    with pytest.raises(todol.TitleError, match='4 characters; at most 3 fit'):
+        todol.create_todo(USERS[1], 'abcd')
+    todol.toggle_todos(user, True)
+    todol.clear_completed(user)
+    client.create('new')
 
 
 def test_new_todos_stand_together_in_the_index_by_key_whoever_made_them(stack):
@@ -9886,38 +9847,16 @@ def test_a_change_and_the_job_that_tells_it_are_one_transaction(stack, monkeypat
     assert (todol.list_todos(USERS[0]), todol.count_todos(USERS[0])) == before
 
 
-def test_two_tabs_at_the_same_todo_at_once_lose_no_count(stack):
-    ids = [todol.create_todo(USERS[0], 'x').id for _ in range(20)]
-
-    def tab(act):
-        for id in ids:
-            with contextlib.suppress(todol.NotFound):
-                act(id)
-            gevent.sleep(0)
-
-    tabs = [gevent.spawn(tab, act) for act in (lambda id: todol.update_todo(USERS[0], id, completed=True),
-                                               lambda id: id % 2 and todol.delete_todo(USERS[0], id),
-                                               lambda id: todol.update_todo(USERS[0], id, 'renamed', completed=False),
-                                               lambda id: todol.toggle_todos(USERS[0], True, [id]))]
-    gevent.joinall(tabs, timeout=20, raise_error=True)
-    left = todol.list_todos(USERS[0])
-    assert {todo.id for todo in left} == {id for id in ids if not id % 2}
-    assert {todo.title for todo in left} == {'renamed'}
-    assert_shows(USERS[0], {todo.id: [todo.title, todo.completed] for todo in left})
-
-
-@pytest.mark.parametrize(('damage', 'said'), [
-    ('UPDATE lists SET active = active + 1 WHERE user_id = ?', 'has 2 todos, its row in lists says 3'),
-    ('UPDATE lists SET active = 2, completed = 0 WHERE user_id = ?', 'has 2 todos'),
-    ('DELETE FROM lists WHERE user_id = ?', 'has 2 todos, its row in lists says 0')])
-def test_check_finds_a_list_that_is_counted_wrong(stack, damage, said):
+@pytest.mark.parametrize('damage', ['UPDATE lists SET active = active + 1', 'UPDATE lists SET active = 2, completed = 0',
+                                    'DELETE FROM lists'])
+def test_check_finds_a_list_that_is_counted_wrong(stack, damage):
     for user in USERS:
         todol.update_todo(user, todol.create_todo(user, 'a').id, completed=True)
         todol.create_todo(user, 'b')
     assert todol.miscounted_lists in todol.checks and list(todol.miscounted_lists()) == []
-    todol.app_db.execute(damage, (USERS[1],))
+    todol.app_db.execute(f'{damage} WHERE user_id = ?', (USERS[1],))
     sentence, = todol.miscounted_lists()
-    assert USERS[1] in sentence and said in sentence
+    assert sentence.startswith(f'the list of {USERS[1]} has 2 todos')
 
 
 # === Templates ========================================================================================================
@@ -9927,15 +9866,6 @@ def test_a_template_compiles_and_closes_its_blocks(name):
     parser = todol.bottle.StplParser(todol.TEMPLATES[name])
     compile(parser.translate(), name, 'exec')
     assert parser.indent == 0, 'an unclosed % if swallows the rest of the page without a word'
-
-
-def test_only_html_that_is_safe_already_goes_in_unescaped():
-    raw_ = {expression for source in todol.TEMPLATES.values() for expression in re.findall(r'\{\{!(.*?)\}\}', source)}
-    values = {'base', 'source', 'rows', 'row', 'count', 'filters', 'toggle_all'}      # rendered by templates
-    constants = {"'' if editing else ' autofocus'",
-                 """' class="selected" aria-current="page"' if name == showing else ''""",
-                 """' class="%s"' % state if state else ''"""}
-    assert raw_ == values | constants
 
 
 @given(st.lists(st.characters() | st.sampled_from(
@@ -9982,16 +9912,6 @@ def test_the_page_has_the_markup_of_the_todomvc_template(client):
     assert shown.one('button', within=footer, class_='clear-completed').text == 'Clear completed'
 
 
-@pytest.mark.parametrize(('count', 'text'), [(0, '0 items left'), (1, '1 item left'), (2, '2 items left')])
-def test_the_counter_knows_its_plural_and_the_title_the_number(client, count, text):
-    for _ in range(count):
-        client.create('x')
-    shown = page(client)
-    counter = shown.one(id='todo-count')
-    assert counter.text == text and shown.one('strong', within=counter).text == str(count)
-    assert shown.one('title').text == (f'{count} left · todol' if count else 'todol')
-
-
 @pytest.mark.parametrize(('path', 'showing', 'titles', 'selected'), [
     ('/', 'active completed', ['first', 'second'], 'All'), ('/active', 'active', ['first'], 'Active'),
     ('/completed', 'completed', ['second'], 'Completed')])
@@ -10007,33 +9927,20 @@ def test_a_filter_is_done_on_the_server(listed, path, showing, titles, selected)
             for id, title in zip(listed.ids, ('first', 'second'), strict=True) if title in titles]}
 
 
-def test_toggle_all_is_checked_when_all_are_done_and_there_is_one(client):
-    def checked():
-        return 'checked' in page(client).one(id='toggle-all').attributes
+def test_count_title_and_toggle_all_say_how_many_are_left(client):
+    def shown():
+        it = page(client)
+        count = it.one(id='todo-count')
+        assert count.text.startswith(it.one('strong', within=count).text + ' ')
+        return count.text, it.one('title').text, 'checked' in it.one(id='toggle-all').attributes
 
-    assert not checked()
+    assert shown() == ('0 items left', 'todol', False)
     id = client.create('a')
-    assert not checked()
+    assert shown() == ('1 item left', '1 left · todol', False)
     client.patch(f'/todos/{id}', {'completed': '1'})
-    assert checked()
-    client.create('b')
-    assert not checked()
-
-
-def test_the_page_subscribes_to_its_users_stream_from_where_it_was_rendered(client):
-    client.create('x')
-    source = page(client).one('turbo-cable-stream-source').attributes
-    assert source['channel'] == 'Turbo::StreamsChannel'
-    user = session(client).split('.')[0]
-    assert todol.verify_stream_name(source['signed-stream-name'], user) == todol.todos_stream(user)
-    assert todol.cable.since(todol.todos_stream(user), source['data-since']) == []
-
-
-def test_no_two_elements_of_a_page_have_one_id(client):
-    for number in range(3):
-        client.create(f'{number}')
-    ids = [each.attributes['id'] for each in page(client, '/todos/2/edit').elements if 'id' in each.attributes]
-    assert len(ids) == len(set(ids)) > 10
+    assert shown() == ('0 items left', 'todol', True)
+    client.create('b'), client.create('c')
+    assert shown() == ('2 items left', '2 left · todol', False)
 
 
 STRANGE = ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "' onfocus='x", '{{title}} % end', '&amp;',
@@ -10135,17 +10042,6 @@ def untold():
         (todol.app_db, 'outbox'), (todol.databases['job'], "jobs WHERE name = 'broadcast_todos'")))
 
 
-def test_a_change_reaches_the_users_tabs_and_nobody_elses(client):
-    other = WSGIClient()
-    mine, theirs = heard(client), heard(other)
-    id = client.create('<milk>')
-    message = eventually(lambda: mine and mine[0])
-    assert Page(json.loads(message.payload)).rows() == {id: '<milk>'}
-    other.create('bread')
-    eventually(lambda: theirs)
-    assert len(mine) == len(theirs) == 1 and '<milk>' not in theirs[0].payload
-
-
 changes = st.lists(st.tuples(st.sampled_from(['create', 'rename', 'check', 'uncheck', 'check all', 'uncheck all',
                                               'delete', 'clear']),
                              st.integers(0, 5)), min_size=1, max_size=12)
@@ -10187,12 +10083,6 @@ def test_tabs_of_every_filter_end_as_the_server_has_it_whatever_comes_twice(stac
     assert late == tabs
 
 
-def test_a_change_is_told_with_its_row_once(client):
-    for answer in (client.post('/todos', {'title': 'milk'}, accept=TURBO),
-                   client.patch(f'/todos/{client.create("bread")}', {'completed': '1'}, accept=TURBO)):
-        assert answer.text.count('<label') == 1
-
-
 def test_a_change_of_many_rows_is_told_as_load_the_page_again(client):
     messages = heard(client)
     user = session(client).split('.')[0]
@@ -10207,40 +10097,12 @@ def test_a_broadcast_tells_the_state_of_its_moment_not_of_the_change(client):
     client.get('/')
     user, id = session(client).split('.')[0], client.create('first')
     client.patch(f'/todos/{id}', {'title': 'second'})
-    assert Page(todol.render_changes(user, [id])).rows() == {id: 'second'}
+    streams = todol.render_changes(user, [id])
+    assert Page(streams).rows() == {id: 'second'} and streams.count('<label') == 1, 'the row is sent once'
     client.delete(f'/todos/{id}')
     shown = Page(todol.render_changes(user, [id]))
     assert shown.all('turbo-stream')[0].attributes == {'action': 'remove', 'target': f'todo_{id}'}
     assert [shown.one(id=id).attributes['data-version'] for id in ('todo-count', 'toggle-all')] == ['3', '3']
-
-
-def test_who_changes_todos_as_fast_as_it_goes_is_hardly_ahead_of_the_broadcasts(open_stack):
-    open_stack(TODOL_JOB_WORKERS='1')
-
-    def change_many(user):
-        for number in range(100):
-            todol.create_todo(user, f'{number}')
-            gevent.sleep(0)
-        backlogs.append(untold())
-
-    backlogs = []
-    at_once(*(functools.partial(change_many, f'user {number}') for number in range(16)))
-    assert len(backlogs) == 16 and max(backlogs) < 1000, 'of 1,600; with one job a turn nearly all'
-    eventually(lambda: not untold())
-
-
-def version_of(payload):
-    """The version of the list that a broadcast tells."""
-    return int(re.search(r'data-version="(\d+)"><strong>', json.loads(payload))[1])
-
-
-def test_broadcasts_of_one_user_leave_in_the_order_of_the_changes(client):
-    messages = heard(client)
-    for number in range(20):
-        client.create(f'{number}')
-    eventually(lambda: messages and version_of(messages[-1].payload) == 20)
-    versions = [version_of(message.payload) for message in messages]
-    assert versions == sorted(versions)
 
 
 def test_broadcasts_of_one_user_from_two_processes_stand_in_the_log_in_the_order_of_the_states(start_server):
@@ -10249,8 +10111,7 @@ def test_broadcasts_of_one_user_from_two_processes_stand_in_the_log_in_the_order
     first.create('first')
 
     def act(server):
-        client = server.client()
-        client.cookies.update(first.cookies)
+        client = client_of_same_user(server, first)
         for number in range(60):
             client.create(f'{number}')
 
@@ -10259,13 +10120,10 @@ def test_broadcasts_of_one_user_from_two_processes_stand_in_the_log_in_the_order
         thread.start()
     for thread in threads:
         thread.join()
-    with contextlib.closing(servers[0].database('job')) as job_file, \
-            contextlib.closing(servers[0].database('app')) as app_file, \
-            contextlib.closing(servers[0].database('cable')) as cable_file:
-        eventually(lambda: not app_file.execute('SELECT 1 FROM outbox').fetchone()
-                   and not job_file.execute("SELECT 1 FROM jobs WHERE name = 'broadcast_todos'").fetchone())
-        versions = [version_of(payload) for payload, in cable_file.execute('SELECT payload FROM messages ORDER BY id')]
-    assert versions == sorted(versions) and versions[-1] == 241 and len(versions) > 20
+    last = first.create('last')
+    log = eventually(lambda: [log := log_of(servers[0], todos_of(first))] * (f'"title_{last}"' in log[-1][1]))[0]
+    versions = [int(re.search(r'data-version="(\d+)"><strong>', message)[1]) for _, message in log]
+    assert versions == sorted(versions) and versions[-1] == 242 and len(versions) > 20
 
 
 def test_what_changed_of_one_user_at_once_goes_out_together(stack):
@@ -10341,53 +10199,14 @@ def test_the_way_back_is_one_of_our_own_pages(client, referer, showing, back):
     assert (answer.status, answer.headers['location']) == (303, back)
 
 
-def submit(client, path, within=None, button=None, **typed):
-    """Send a form of a page as a browser without script would: its action, method and fields. within: the id of the
-    form or of the row it is in. button: the label of the one that is pressed."""
-    shown = page(client, path)
-    form = next(each for each in shown.all('form')
-                if within in [outer.attributes.get('id') for outer in (each, *each.within)]
-                and all(shown.all('input', within=each, name=name) for name in typed))
-    fields = []
-    for field in (each.attributes for each in shown.all('input', within=form)):
-        if field['type'] != 'checkbox' or typed.get(field['name'], 'checked' in field):
-            text = typed.get(field['name'], field['value']) if field['type'] == 'text' else field['value']
-            fields.append((field['name'], text))
-    pressed = next(each for each in shown.all('button', within=form)
-                   if button in (None, each.text, each.attributes.get('aria-label')))
-    fields += [(pressed.attributes['name'], pressed.attributes['value'])] if 'name' in pressed.attributes else []
-    return client.request(form.attributes['method'].upper(), form.attributes['action'], fields, headers={
-        'Referer': f'http://todol.test{path}', 'Sec-Fetch-Site': 'same-origin'})
-
-
-def test_everything_can_be_done_with_the_forms_of_the_page(client):
-    assert submit(client, '/', 'new', title='milk').status == 303
-    assert submit(client, '/active', 'new', title='bread').headers['location'] == '/active'
-    milk, bread = page(client).rows()
-    submit(client, '/', f'todo_{milk}', completed=True)
-    assert client.todos() == [('milk', True), ('bread', False)]
-    submit(client, f'/todos/{bread}/edit', f'todo_{bread}', title='rye bread')
-    submit(client, '/', f'todo_{milk}', completed=False)
-    assert client.todos() == [('milk', False), ('rye bread', False)]
-    submit(client, '/', 'all', completed=True)
-    assert client.todos() == [('milk', True), ('rye bread', True)]
-    assert submit(client, '/completed', f'todo_{milk}', button='Remove milk').headers['location'] == '/completed'
-    submit(client, '/', 'clear')
-    assert client.todos() == []
-
-
 def test_a_form_sent_twice_makes_one_todo(client):
     key = page(client).one('input', name='key').attributes['value']
     assert [client.post('/todos', {'title': 'milk', 'key': key}).status for _ in range(2)] == [303, 303]
     client.post('/todos', {'title': 'bread', 'key': key})       # back, and another text in the same form
     assert client.todos() == [('milk', False), ('bread', False)]
     assert page(client).one('input', name='key').attributes['value'] != key
-    assert abs(int(key.partition('-')[0]) / 1000 - time.time()) < 60, 'it starts with the time'
-
-
-def test_a_program_that_repeats_a_create_gets_the_same_answer(client):
     first, again = (client.post('/todos', json_body={'title': 'x', 'key': 'k-1'}, accept=JSON) for _ in range(2))
-    assert first.status == again.status == 201 and first.body == again.body
+    assert first.status == again.status == 201 and first.body == again.body, 'a program gets the same answer'
 
 
 @pytest.mark.parametrize(('title', 'message'), [('', 'needs a title'), (' \t', 'needs a title'),
@@ -10400,15 +10219,6 @@ def test_a_title_that_can_not_be_kept_is_said_at_its_field_with_the_text_kept(cl
     field = shown.one(id='new-todo').attributes
     assert field['value'] == title and field['aria-describedby'] == 'new-todo-error'
     assert shown.one(id='todos').attributes['data-showing'] == 'active' and list(shown.rows().values()) == ['old']
-
-
-def test_a_full_list_is_said_at_the_field_with_the_text_kept(open_stack):
-    open_stack(TODOL_MAX_TODOS=1)
-    client = WSGIClient()
-    client.create('old')
-    shown = Page(client.post('/todos', {'title': 'new'}).text)
-    assert 'The list is full' in shown.one(id='new-todo-error').text
-    assert shown.one(id='new-todo').attributes['value'] == 'new' and client.todos() == [('old', False)]
 
 
 def test_a_rename_that_can_not_be_kept_is_said_in_the_row_with_the_text_kept(listed):
@@ -10459,8 +10269,7 @@ def test_another_users_todo_answers_as_one_that_never_was(listed, method, form):
     assert listed.todos() == UNCHANGED
 
 
-@pytest.mark.parametrize('id', ['0', '-1', '9' * 18, '9' * 19, '9' * 4000, '1.5', '1e3', 'abc', '', ' ', '%00', '१',
-                                '1;2', '1/2', '..', '0x1', 'null', '1%0a'])
+@pytest.mark.parametrize('id', ['0', '-1', '9' * 18, '9' * 19, '1.5', 'abc', '', '%00', '१', '1/2', '..', '1%0a'])
 def test_an_id_that_is_none_is_not_found(listed, id):
     for method, form in (('PATCH', {'title': 'x'}), ('PATCH', {'completed': '1'}), ('DELETE', {})):
         answer = listed.request(method, f'/todos/{urllib.parse.quote(id, safe="%/;")}', form, accept=JSON)
@@ -10469,21 +10278,14 @@ def test_an_id_that_is_none_is_not_found(listed, id):
     assert listed.todos() == UNCHANGED
 
 
-@pytest.mark.parametrize('path', ['/active/', '/Active', '/all', '/active%0a', '/completed%0a', '//', '/%0a', '/index.html'])
-def test_a_page_that_is_none_is_not_found(listed, path):
-    assert listed.get(path).status == listed.get(path, accept=JSON).status == 404
-
-
 def test_a_row_that_is_no_longer_there_is_taken_out_of_the_tab(listed):
-    tab = Tab('/', listed)
-    listed.delete(f'/todos/{listed.ids[0]}')
-    for answer in (listed.delete(f'/todos/{listed.ids[0]}', accept=TURBO),
-                   listed.patch(f'/todos/{listed.ids[0]}', {'completed': '1'}, accept=TURBO)):
-        streams = Page(answer.text).all('turbo-stream')
-        assert [stream.attributes['action'] for stream in streams] == ['update', 'remove'] and answer.status == 404
-        assert streams[0].attributes['target'] == 'notice' and 'removed in another tab' in streams[0].text
-        assert streams[1].attributes['target'] == f'todo_{listed.ids[0]}'
-        assert streams[1].attributes['target'] in tab.rows
+    gone = f'/todos/{listed.ids[0]}'
+    listed.delete(gone)
+    for answer in listed.delete(gone, accept=TURBO), listed.patch(gone, {'completed': '1'}, accept=TURBO):
+        told, removed = Page(answer.text).all('turbo-stream')
+        assert answer.status == 404 and told.attributes == {'action': 'update', 'target': 'notice'}
+        assert 'removed in another tab' in told.text
+        assert removed.attributes == {'action': 'remove', 'target': f'todo_{listed.ids[0]}'}
 
 
 def test_toggling_many_takes_the_ids_that_are_the_users(listed):
@@ -10492,30 +10294,19 @@ def test_toggling_many_takes_the_ids_that_are_the_users(listed):
     answer = listed.patch('/todos', {'completed': '1', 'ids[]': [listed.ids[0], listed.ids[1], foreign, 999]},
                           accept=JSON)
     assert answer.json == {'ids': [listed.ids[0]]} and other.todos() == [('theirs', False)]
-    for completed, ids in ((False, listed.ids), (True, [])):
+    for completed, ids in ((False, listed.ids), (1, listed.ids), ('0', listed.ids), (True, [])):
         assert listed.patch('/todos', json_body={'completed': completed, 'ids': ids}, accept=JSON).json == {'ids': ids}
 
 
-@pytest.mark.parametrize('value', [True, '1', 1])
-def test_completed_can_be_said_in_several_ways(listed, value):
-    answer = listed.patch(f'/todos/{listed.ids[0]}', json_body={'completed': value}, accept=JSON)
-    assert answer.json['completed'] is True
-
-
 WRONG_FIELDS = [('POST', '/todos', fields) for fields in (
-    {}, {'title': None}, {'title': 5}, {'title': True}, {'title': []}, {'title': ['a']}, {'title': {'a': 1}},
-    {'title': 'a\x00'}, {'title': 'x', 'key': 'ü'}, {'title': 'x', 'key': 'a b'}, {'title': 'x', 'key': 'k' * 101},
-    {'title': 'x', 'key': ['k']}, {'title': 'x', 'key': {}}, {'title': 'x', 'key': 'k\n'})]
+    {}, {'title': 5}, {'title': ['a']}, {'title': 'a\x00'}, {'title': 'x', 'key': 'ü'}, {'title': 'x', 'key': 'k' * 101},
+    {'title': 'x', 'key': ['k']}, {'title': 'x', 'key': 'k\n'})]
 WRONG_FIELDS += [('PATCH', '/todos/{id}', fields) for fields in (
-    {}, {'title': None}, {'title': 5}, {'title': ['a']}, {'completed': 'yes'}, {'completed': 2}, {'completed': None},
-    {'completed': []}, {'completed': ''}, {'title': 'good', 'completed': 'x'}, {'title': 'x' * 501, 'completed': True},
-    {'unknown': 1})]
+    {}, {'title': None}, {'title': ['a']}, {'completed': 'yes'}, {'completed': 2}, {'completed': None}, {'unknown': 1},
+    {'completed': []}, {'title': 'good', 'completed': 'x'}, {'title': 'x' * 501, 'completed': True})]
 WRONG_FIELDS += [('PATCH', '/todos', fields) for fields in (
-    {}, {'completed': 'x'}, {'completed': True, 'ids': 5}, {'completed': True, 'ids': '1'},
-    {'completed': True, 'ids': {}}, {'completed': True, 'ids': ['x']}, {'completed': True, 'ids': [-1]},
-    {'completed': True, 'ids': [1.0]}, {'completed': True, 'ids': [True]}, {'completed': True, 'ids': [[1]]},
-    {'completed': True, 'ids': ['9' * 19]}, {'completed': True, 'ids': [10 ** 30]}, {'completed': True, 'ids': ['1\n']},
-    {'ids': [1]})]
+    {'completed': 'x'}, {'ids': [1]}, *({'completed': True, 'ids': ids} for ids in (
+        5, '1', {}, ['x'], [-1], [1.0], [True], [[1]], ['9' * 19], ['1\n'])))]
 
 
 @pytest.mark.parametrize(('method', 'path', 'fields'), WRONG_FIELDS)
@@ -10526,27 +10317,8 @@ def test_a_field_of_the_wrong_kind_is_named_and_nothing_is_changed(listed, metho
     assert listed.todos() == UNCHANGED
 
 
-@pytest.mark.parametrize(('method', 'path', 'fields'), [('POST', '/todos', {'title': '\ud800'}),
-                                                        ('POST', '/todos', {'title': 'x', 'key': '\udfff'}),
-                                                        ('PATCH', '/todos/{id}', {'title': '\udfff'}),
-                                                        ('PATCH', '/todos', {'completed': '\ud800'})])
-def test_half_a_pair_of_surrogates_is_no_text(listed, method, path, fields):
-    for accept in (JSON, TURBO, 'text/html'):
-        answer = listed.request(method, path.format(id=listed.ids[0]), json_body=fields, accept=accept)
-        assert answer.status in (400, 422) and re.search('title|completed|key|the body is not what', answer.text)
-    assert listed.todos() == UNCHANGED
-
-
-@given(st.binary(max_size=200) | st.text(max_size=60).map(str.encode), st.sampled_from([JSON, FORM]),
-       st.sampled_from([(method, path) for method, path, _, _ in CHANGES]), st.sampled_from([JSON, TURBO, 'text/html']))
-def test_no_body_breaks_a_route(stack, body, kind, route, accept):
-    answer = WSGIClient().request(route[0], route[1].format(id=1), body=body, headers={'Content-Type': kind},
-                                  accept=accept)
-    assert answer.status in (200, 201, 303, 400, 404, 422) and 'Traceback' not in answer.text
-
-
 @given(st.dictionaries(st.sampled_from(['title', 'key', 'completed', 'ids', 'ids[]', '_method', 'showing']),
-                       st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | open_titles,
+                       st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
                                     lambda inner: st.lists(inner, max_size=3)), max_size=4),
        st.sampled_from([(method, path) for method, path, _, _ in CHANGES]), st.sampled_from([JSON, TURBO, 'text/html']))
 def test_no_fields_break_a_route(stack, fields, route, accept):
@@ -10554,25 +10326,11 @@ def test_no_fields_break_a_route(stack, fields, route, accept):
     assert answer.status in (200, 201, 303, 400, 404, 405, 422) and 'Traceback' not in answer.text
 
 
-def test_a_long_page_is_compressed_and_a_short_answer_is_not(client):
-    for number in range(30):
-        client.create(f'{number}')
-    headers = {'Accept-Encoding': 'gzip, deflate'}
-    plain, packed = client.get('/', accept=JSON), client.get('/', accept=JSON, headers=headers)
-    assert gzip.decompress(packed.body) == plain.body and len(packed.body) < len(plain.body) / 3
-    assert Page(gzip.decompress(client.get('/', headers=headers).body).decode()).rows() == page(client).rows()
-    assert 'content-encoding' not in client.get('/completed', accept=JSON, headers=headers).headers
-
-
 # === Styles: values, then meanings, then rules ========================================================================
 
 def asset_text(name):
     """The text of an asset of the app."""
     return todol._asset_bytes(name).decode()
-
-
-def test_the_styles_are_clean():
-    assert not css_problems(asset_text('todol.css'))
 
 
 def test_the_theme_colors_are_said_alike_in_page_styles_and_manifest(client):
@@ -10586,9 +10344,10 @@ def test_the_theme_colors_are_said_alike_in_page_styles_and_manifest(client):
 
 # === Script: todos on top of the live script ==========================================================================
 
-@pytest.mark.parametrize('name', ['live.js', 'todol.js'])
-def test_the_scripts_are_clean(name):
-    assert not js_problems(asset_text(name), module=True)
+def test_the_styles_and_the_scripts_are_clean():
+    assert not css_problems(asset_text('todol.css'))
+    assert not js_problems(asset_text('live.js'), module=True)
+    assert not js_problems(asset_text('todol.js'), module=True)
 
 
 def test_nothing_is_fetched_from_elsewhere(client):

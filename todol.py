@@ -5557,7 +5557,7 @@ def came_from():
     """The filter of the page that the request came from: a form that stands at another URL says it
     itself."""
     named = fields().get('showing')
-    if named in PATHS:
+    if named in [*PATHS]:       # from JSON it may be anything
         return named
     referer = re.match(r'https?://[^/?#]*([^?#]*)', bottle.request.get_header('Referer', ''))
     return next((name for name, path in PATHS.items() if referer and path == referer[1]), 'all')
