@@ -3428,15 +3428,13 @@ class Subscription:
     def start(self, missed=None, last_id=-1):
         """Send what was missed, or else what was held, and be live from here on. last_id: of the
         last message that the client has."""
-        held, self._held = self._held, None
-        self._last_id = last_id
-        for message in missed if missed is not None else held or ():
+        if missed is None:
+            missed = self._held or ()
+        else:
+            self._last_id = last_id
+        self._held = None
+        for message in missed:
             self.receive(message)
-
-    def start_unasked(self):
-        """Be live if no command has asked for it."""
-        if self._held is not None:
-            self.start()
 
     def receive(self, message):
         """Send a message of the stream."""
@@ -3505,7 +3503,7 @@ class Connection:
                 stream, _ = self._stream_of(identifier)
                 if stream:      # held: what came live before its history would be out of order
                     subscription = self._add(identifier, stream)
-                    gevent.spawn_later(HOLD_SECONDS, subscription.start_unasked)
+                    gevent.spawn_later(HOLD_SECONDS, subscription.start)
             welcome.update(restored=True, restored_ids=list(self.subscriptions))
         self.send(welcome)
 
