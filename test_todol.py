@@ -7404,8 +7404,8 @@ class Listener:
 
 
 @pytest.mark.parametrize('way, number', [
-    ('since', signal.SIGKILL), ('since', signal.SIGTERM), ('history', 'cut'), ('history', signal.SIGKILL),
-    ('restore', 'cut'), ('restore', signal.SIGTERM)])
+    ('since', signal.SIGKILL), ('since', signal.SIGTERM), ('history', 'cut'), ('history', signal.SIGTERM),
+    ('restore', 'cut'), ('restore', signal.SIGKILL)])       # killed: nothing is saved at the end of a connection
 def test_each_message_arrives_once_and_in_order_whatever_ends_the_line(start_server, greeted, way, number):
     server, cuts = start_server(TODOL_WRITES_PER_MINUTE=10**9), 6 if number == 'cut' else 2
     client, created, stopping = session_client(server), [], threading.Event()
