@@ -238,6 +238,15 @@ to_json = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
 JSON_ERRORS = (TypeError, ValueError, RecursionError)       # what it raises
 
 
+def _shown(value):
+    """A value that was refused, short enough for an error."""
+    try:
+        text = repr(value)
+    except Exception:                   # a whole number of more than 4,300 digits, for one
+        text = type(value).__name__
+    return text if len(text) < 80 else f'{text[:80]}…'
+
+
 # === Database: SQLite files, each used by many greenlets =================================
 # SQLite never waits in C, where it would stop every greenlet: a locked file is tried again from
 # Python, for a while. A transaction never switches greenlets, so one connection serves all, and
@@ -958,21 +967,19 @@ processes = Processes()
 
 # === Cache: what is dear to compute, and counters ========================================
 # In front of the file is a dict, which version stamps keep true between processes. set() and
-# delete() are written behind, so a crash may lose the last FLUSH_SECONDS of them; incr() and add()
+# delete() are written behind, so a crash may lose the last FLUSH_SECONDS of them; other changes
 # are in the file when they return. Trouble with the file is a miss, never an error of the app.
 
 CACHE_LIMIT_BYTES = 128 * 1024 * 1024
-FRONT_LIMIT_BYTES = 16 * 1024 * 1024
+FRONT_LIMIT_BYTES = 16 * 1024 * 1024        # a front with more is emptied
 PENDING_LIMIT_BYTES = 16 * 1024 * 1024      # wait to be written; more is written at once
+ENTRY_BYTES = 200                   # that an entry takes in memory beside its value
 FLUSH_SECONDS = 0.02
-FLUSH_ROWS = 200                    # are written in one transaction
+SLICE_ROWS = 200                    # are looked at, or changed, in one transaction
 FOREVER_SECONDS = 400 * 86400       # the time to live where none is given
 REST_SECONDS = 1.0                  # a file in trouble is left alone so long
-EVICT_ROWS = 200                    # are looked at in one transaction when the file is full
-PRUNE_ROWS = 500                    # are looked at in one turn of the event loop
-MAX_NOTED_USES = 10_000
+MAX_NOTED_USES = 20_000
 MAX_KEY_CHARS = 500
-IMMUTABLES = (str, int, float, bool, type(None))    # of JSON: kept as they are
 
 CACHE_MIGRATIONS = [
     ('001 create entries', '''
@@ -983,39 +990,42 @@ CACHE_MIGRATIONS = [
             value       BLOB,                   -- the value otherwise: bytes, or JSON in UTF-8
             is_json     INTEGER NOT NULL,       -- 1: value is JSON
             expires_at  REAL NOT NULL,
-            used_at     REAL NOT NULL           -- when it was written
+            used_at     REAL NOT NULL           -- when it was changed after it came; 0: never
         )'''),
     ('002 index entries by use', 'CREATE INDEX entries_by_use ON entries (used_at)'),
     ('003 index entries by expiry', 'CREATE INDEX entries_by_expiry ON entries (expires_at)'),
     ('004 drop index by expiry', 'DROP INDEX entries_by_expiry'),
     ('005 drop index by use', 'DROP INDEX entries_by_use'),
 ]
+# In Python the body of an entry is an int, bytes, or text: the JSON of anything else.
 UPSERT_ENTRY = '''
     INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
-    VALUES (?, ?, ?, ?, ?, now_s())
+    VALUES (:key, iif(typeof(:body) = 'integer', :body, NULL),
+            iif(typeof(:body) = 'integer', NULL, CAST(:body AS BLOB)),
+            typeof(:body) = 'text', :expires_at, 0)
     ON CONFLICT (key) DO UPDATE SET
         number = excluded.number, value = excluded.value, is_json = excluded.is_json,
-        expires_at = excluded.expires_at, used_at = excluded.used_at'''
+        expires_at = excluded.expires_at, used_at = now_s()'''
 ADD_ENTRY = UPSERT_ENTRY + ' WHERE entries.expires_at <= now_s() RETURNING id'
-# A live counter keeps its window. An expired one, or a missing one, starts with a new window. A sum
-# beyond 64 bits would become a float: nothing is changed then.
+# A live counter keeps its window; an expired one starts anew. A sum beyond 64 bits would become a
+# float: nothing is changed then.
 INCREMENT_ENTRY = '''
     INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
-    VALUES (:key, :by, NULL, 0, :expires_at, now_s())
+    VALUES (:key, :by, NULL, 0, :expires_at, 0)
     ON CONFLICT (key) DO UPDATE SET
-        number = CASE WHEN entries.expires_at <= now_s() THEN :by ELSE entries.number + :by END,
-        expires_at = CASE WHEN entries.expires_at <= now_s() THEN :expires_at
-                          ELSE entries.expires_at END,
+        number = iif(entries.expires_at <= now_s(), :by, entries.number + :by),
+        expires_at = iif(entries.expires_at <= now_s(), :expires_at, entries.expires_at),
         value = NULL, is_json = 0, used_at = now_s()
     WHERE entries.expires_at <= now_s() OR typeof(entries.number + :by) = 'integer'
     RETURNING number'''
-GET_ENTRY = '''SELECT number, value, is_json, expires_at FROM entries
-               WHERE key = ? AND expires_at > now_s()'''
+GET_ENTRY = '''SELECT coalesce(number, iif(is_json, CAST(value AS TEXT), value)), expires_at
+               FROM entries WHERE key = ?'''
 TOUCH_ENTRY = '''UPDATE entries SET expires_at = ?, used_at = now_s()
                  WHERE key = ? AND expires_at > now_s() RETURNING id'''
-FIRST_ENTRIES = '''SELECT id, key, used_at, expires_at > now_s() FROM entries
-                   ORDER BY id LIMIT ?'''
-MOVE_ENTRY = '''UPDATE entries SET id = (SELECT max(id) FROM entries) + 1, used_at = now_s()
+PRUNE_ENTRIES = '''DELETE FROM entries WHERE id > ? AND id <= ? AND expires_at <= now_s()
+                   RETURNING id'''
+FIRST_ENTRIES = 'SELECT id, key, used_at > 0 FROM entries ORDER BY id LIMIT ?'
+MOVE_ENTRY = '''UPDATE entries SET id = (SELECT max(id) FROM entries) + 1, used_at = 0
                 WHERE id = ?'''
 
 _MISSING = object()
@@ -1037,23 +1047,20 @@ class VersionStamps:
 
     def __init__(self, path):
         """Raises OSError."""
+        self._path = path
         make_private(path)
-        with open(path, 'r+b') as file:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-            missing = self.SLOTS * 8 - os.path.getsize(path)
-            if missing > 0:         # written out: a hole would kill the process on a full disk
-                file.seek(0, os.SEEK_END)
-                file.write(bytes(missing))
-                file.flush()
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)        # the map keeps the file open
-            self._map = mmap.mmap(file.fileno(), self.SLOTS * 8)
-        self._stamps = memoryview(self._map).cast('Q')
+        with open(path, 'a+b') as file:     # appended: two that start at once overwrite nothing
+            # Written out: with a hole in it, a full disk would kill the process.
+            file.write(bytes(max(0, self.SLOTS * 8 - file.tell())))
+            file.flush()
+            self._inode = os.fstat(file.fileno()).st_ino
+            self._stamps = memoryview(mmap.mmap(file.fileno(), self.SLOTS * 8)).cast('Q')
 
-    def close(self):
-        self._stamps.release()
-        self._map.close()
+    def deleted(self):
+        """Whether the file is not there any more: who starts then has a page of its own."""
+        with contextlib.suppress(OSError):
+            return os.stat(self._path).st_ino != self._inode
+        return True
 
     def slot(self, key):
         """The same in every process, unlike hash(). The key is text."""
@@ -1062,15 +1069,16 @@ class VersionStamps:
     def get(self, slot):
         return self._stamps[slot]
 
-    def begin(self, slots):
-        """Before the commit of changes."""
+    @contextlib.contextmanager
+    def changing(self, slots):
+        """Around the commit of changes, whether it succeeds or not."""
         for slot in slots:
             self._stamps[slot] |= 1
-
-    def end(self, slots):
-        """After it, or after it failed."""
-        for slot in slots:
-            self._stamps[slot] = time.perf_counter_ns() & ~1
+        try:
+            yield
+        finally:
+            for slot in slots:
+                self._stamps[slot] = time.perf_counter_ns() & ~1
 
 
 class Cache:
@@ -1087,11 +1095,12 @@ class Cache:
         self._reset()
 
     def _reset(self):
-        self._front = collections.OrderedDict()     # key -> _Entry, the last used at the end
-        self._front_bytes = 0
-        self._pending = {}          # key -> _Entry not yet written; value _MISSING: to delete
-        self._pending_bytes = 0
-        self._used = {}             # keys that were read from the file, the last at the end
+        self._front = {}            # key -> _Entry
+        self._front_bytes = 0       # that came since it was emptied
+        self._pending = {}          # key -> row of UPSERT_ENTRY; an expired one is to be deleted,
+                                    # one with a stamp gives way to what was changed since
+        self._pending_bytes = 0     # that came since the last flush
+        self._used = set()          # keys that were read since they came
         self._computing = {}        # key -> (AsyncResult, greenlet), for fetch()
         self._dirty = gevent.event.Event()
         self._flushing = gevent.lock.BoundedSemaphore(1)
@@ -1106,29 +1115,27 @@ class Cache:
         except OSError as error:
             raise StorageError(f'{self._db.path}-stamps can not be written: '
                                f'{error.strerror}') from None
+        processes.wakes(self._dirty, b'*')
         self._loop = Loop('cache', self._turn)
 
     def close(self):
         """Write what waits, and stop."""
         self._loop.stop()
         self._flush()
-        self._stamps.close()
         self._reset()
 
     def get(self, key, default=None):
         """The value, or default if there is none or it has expired."""
         self._db._check()
         entry = self._front.get(key)
-        if entry and entry.expires_at > now() and self._stamps.get(entry.slot) == entry.stamp:
-            self._front.move_to_end(key)
-        else:
+        if not entry or entry.expires_at <= now() or self._stamps.get(entry.slot) != entry.stamp:
             entry = self._read(key)
         if entry is None:
             self._misses += 1
             return default
         self._hits += 1
-        entry.used = True
-        return entry.decoded()
+        self._used.add(key)
+        return json.loads(entry.value) if entry.is_json else entry.value
 
     def get_many(self, keys):
         """A dict of those that are there."""
@@ -1141,32 +1148,32 @@ class Cache:
     def set(self, key, value, ttl=FOREVER_SECONDS):
         """Keep a value for ttl seconds. In the file, and seen by other processes, FLUSH_SECONDS
         later. Raises CacheError."""
-        self._put(key, self._entry(key, value, ttl))
+        self._put(self._row(key, value, ttl))
 
     def set_many(self, values, ttl=FOREVER_SECONDS):
         """set() for each item of a dict. Raises CacheError, and keeps none then."""
-        for key, entry in [(key, self._entry(key, value, ttl)) for key, value in values.items()]:
-            self._put(key, entry)
+        for row in [self._row(key, value, ttl) for key, value in values.items()]:
+            self._put(row)
 
     def delete(self, key):
         """Forget a value, if it is there."""
-        self._put(key, _Entry(_MISSING, 0, self._slot(key)))
+        self._put(self._row(key, None, -FOREVER_SECONDS))
 
     def add(self, key, value, ttl=FOREVER_SECONDS):
         """Keep a value if the key has none, and say whether it was kept. Atomic between processes.
         Raises CacheError."""
-        row = self._entry(key, value, ttl).row(key)
-        return self._through(key, lambda: bool(self._db.execute(ADD_ENTRY, row)), otherwise=True)
+        row = self._row(key, value, ttl)
+        return bool(self._through(key, ADD_ENTRY, row, otherwise=[True]))
 
     def incr(self, key, by=1, ttl=FOREVER_SECONDS):
         """Add to a whole number and give the sum. A missing or expired one starts at 0 with a new
         time to live; a live one keeps the time it has, so that a key is a fixed window. Atomic
         between processes. Raises CacheError, and leaves the value then, if it is not a whole
         number or the sum has more than 64 bits."""
-        if type(by) is not int or not -2**63 <= by < 2**63:
+        if not _fits_64_bits(by):
             raise CacheError(f'incr() adds a whole number of 64 bits, not {_shown(by)}')
         row = {'key': key, 'by': by, 'expires_at': self._expiry(key, ttl)}
-        rows = self._through(key, lambda: self._db.execute(INCREMENT_ENTRY, row), [(by,)])
+        rows = self._through(key, INCREMENT_ENTRY, row, otherwise=[(by,)])
         if not rows:
             raise CacheError(f'the value of {key!r} is not a whole number, or {by} more would not '
                              f'fit 64 bits')
@@ -1175,7 +1182,7 @@ class Cache:
     def touch(self, key, ttl=FOREVER_SECONDS):
         """Give a value a new time to live, and say whether it was there. Raises CacheError."""
         row = (self._expiry(key, ttl), key)
-        return self._through(key, lambda: bool(self._db.execute(TOUCH_ENTRY, row)), False)
+        return bool(self._through(key, TOUCH_ENTRY, row, otherwise=[]))
 
     def fetch(self, key, ttl, function):
         """The value, or else what the function gives, kept for ttl seconds. One greenlet computes,
@@ -1188,35 +1195,13 @@ class Cache:
             if value is not _MISSING:
                 return value
             if key not in self._computing:
-                break
+                return self._compute(key, ttl, function)
             result, greenlet = self._computing[key]
             if greenlet is gevent.getcurrent():
                 raise CacheError(f'the function that computes {key!r} asks for it')
-            entry = result.get()
-            if entry is not None:
-                return entry.decoded()
-        result = gevent.event.AsyncResult()
-        computing = self._computing[key] = result, gevent.getcurrent()
-        slot = self._slot(key)
-        try:
-            if key in self._pending:    # a deletion, whose new stamp would come meanwhile
-                self._flush()
-            stamp = self._stamps.get(slot)
-            value = function()
-            entry = self._entry(key, value, ttl)
-            if self._computing.get(key) is computing and self._stamps.get(slot) == stamp:
-                entry.computed = True
-                self._put(key, entry)
-            result.set(entry)
-            return entry.decoded()
-        except Exception as error:
-            result.set_exception(error)
-            raise
-        finally:
-            if self._computing.get(key) is computing:
-                del self._computing[key]
-            if not result.ready():      # killed: one of those who wait computes
-                result.set(None)
+            body = result.get()
+            if body is not None:
+                return _decoded(body)
 
     def memoize(self, ttl):
         """A decorator: results are kept by the function's name and arguments, which JSON has."""
@@ -1237,37 +1222,29 @@ class Cache:
         """Forget everything."""
         self._db._check()
         refuse_in_transaction('cache.clear()')
-        self._front.clear()
+        self._empty_front()
         self._pending.clear()
         self._computing.clear()
-        self._front_bytes = self._pending_bytes = 0
-        slots = range(VersionStamps.SLOTS)
-        self._stamps.begin(slots)
-        try:
-            self._forgiving(lambda: self._db.execute('DELETE FROM entries'))
-        finally:
-            self._stamps.end(slots)
+        with self._stamps.changing(range(VersionStamps.SLOTS)):
+            self._forgiving(None, self._db.execute, 'DELETE FROM entries')
 
     def prune(self):
         """Delete what has expired, and give the number of it. Looks at every entry, some at a
         time."""
         gone, last = 0, 0
         while last is not None:
-            rows = self._forgiving(lambda: self._db.execute(
-                'SELECT id FROM entries WHERE id > ? ORDER BY id LIMIT ?', (last, PRUNE_ROWS)), ())
+            rows = self._forgiving((), self._db.execute, 'SELECT id FROM entries WHERE id > ? '
+                                   'ORDER BY id LIMIT ?', (last, SLICE_ROWS))
             first, last = last, rows[-1][0] if rows else None
-            gone += len(self._forgiving(lambda: self._db.execute(
-                'DELETE FROM entries WHERE id > ? AND id <= ? AND expires_at <= now_s() '
-                'RETURNING id', (first, last)), ()))
+            gone += len(self._forgiving((), self._db.execute, PRUNE_ENTRIES, (first, last)))
             gevent.sleep(0)
         return gone
 
     def stats(self):
         """Counts since the start, and what the file holds now."""
-        (entries,), = self._forgiving(
-            lambda: self._db.execute('SELECT count(*) FROM entries'), [(None,)])
+        (entries,), = self._forgiving([(None,)], self._db.execute, 'SELECT count(*) FROM entries')
         return {'hits': self._hits, 'misses': self._misses, 'evicted': self._evicted,
-                'entries': entries, 'bytes': self._forgiving(self._size_bytes),
+                'entries': entries, 'bytes': self._forgiving(None, self._size_bytes),
                 'limit_bytes': self.limit_bytes, 'front_entries': len(self._front),
                 'front_bytes': self._front_bytes}
 
@@ -1287,190 +1264,165 @@ class Cache:
             raise CacheError(f'the time to live of {key!r} must be seconds, not {_shown(ttl)}')
         return now() + ttl
 
-    def _entry(self, key, value, ttl):
-        """A checked value. Raises CacheError."""
-        expires_at, slot = self._expiry(key, ttl), self._slot(key)
-        text = value
-        if not isinstance(value, bytes):
+    def _row(self, key, value, ttl):
+        """The parameters of UPSERT_ENTRY. Raises CacheError."""
+        expires_at, body = self._expiry(key, ttl), value
+        if not isinstance(value, bytes) and not _fits_64_bits(value):
             try:
-                text = to_json(value)
+                body = to_json(value)
             except JSON_ERRORS as error:
                 raise CacheError(f'the value of {key!r} must be bytes or what JSON has: '
                                  f'{error}') from None
-        if len(text) > self.limit_bytes // 4:
-            raise CacheError(f'the value of {key!r} has {len(text):,} bytes, and the cache holds '
+        if _size(body) > self.limit_bytes // 4:
+            raise CacheError(f'the value of {key!r} has {_size(body):,} bytes, and the cache holds '
                              f'{self.limit_bytes // 4:,} of one')
-        is_json = not isinstance(value, bytes) and type(value) not in IMMUTABLES
-        return _Entry(text if is_json else value, expires_at, slot, is_json=is_json)
+        return {'key': key, 'body': body, 'expires_at': expires_at}
 
     def _read(self, key):
         """The entry from what waits to be written or from the file; None if there is none."""
-        entry = self._pending.get(key)
-        if entry is not None:
-            return entry if entry.value is not _MISSING and entry.expires_at > now() else None
-        self._forget(key)
         slot = self._slot(key)
         stamp = self._stamps.get(slot)      # before the read: what changes after it is noticed
-        rows = self._forgiving(lambda: self._db.execute(GET_ENTRY, (key,)), ())
-        if not rows:
+        waiting = self._pending.get(key)
+        if waiting:
+            rows = [(waiting['body'], waiting['expires_at'])]
+        else:
+            rows = self._forgiving((), self._db.execute, GET_ENTRY, (key,))
+        if not rows or rows[0][1] <= now():
             return None
-        number, value, is_json, expires_at = rows[0]
-        if number is not None:
-            value = number
-        elif is_json:
-            value = value.decode()
-            if value[0] not in '[{':        # kept decoded
-                value, is_json = json.loads(value), False
-        entry = _Entry(value, expires_at, slot, stamp, bool(is_json))
-        if not stamp & 1:
-            self._keep_in_front(key, entry)
-        self._used[key] = True
+        body, expires_at = rows[0]
+        is_json = isinstance(body, str) and body[0] in '[{'
+        entry = _Entry(body if is_json else _decoded(body), is_json, expires_at, slot, stamp)
+        if not waiting and not stamp & 1:
+            self._front_bytes += ENTRY_BYTES + _size(body)
+            if self._front_bytes > FRONT_LIMIT_BYTES:
+                self._empty_front()
+            self._front[key] = entry
         if len(self._used) > MAX_NOTED_USES:
-            del self._used[next(iter(self._used))]
+            self._used.clear()
         return entry
 
-    def _put(self, key, entry):
-        """Remember an entry here, to be written behind."""
-        refuse_in_transaction('a change of the cache')
-        self._computing.pop(key, None)      # a fetch() under way does not write over it
-        before = self._pending.pop(key, None)
-        self._pending_bytes += entry.size - (before.size if before else 0)
-        self._pending[key] = entry
-        entry.stamp = self._stamps.get(entry.slot)
-        self._forget(key)
-        if entry.value is not _MISSING and not entry.stamp & 1:
-            self._keep_in_front(key, entry)
-        self._dirty.set()
-        if self._pending_bytes > PENDING_LIMIT_BYTES:
-            self._flush()
-        while self._pending_bytes > PENDING_LIMIT_BYTES:    # the file can't be written
-            self._pending_bytes -= self._pending.pop(next(iter(self._pending))).size
+    def _empty_front(self):
+        self._front.clear()
+        self._front_bytes = 0
 
-    def _keep_in_front(self, key, entry):
-        self._front[key] = entry
-        self._front_bytes += entry.size
-        while self._front_bytes > FRONT_LIMIT_BYTES:
-            _, dropped = self._front.popitem(last=False)
-            self._front_bytes -= dropped.size
+    def _compute(self, key, ttl, function):
+        """Compute a value for all who ask for it meanwhile, and keep it, unless the stamp of its
+        slot tells of a change since."""
+        result, slot = gevent.event.AsyncResult(), self._slot(key)
+        computing = self._computing[key] = result, gevent.getcurrent()
+        try:
+            if key in self._pending:    # a deletion, whose new stamp would come meanwhile
+                self._flush()
+            stamp = self._stamps.get(slot)
+            row = self._row(key, function(), ttl)
+            if self._computing.get(key) is computing and self._stamps.get(slot) == stamp:
+                self._put({**row, 'stamp': stamp})
+            result.set(row['body'])
+            return _decoded(row['body'])
+        except Exception as error:
+            result.set_exception(error)
+            raise
+        finally:
+            if self._computing.get(key) is computing:
+                del self._computing[key]
+            if not result.ready():      # killed: one of those who wait computes
+                result.set(None)
 
-    def _forget(self, key):
-        entry = self._front.pop(key, None)
-        if entry is not None:
-            self._front_bytes -= entry.size
-
-    def _through(self, key, write, otherwise):
-        """A write that is in the file when it returns, after everything of that key before it."""
+    def _through(self, key, statement, row, otherwise):
+        """The rows that a change of the key gives, which is in the file then."""
         refuse_in_transaction('a change of the cache')
         if key in self._pending:
             self._flush()
+        self._computing.pop(key, None)      # who asks from now on does not wait for the old value
+        with self._stamps.changing([self._slot(key)]):
+            rows = self._forgiving(otherwise, self._db.execute, statement, row)
+        self._dirty.set()                   # it may have filled the file
+        return rows
+
+    def _put(self, row):
+        """Remember a change, to be written behind."""
+        refuse_in_transaction('a change of the cache')
+        key = row['key']
         self._computing.pop(key, None)
-        slots = [self._slot(key)]
-        self._stamps.begin(slots)
-        try:
-            return self._forgiving(write, otherwise)
-        finally:
-            self._forget(key)
-            self._stamps.end(slots)
-            self._dirty.set()               # it may have filled the file
+        self._front.pop(key, None)
+        self._pending[key] = row
+        self._pending_bytes += ENTRY_BYTES + _size(row['body'])
+        self._dirty.set()
+        if self._pending_bytes > PENDING_LIMIT_BYTES and not self._flush():
+            self._pending.clear()           # the file can't be written
+            self._pending_bytes = 0
 
     def _turn(self):
         self._dirty.clear()
-        if self._flush():
-            return self._wait
-        self._dirty.set()
-        return functools.partial(gevent.sleep, REST_SECONDS)
+        if self._stamps.deleted():
+            self._stamps = VersionStamps(self._db.path + '-stamps')
+            self._empty_front()
+        return self._wait if self._flush() else functools.partial(gevent.sleep, REST_SECONDS)
 
     def _wait(self):
-        self._dirty.wait()
+        self._dirty.wait(processes.patience())
         gevent.sleep(FLUSH_SECONDS)
 
     def _flush(self):
         """Write what waits, then make room. Says whether it was written."""
-        with self._flushing:            # one at a time, or their stamps would mix
+        with self._flushing:            # one at a time: what is written twice would count as used
             while self._pending:
-                batch = dict(itertools.islice(self._pending.items(), FLUSH_ROWS))
-                if not self._forgiving(lambda: self._write(batch), False):
-                    return False
-                for key, entry in batch.items():
-                    if self._pending.get(key) is entry:         # not set again meanwhile
-                        del self._pending[key]
-                        self._pending_bytes -= entry.size
-            self._forgiving(self._make_room)
+                batch = list(itertools.islice(self._pending.values(), SLICE_ROWS))
+                with self._stamps.changing({self._stamps.slot(row['key']) for row in batch}):
+                    if not self._forgiving(False, self._db.transact, self._write, batch):
+                        return False
+                for row in filter(self._waits, batch):
+                    del self._pending[row['key']]
+            self._pending_bytes = 0
+            self._forgiving(None, self._make_room)
             return True
 
-    def _write(self, batch):
-        """Write entries in one transaction; where that fails, one by one, without the bad ones."""
-        slots = {entry.slot for entry in batch.values()}
-        self._stamps.begin(slots)
-        try:
-            self._db.transact(self._write_entries, batch)
-        except StorageError:
-            raise
-        except Exception as error:
-            if len(batch) == 1:
-                log.error('a cache entry can not be written, and is dropped key=%.100r error=%r',
-                          *batch, error)
-            else:
-                for key, entry in batch.items():
-                    self._write({key: entry})
-        finally:
-            self._stamps.end(slots)
-        return True
+    def _waits(self, row):
+        """Whether a row was neither written, nor cleared or set again since."""
+        return self._pending.get(row['key']) is row
 
-    def _write_entries(self, batch):
-        # Not what was cleared or set again since; nor what was computed, if another process has
-        # changed the key in the time in which it waited here.
-        batch = {key: entry for key, entry in batch.items() if self._pending.get(key) is entry
-                 and not (entry.computed and entry.stamp | 1 != self._stamps.get(entry.slot) | 1)}
-        self._db.executemany(UPSERT_ENTRY, [entry.row(key) for key, entry in batch.items()
-                                            if entry.value is not _MISSING])
-        self._db.executemany('DELETE FROM entries WHERE key = ?', [
-            (key,) for key, entry in batch.items() if entry.value is _MISSING])
+    def _write(self, batch):
+        """Write what waits; what can't be written is dropped alone."""
+        for row in filter(self._waits, batch):
+            key, stamp = row['key'], row.get('stamp')
+            try:
+                if row['expires_at'] <= now():
+                    self._db.execute('DELETE FROM entries WHERE key = ?', (key,))
+                elif stamp is None or stamp | 1 == self._stamps.get(self._stamps.slot(key)) | 1:
+                    self._db.execute(UPSERT_ENTRY, row)
+            except StorageError:
+                raise
+            except Exception as error:
+                log.error('a cache entry can not be written, and is dropped key=%.100r error=%r',
+                          key, error)
+        return True
 
     def _make_room(self):
         """Evict from a full file until a hundredth of it is free, some entries at a time."""
         full = self._size_bytes() > self.limit_bytes
-        while full and self._size_bytes() > self.limit_bytes * 0.99:
+        while full:
             gone = self._db.transact(self._evict)
-            slots = {self._stamps.slot(key) for key in gone}
-            self._stamps.end(slots)         # a copy of what is gone does no harm before
-            for key in gone:
-                self._forget(key)
-            self._evicted += len(gone)
-            full = bool(gone)
+            self._evicted += gone
+            full = gone > 0
             gevent.sleep(0)
 
     def _evict(self):
-        """Look at the first entries: those that were used since they came move to the end, the
-        others go. Gives the keys of those. At least a quarter goes, or much work frees little.
-
-        One that was written later than one behind it was used, by whatever process. Reads are
-        known of this process only.
-        """
-        (entries,), = self._db.execute(
-            'SELECT count(*) FROM (SELECT 1 FROM entries LIMIT ?) AS counted', (20 * EVICT_ROWS,))
-        rows = self._db.execute(FIRST_ENTRIES, (entries // 20 + 2,))    # of few entries, few go
-        first = rows[:len(rows) * 9 // 10]          # the others are there to be compared with
-        oldest = min((used_at for _, _, used_at, _ in rows[len(first):]), default=0)
-        used = []
-        for id, key, used_at, live in reversed(first):
-            if (self._was_used(key) or used_at > oldest) and live:
-                used.append(id)
-            oldest = min(oldest, used_at)
-        used = used[:len(first) * 3 // 4]
-        self._db.executemany(MOVE_ENTRY, [(id,) for id in used])
-        moved = set(used)
-        gone = {id: key for id, key, _, _ in first if id not in moved}
-        self._db.executemany('DELETE FROM entries WHERE id = ?', [(id,) for id in gone])
-        return list(gone.values())
-
-    def _was_used(self, key):
-        """Whether it was used since this was asked the last time."""
-        used = self._used.pop(key, False)
-        entry = self._front.get(key)
-        if entry is not None:
-            used, entry.used = used or entry.used, False
-        return used
+        """Until there is room, move those of the first entries that were used since they came to
+        the end, and delete the others. Gives the number of these. A quarter goes in any case, or
+        much work might free little. Reads are known of this process only."""
+        rows = self._db.execute(FIRST_ENTRIES, (SLICE_ROWS,))
+        moves, gone = len(rows) * 3 // 4, 0
+        for id, key, used in rows:
+            if self._size_bytes() <= self.limit_bytes * 0.99:
+                break
+            if moves and (used or key in self._used):
+                moves -= 1
+                self._used.discard(key)
+                self._db.execute(MOVE_ENTRY, (id,))
+            else:
+                gone += 1
+                self._db.execute('DELETE FROM entries WHERE id = ?', (id,))
+        return gone
 
     def _size_bytes(self):
         (pages,), (free,), (size,) = (
@@ -1478,55 +1430,38 @@ class Cache:
             for name in ('page_count', 'freelist_count', 'page_size'))
         return (pages - free) * size
 
-    def _forgiving(self, work, otherwise=None):
-        """Work on the file. When that fails, the file is left alone for REST_SECONDS: one that is
-        locked costs a wait each time."""
+    def _forgiving(self, otherwise, work, *arguments):
+        """What the work on the file gives. When it fails, the file is left alone for REST_SECONDS:
+        one that is locked costs a wait each time."""
         if time.monotonic() < self._resting_until:
             return otherwise
         try:
-            return work()
+            return work(*arguments)
         except StorageError as error:
             self._resting_until = time.monotonic() + REST_SECONDS
             log.error('cache unusable, taken as a miss: %s', error)
             return otherwise
 
 
-class _Entry:
+class _Entry(typing.NamedTuple):
     """A value as the front has it."""
-    __slots__ = ('value', 'expires_at', 'slot', 'stamp', 'is_json', 'used', 'computed', 'size')
-
-    def __init__(self, value, expires_at, slot, stamp=0, is_json=False):
-        self.value = value              # of IMMUTABLES or bytes; or JSON; _MISSING: to be deleted
-        self.expires_at = expires_at
-        self.slot = slot
-        self.stamp = stamp              # of the slot when the value was true
-        self.is_json = is_json          # value is the text of a list or an object
-        self.used = False               # since it came, or since an eviction looked at it
-        self.computed = False           # by fetch(): gives way to what was changed meanwhile
-        self.size = 200 + (len(value) if isinstance(value, (bytes, str)) else 0)
-
-    def decoded(self):
-        """The value, as a copy that whoever asked may change."""
-        return json.loads(self.value) if self.is_json else self.value
-
-    def row(self, key):
-        """The parameters of UPSERT_ENTRY."""
-        value = self.value
-        if isinstance(value, bytes):
-            return key, None, value, 0, self.expires_at
-        if type(value) is int and -2**63 <= value < 2**63:
-            return key, value, None, 0, self.expires_at
-        text = value if self.is_json else to_json(value)
-        return key, None, text.encode(), 1, self.expires_at
+    value: object           # of a list or an object the JSON, from which each caller gets its own
+    is_json: bool
+    expires_at: float
+    slot: int
+    stamp: int              # of the slot before the value was read
 
 
-def _shown(value):
-    """A value that was refused, short enough for an error."""
-    try:
-        text = repr(value)
-    except Exception:                   # a whole number of more than 4,300 digits, for one
-        text = type(value).__name__
-    return text if len(text) < 80 else f'{text[:80]}…'
+def _fits_64_bits(value):
+    return type(value) is int and -2**63 <= value < 2**63
+
+
+def _decoded(body):
+    return json.loads(body) if isinstance(body, str) else body
+
+
+def _size(body):
+    return len(body) if isinstance(body, (bytes, str)) else 8
 
 
 cache_db = Database('cache', CACHE_MIGRATIONS, disposable=True)
@@ -2338,12 +2273,6 @@ def _clean(text):
 
 job_db = Database('job', JOB_MIGRATIONS)
 jobs = Jobs(job_db, outbox=app_db)
-
-
-@jobs.every(3600, queue='low')
-def tidy_up():
-    """Delete what has had its time: expired cache entries, old failures."""
-    log.info('tidied up cache=%s jobs=%s', cache.prune(), jobs.prune())
 
 
 @check
@@ -4412,6 +4341,12 @@ def open_stack(environ=None, run_jobs=False):
             jobs.open(settings.job_workers)
             opened.callback(_close_quietly, jobs)
         yield
+
+
+@jobs.every(3600, queue='low')
+def tidy_up():
+    """Delete what has had its time: expired cache entries, old failures."""
+    log.info('tidied up cache=%s jobs=%s', cache.prune(), jobs.prune())
 
 
 def make_data_directory():
