@@ -1333,7 +1333,6 @@ class Cache:
         refuse_in_transaction('a change of the cache')
         if key in self._pending:
             self._flush()
-        self._computing.pop(key, None)      # who asks from now on does not wait for the old value
         with self._stamps.changing([self._slot(key)]):
             rows = self._forgiving(otherwise, self._db.execute, statement, row)
         self._dirty.set()                   # it may have filled the file
@@ -1343,7 +1342,7 @@ class Cache:
         """Remember a change, to be written behind."""
         refuse_in_transaction('a change of the cache')
         key = row['key']
-        self._computing.pop(key, None)
+        self._computing.pop(key, None)      # who asks from now on does not wait for the old value
         self._front.pop(key, None)
         self._pending[key] = row
         self._pending_bytes += ENTRY_BYTES + _size(row['body'])
