@@ -3190,7 +3190,8 @@ def test_a_value_that_can_not_fit_is_refused_and_nothing_else_is_lost(open_cache
     assert cache._flush() and len(cache.get_many('abcdef')) == 6 and cache.get('a') != 1 and 'huge' not in cache
 
 
-def test_a_full_cache_takes_every_value_stays_in_its_bounds_and_loses_no_more_than_it_needs(open_cache, cache_clock):
+def test_a_full_cache_takes_every_value_and_stays_in_its_bounds(open_cache, cache_clock, monkeypatch):
+    monkeypatch.setattr(todol, 'POLL_SECONDS', 600)
     cache = open_cache(limit_bytes=500_000)
     for n in range(60):
         fill_cache(cache, cache_clock, [f'{n} {size}' for size in (10, 40_000, 1000)], size=20_000)
