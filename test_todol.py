@@ -3199,6 +3199,8 @@ def test_a_full_cache_takes_every_value_and_stays_in_its_bounds(open_cache, cach
         assert len(cache.get_many([f'{n} {size}' for size in (10, 40_000, 1000)])) == 3
     cache.close()
     cache = open_cache(limit_bytes=200_000)
+    cache._flush()
+    gevent.sleep(3 * todol.FLUSH_SECONDS)       # now its loop waits
     for n in range(1000):
         cache.incr(f'counter {n} {"x" * 300}')
     eventually(lambda: 150_000 < cache.stats()['bytes'] <= 200_000, what='coming back to a smaller bound')
