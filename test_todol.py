@@ -8936,6 +8936,7 @@ def test_a_restore_that_dies_at_any_step_leaves_all_or_is_run_again(data, tmp_pa
             seen.append(titles_of(tmp_path))
         except todol.StorageError as error:
             assert 'a restore to' in str(error)
+            assert any(b'later' in path.read_bytes() for path in data.glob('test.sqlite3*')), 'the old file is gone'
             seen.append('refused')
         if status == 9:
             todol.restore('copy', force=True)

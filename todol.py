@@ -3396,6 +3396,7 @@ class Connection:
             self.disconnect('unauthorized', reconnect=False)
             return self.socket.linger()
         connections.setdefault(self.user, set()).add(self)
+        heartbeat.wake()
         try:
             self._welcome()
             for text in iter(self.socket.receive, None):
@@ -3527,16 +3528,23 @@ class Connection:
 
 
 class Heartbeat:
-    """Pings every connection, and drops those that have gone silent."""
+    """Pings every connection, and drops those that have gone silent. Sleeps while there is none."""
 
     def open(self):
         self._beats = 0
+        self._anybody = gevent.event.Event()
         self._loop = Loop('heartbeat', self._turn)
 
     def close(self):
         self._loop.stop()
 
+    def wake(self):
+        """There is a connection."""
+        self._anybody.set()
+
     def _turn(self):
+        if not connections:
+            self._anybody.clear()
         self._beats += 1
         ping = frame(f'{{"type":"ping","message":{int(time.time())}}}'.encode())
         if self._beats % BEATS_PER_WS_PING == 0:
@@ -3547,7 +3555,11 @@ class Heartbeat:
                 connection.socket.abort()
             else:
                 connection.socket.push(ping)
-        return functools.partial(gevent.sleep, BEAT_SECONDS)
+        return self._wait
+
+    def _wait(self):
+        self._anybody.wait()
+        gevent.sleep(BEAT_SECONDS)
 
 
 heartbeat = Heartbeat()
@@ -4468,11 +4480,15 @@ def restore(source, force=False):
         for database in databases.values():     # the cable too: open tabs then load the page again
             for suffix in (*DATABASE_SUFFIXES, '-stamps'):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(database.default_path + suffix)
+                    os.replace(database.default_path + suffix,
+                               f'{database.default_path}.before{suffix}')
         for database in _copied().values():
             os.replace(database.default_path + '.new', database.default_path)
         sync(settings.data)
         remove(app_db.default_path + RESTORING)
+        for database in databases.values():     # kept until the new ones are in place
+            for suffix in (*DATABASE_SUFFIXES, '-stamps'):
+                remove(f'{database.default_path}.before{suffix}')
 
 
 def run_checks():
