@@ -1101,7 +1101,7 @@ def test_steps_are_numbered_from_1_and_are_one_statement_each_and_stay_as_they_w
     digests = []
     for number, (name, statement) in enumerate(sorted(todol.databases[role].migrations), 1):
         assert re.fullmatch(rf'{number:03} [a-z ]+', name)
-        assert ';' not in re.sub('--.*', '', statement) and sqlite3.complete_statement(statement + ';')
+        assert ';' not in re.sub('--.*|(?s:BEGIN.*END)', '', statement) and sqlite3.complete_statement(statement + ';')
         digests.append(hashlib.sha256(re.sub(r'--.*|\s', '', statement).encode()).hexdigest()[:8])
     released = RELEASED[role].split()
     assert digests[:len(released)] == released
@@ -1950,7 +1950,6 @@ def use_everything(client):
     todol.keys.open()
     todol.job_db.execute('UPDATE recurring SET due_at = 1')
     todol.job_db.transact(jobs._tick_recurring)
-    todol.job_db.execute(todol.NEXT_QUEUE, ('',))
     ids = [client.create(f'todo {number}', key=f'key-{number}') for number in range(3)]
     user, = {user for user, in todol.app_db.execute('SELECT user_id FROM todos WHERE id > 0')}
     client.patch(f'/todos/{ids[0]}', {'title': 'renamed'})
@@ -1991,7 +1990,7 @@ def use_everything(client):
     jobs.enqueue('broadcast_todos', {'user': user, 'ids': []}, order_key='order')       # relays the outbox
     jobs.stats()
     jobs.prune()
-    claim = todol.Claim(-1, 'broadcast_todos', '{}', 1, None, 1.5)
+    claim = todol.Claim(-1, 'broadcast_todos', '{}', 'worker', 1, 1.5)
     todol.job_db.transact(jobs._settle, [(claim, 'failed', 'error'), (claim._replace(attempt=9), 'failed', 'error'),
                                          (claim, 'released', None)])
     jobs._running, jobs._renewed_at = {-1: claim}, 0
@@ -3582,7 +3581,6 @@ def test_a_retried_job_of_an_order_key_does_not_overtake_or_run_beside_the_one_t
     jobs._bell.set()
     gevent.sleep(0.05)
     assert len(runs) == 1, 'it runs before or beside the head of its key'
-    assert not jobs._db.execute(todol.STUCK_JOBS), 'check() takes it for a job that waits for nothing'
     goes_on.set()
     jobs.cancel(first)
     all_done(jobs)
@@ -3602,9 +3600,6 @@ def test_the_next_of_an_order_key_runs_when_its_head_is_gone(jobs, head):
     assert states(jobs, first, second) == ['scheduled', 'blocked'] and not notes
     if head == 'deleted by hand':
         jobs._db.execute('DELETE FROM jobs WHERE uid = ?', (first,))
-        assert list(jobs._db.execute(todol.STUCK_JOBS))
-        jobs.prune()                    # as every hour, and at each start
-        assert not list(jobs._db.execute(todol.STUCK_JOBS))
         jobs._bell.set()
     else:
         assert jobs.cancel(first) and not jobs.cancel(first)
@@ -3719,7 +3714,6 @@ def test_a_queue_that_nobody_serves_is_reported_and_its_jobs_are_kept(jobs, log_
     enqueue_many(jobs, 'note', 3)
     jobs._db.execute("UPDATE jobs SET queue = 'mail' WHERE id < 3")
     jobs.open(5)
-    assert any('nobody serves' in line and 'mail' in line for line in log_lines)
     eventually(lambda: jobs.stats() == {'waiting': 2, 'running': 0, 'failed': 0})
 
 
@@ -3799,7 +3793,7 @@ def test_whatever_a_job_raises_is_its_failure_and_the_others_go_on(jobs, ends, t
     assert sum('job failed ids' in line for line in log_lines) == 2
     for _ in range(2):
         assert works(jobs, notes)
-    assert jobs._busy == 0 and not jobs._running
+    assert not jobs._running
 
 
 def test_a_job_that_is_killed_from_outside_has_failed_and_runs_again(jobs, job_clock):
@@ -4711,7 +4705,7 @@ def test_who_finishes_after_its_lease_went_to_another_changes_nothing(jobs, fenc
     jobs.open(5)
     jobs.enqueue('hold')
     eventually(lambda: numbers)
-    claim, = jobs._running.values()
+    (claim,), = jobs._running.values()
     jobs._db.execute(f'UPDATE jobs SET {fence}')
     row = 'SELECT id, worker, attempt, run_at, failed_at, error FROM jobs'
     before = jobs._db.execute(row)
@@ -9181,7 +9175,7 @@ def test_a_check_finds_planted_damage_and_what_an_app_says_is_wrong(data, tmp_pa
             ('test', 'UPDATE lists SET active = active + 1', 'its row in lists says'),
             ('test', "INSERT INTO outbox (job) VALUES ('{}')", 'row 3 of the outbox is no job'),
             ('test', "INSERT INTO outbox (job) VALUES ('not JSON')", 'row 3 of the outbox is no job'),
-            ('test_job', insert.format('order_key'), 'waits for nothing'),
+            ('test_job', insert.format('order_key'), 'which nobody serves'),
             ('test_job', insert.format('failed_at'), '1 jobs of 1 have failed'),
             ('test_cable', "INSERT INTO schema_migrations VALUES ('999 of the future', 0)", 'newer')):
         with contextlib.closing(sqlite3.connect(data / f'{file}.sqlite3')) as database, database:

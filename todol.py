@@ -1491,6 +1491,12 @@ app_db.migrations += [
             job         TEXT NOT NULL                   -- the row to insert there, as JSON
         )'''),
 ]
+# The next of an order key falls due when the one before it is gone, whoever deleted that.
+UNBLOCK_NEXT = '''
+    BEGIN
+        UPDATE jobs SET due_at = run_at WHERE due_at IS NULL AND id = (
+            SELECT min(id) FROM jobs WHERE order_key = old.order_key AND failed_at IS NULL);
+    END'''
 JOB_MIGRATIONS = [
     ('001 create jobs', '''
         CREATE TABLE jobs (
@@ -1531,9 +1537,17 @@ JOB_MIGRATIONS = [
     ('010 index jobs by lease and due time', '''
         CREATE INDEX jobs_by_lease ON jobs (worker, queue, due_at) WHERE due_at IS NOT NULL'''),
     ('011 drop index by due time', 'DROP INDEX jobs_by_due'),
+    ('012 give the oldest jobs a uid', 'UPDATE jobs SET uid = id WHERE uid IS NULL'),
+    ('013 unblock when a job is deleted', f'''
+        CREATE TRIGGER unblock_deleted AFTER DELETE ON jobs
+        WHEN old.order_key IS NOT NULL {UNBLOCK_NEXT}'''),
+    ('014 unblock when a job has failed', f'''
+        CREATE TRIGGER unblock_failed AFTER UPDATE OF failed_at ON jobs
+        WHEN new.failed_at IS NOT NULL AND new.order_key IS NOT NULL {UNBLOCK_NEXT}'''),
 ]
 INSERT_OUTBOX = 'INSERT INTO outbox (job) VALUES (?)'
-# A job behind another of its order key is not due until that one is gone.
+# A job behind another of its order key is not due until that one is gone. One with the unique key
+# of another that waits is dropped; gives the id of the one that is there.
 INSERT_JOB = '''
     INSERT INTO jobs (uid, name, arguments, queue, unique_key, order_key, run_at, enqueued_at,
                       due_at)
@@ -1542,6 +1556,8 @@ INSERT_JOB = '''
                     SELECT 1 FROM jobs WHERE order_key = :order_key AND failed_at IS NULL)
                 THEN :run_at END
     WHERE true
+    ON CONFLICT (unique_key) WHERE unique_key IS NOT NULL AND failed_at IS NULL
+        DO UPDATE SET unique_key = excluded.unique_key
     ON CONFLICT DO NOTHING
     RETURNING uid'''
 INSERT_FAILED = '''
@@ -1554,22 +1570,17 @@ CLAIM_JOBS = '''
                     unique_key = NULL
     WHERE id IN (SELECT id FROM jobs WHERE worker IS NULL AND queue = :queue AND due_at <= now_s()
                  ORDER BY due_at, id LIMIT :limit)
-    RETURNING id, name, arguments, attempt, order_key, run_at'''
+    RETURNING id, name, arguments, worker, attempt, run_at'''
 FIRST_DUE = '''SELECT min(due_at) FROM jobs
                WHERE worker IS NULL AND queue = ? AND due_at IS NOT NULL'''
-NEXT_QUEUE = '''SELECT min(queue) FROM jobs
-                WHERE worker IS NULL AND queue > ? AND due_at IS NOT NULL'''
 OF_LEASE = 'WHERE id = :id AND worker = :worker AND attempt = :attempt AND run_at = :run_at'
-RENEW_LEASE = f'UPDATE jobs SET due_at = now_s() + :lease {OF_LEASE}'
 FINISH_JOB = f'DELETE FROM jobs {OF_LEASE}'
-RETRY_JOB = f'''UPDATE jobs SET due_at = now_s() + :delay, worker = NULL, error = :error
-                {OF_LEASE}'''
+# delay: NULL when it has failed for good.
 FAIL_JOB = f'''
-    UPDATE jobs SET due_at = NULL, worker = NULL, failed_at = now_s(), error = :error
+    UPDATE jobs SET due_at = now_s() + :delay, worker = NULL, error = :error,
+                    failed_at = CASE WHEN :delay IS NULL THEN now_s() END
     {OF_LEASE} RETURNING id'''
-RELEASE_JOB = f'''
-    UPDATE jobs SET due_at = now_s(), worker = NULL, attempt = attempt - 1
-    {OF_LEASE}'''
+RENEW_LEASES = 'UPDATE jobs SET due_at = now_s() + ? WHERE worker = ? AND due_at IS NOT NULL'
 LEASES = '''SELECT worker, min(due_at), max(due_at) FROM jobs
             WHERE worker IS NOT NULL AND due_at IS NOT NULL AND worker <> ? GROUP BY worker'''
 FREE_LEASES = '''UPDATE jobs SET due_at = now_s(), worker = NULL
@@ -1579,35 +1590,24 @@ RUN_FROM_FUTURE = '''
     UPDATE jobs SET run_at = now_s(), enqueued_at = now_s(),
                     due_at = CASE WHEN due_at IS NOT NULL THEN now_s() END
     WHERE worker IS NULL AND failed_at IS NULL AND run_at > now_s() AND run_at <= enqueued_at'''
-UNBLOCK_NEXT = '''
-    UPDATE jobs SET due_at = run_at
-    WHERE id = (SELECT min(id) FROM jobs WHERE order_key = ? AND failed_at IS NULL)
-      AND due_at IS NULL'''
-# Those whose head is gone without having ended: somebody deleted it by hand.
-UNBLOCK_STUCK = '''
-    UPDATE jobs SET due_at = run_at
-    WHERE due_at IS NULL AND id IN (
-        SELECT min(id) FROM jobs WHERE order_key IS NOT NULL AND failed_at IS NULL
-        GROUP BY order_key)'''
-STUCK_JOBS = '''
-    SELECT id, name FROM jobs WHERE due_at IS NULL AND failed_at IS NULL AND NOT EXISTS (
-        SELECT 1 FROM jobs AS head WHERE head.order_key = jobs.order_key AND head.id < jobs.id
-        AND head.failed_at IS NULL)'''
-START_RECURRING = '''INSERT INTO recurring (name, due_at) VALUES (?, ?)
-                     ON CONFLICT (name) DO UPDATE
-                     SET due_at = min(recurring.due_at, excluded.due_at)
-                     RETURNING due_at'''
-TICK = 'UPDATE recurring SET due_at = ? WHERE name = ? AND due_at = ? RETURNING name'
+START_RECURRING = '''
+    INSERT INTO recurring (name, due_at) VALUES (:name, :next)
+    ON CONFLICT (name) DO UPDATE SET
+        due_at = CASE WHEN :catch_up THEN min(due_at, :next) ELSE :next END'''
 # A failed job comes last of its order key: else it would be its head, beside the one that runs.
 RETRY_FAILED = '''
-    UPDATE jobs SET id = (SELECT max(id) + 1 FROM jobs), uid = coalesce(uid, id),
-        failed_at = NULL, attempt = 0, run_at = now_s(),
-        due_at = CASE WHEN EXISTS (SELECT 1 FROM jobs AS other WHERE failed_at IS NULL
-                                   AND other.order_key = jobs.order_key)
-                 THEN NULL ELSE now_s() END
-    WHERE id = ? AND failed_at IS NOT NULL RETURNING id'''
-SELECT_JOB = '''SELECT id, uid, name, arguments, queue, order_key, run_at, due_at, worker, attempt,
-                       enqueued_at, failed_at, error FROM jobs'''
+    UPDATE jobs SET id = (SELECT max(id) + 1 FROM jobs), unique_key = NULL, failed_at = NULL,
+        attempt = 0, run_at = now_s(),
+        due_at = CASE WHEN NOT EXISTS (SELECT 1 FROM jobs AS other WHERE failed_at IS NULL
+                                       AND other.order_key = jobs.order_key)
+                 THEN now_s() END
+    WHERE uid = ? AND failed_at IS NOT NULL RETURNING id'''
+SELECT_JOB = '''
+    SELECT uid, name, arguments, queue,
+           CASE WHEN failed_at IS NOT NULL THEN 'failed' WHEN worker IS NOT NULL THEN 'running'
+                WHEN due_at IS NULL THEN 'blocked' WHEN due_at <= now_s() THEN 'ready'
+                ELSE 'scheduled' END,
+           attempt, run_at, enqueued_at, failed_at, error FROM jobs'''
 
 
 class JobError(AppError):
@@ -1635,12 +1635,12 @@ class Task(typing.NamedTuple):
 
 
 class Claim(typing.NamedTuple):
-    """A job that this process has leased."""
+    """A job that this process has leased; its fields are the parameters of OF_LEASE."""
     id: int
     name: str
     arguments: str              # JSON object
+    worker: str
     attempt: int                # 1 for the first
-    order_key: str | None
     run_at: float
 
 
@@ -1672,17 +1672,13 @@ class Jobs:
         self._workers = 0               # how many jobs run at once; 0: this process runs none
         self._bell = gevent.event.Event()
         self._claimed = gevent.queue.Queue()    # lists of claims that run together
-        self._running = {}              # claim id -> Claim, from the claim to the end
-        self._busy = 0                  # workers that have a list of them
+        self._running = {}              # id of the first of such a list -> the list, till its end
         self._settled = []              # (Claim, outcome, error) since the last exchange
         self._relayed = set()           # ids of outbox rows that are in the job database
-        self._renewed_at = time.monotonic()
-        self._looked_at = -math.inf     # for leases of others
-        self._lease_end = None          # when the next of those runs out
+        self._looked_at = -math.inf     # at the leases
         self._clock_offset = 0          # of the wall clock to the monotonic one
         self._greenlets = []
         self._loop = None
-        self._stopping = False
 
     # Registering
 
@@ -1699,17 +1695,16 @@ class Jobs:
         _check_queue(queue)
         if type(attempts) is not int or attempts < 1:
             raise JobError(f'attempts is a whole number from 1, not {_shown(attempts)}')
-        for name, seconds in (('retry_seconds', retry_seconds),
-                              ('timeout_seconds', timeout_seconds)):
-            _check_seconds(name, seconds)
+        _check_seconds('retry_seconds', retry_seconds)
+        _check_seconds('timeout_seconds', timeout_seconds)
 
         def register(function):
-            if not inspect.isfunction(function) or function.__name__ == '<lambda>':
-                raise JobError(f'a task is a function with a name, not {_shown(function)}')
-            if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function) \
-                    or inspect.isasyncgenfunction(function):
-                raise JobError(f'{function.__name__} is async or a generator: called, it would '
-                               f'only be made, not run')
+            only_made = (inspect.iscoroutinefunction, inspect.isgeneratorfunction,
+                         inspect.isasyncgenfunction)
+            if not inspect.isfunction(function) or function.__name__ == '<lambda>' \
+                    or any(is_one(function) for is_one in only_made):
+                raise JobError(f'a task is a function with a name, no generator, and not async; '
+                               f'{_shown(function)} is none')
             task = Task(function, self, function.__name__, queue, attempts, retry_seconds,
                         timeout_seconds, batch, None if batch else inspect.signature(function))
             if task.name in self._tasks:
@@ -1722,9 +1717,7 @@ class Jobs:
         """A decorator: register a task and run it when the Unix time is a multiple of so many
         seconds, in one process of all, never two at once. catch_up: a time that passed while
         nobody ran is made up for, once. options: of task(). Raises JobError."""
-        _check_seconds('every()', seconds)
-        if seconds < 1:
-            raise JobError(f'every() takes seconds from 1, not {_shown(seconds)}')
+        _check_seconds('every()', seconds, least=1)
         return self._recur(lambda at: (math.floor(at / seconds) + 1) * seconds, catch_up, options)
 
     def cron(self, fields, timezone='UTC', catch_up=True, **options):
@@ -1774,20 +1767,16 @@ class Jobs:
         refuse_in_transaction('a job that is enqueued')
         if order_key is not None:
             self._relay()               # what was committed before comes first
-        inserted = self._db.execute(INSERT_JOB, row)
+        (id,), = self._db.execute(INSERT_JOB, row)
         self._wake()
-        if not inserted:
-            inserted = self._db.execute(
-                'SELECT coalesce(uid, id) FROM jobs WHERE unique_key = ? AND failed_at IS NULL',
-                (unique_key,)) or [(row['uid'],)]       # that one has started meanwhile
-        return str(inserted[0][0])
+        return id
 
     # Looking, and changing by hand
 
     def find(self, id):
         """A job by its id; None when it is done, or was never there."""
-        self._relay_outside()
-        rows = self._db.execute(f'{SELECT_JOB} WHERE id = ?', (self._row_id(id),))
+        self._relay()
+        rows = self._db.execute(f'{SELECT_JOB} WHERE uid = ?', (_check_id(id),))
         return _job(rows[0]) if rows else None
 
     def failed(self, limit=100):
@@ -1797,25 +1786,24 @@ class Jobs:
 
     def cancel(self, id):
         """Delete a job that has not started, and say whether it was there."""
-        self._relay_outside()
-        gone = self._db.transact(self._delete, self._row_id(id),
-                                 'worker IS NULL AND failed_at IS NULL')
+        self._relay()
+        gone = self._db.execute('DELETE FROM jobs WHERE uid = ? AND worker IS NULL '
+                                'AND failed_at IS NULL RETURNING id', (_check_id(id),))
         self._wake()                    # the next of its order key may be due
-        return gone
+        return bool(gone)
 
     def retry(self, id):
         """Run a failed job again, with all its attempts. Raises JobError if it has not failed."""
-        try:
-            found = self._db.execute(RETRY_FAILED, (self._row_id(id),))
-        except sqlite3.IntegrityError:
-            raise JobError(f'job {id} can not run again now: another has its unique key') from None
-        if not found:
-            raise JobError(f'there is no failed job {_shown(id)}')
+        self._change_failed(RETRY_FAILED, id)
         self._wake()
 
     def discard(self, id):
         """Delete a failed job. Raises JobError if it has not failed."""
-        if not self._db.transact(self._delete, self._row_id(id), 'failed_at IS NOT NULL'):
+        self._change_failed(
+            'DELETE FROM jobs WHERE uid = ? AND failed_at IS NOT NULL RETURNING id', id)
+
+    def _change_failed(self, statement, id):
+        if not self._db.execute(statement, (_check_id(id),)):
             raise JobError(f'there is no failed job {_shown(id)}')
 
     def stats(self):
@@ -1832,26 +1820,8 @@ class Jobs:
 
     def prune(self):
         """Delete the jobs that failed more than KEEP_FAILED_SECONDS ago, and give the number."""
-        self._db.execute(UNBLOCK_STUCK)
         return len(self._db.execute('DELETE FROM jobs WHERE failed_at < now_s() - ? RETURNING id',
                                     (KEEP_FAILED_SECONDS,)))
-
-    def _row_id(self, id):
-        """The id of the row of a job; -1 without one. Jobs of version 1 have no other id."""
-        if not isinstance(id, (str, int)):
-            raise JobError(f'the id of a job is text, not {_shown(id)}')
-        rows = self._db.execute('''
-            SELECT id FROM jobs WHERE uid = :id
-            OR uid IS NULL AND id = CAST(:id AS INTEGER) AND CAST(id AS TEXT) = :id''',
-            {'id': _clean(str(id))})
-        return rows[0][0] if rows else -1
-
-    def _delete(self, row_id, condition):
-        rows = self._db.execute(f'DELETE FROM jobs WHERE id = ? AND {condition} '
-                                f'RETURNING order_key', (row_id,))
-        for order_key, in rows:
-            self._db.execute(UNBLOCK_NEXT, (order_key,))
-        return bool(rows)
 
     # The dispatcher
 
@@ -1859,34 +1829,28 @@ class Jobs:
         """Start running jobs, so many at once; to enqueue them, an open stack is enough."""
         self._workers = workers + 1     # the last is for the first queue: pages wait for its jobs
         processes.wakes(self._bell, b'j')
-        (queue,), = self._db.execute(NEXT_QUEUE, ('',))
-        while queue is not None:
-            if queue not in QUEUES:
-                log.warning('jobs wait in the queue %s, which nobody serves; served are %s', queue,
-                            ', '.join(QUEUES))
-            (queue,), = self._db.execute(NEXT_QUEUE, (queue,))
-        self._db.execute(UNBLOCK_STUCK)
         self._greenlets = [gevent.spawn(self._work) for _ in range(self._workers)]
         self._loop = Loop('jobs', self._turn)
 
     def close(self, stop_seconds=STOP_SECONDS):
         """Take no more jobs, let the running ones end, give the rest back for the next process."""
         self._loop.stop()
-        while not self._claimed.empty():
-            self._claimed.get()
-            self._busy -= 1
         with gevent.Timeout(stop_seconds, False):
-            while self._busy:
+            while self._running:
                 self._bell.clear()
                 self._bell.wait()
-        self._stopping = True
+        self._workers = 0
         gevent.killall(self._greenlets, block=False)
         gevent.joinall(self._greenlets, timeout=0.5)
-        self._settled += [(claim, 'released', None) for claim in self._running.values()]
         self._empty_outbox()
-        self._db.transact(self._settle, self._settled)
+        self._db.transact(self._give_back)
         processes.ring(b'j')
         self._reset()
+
+    def _give_back(self):
+        self._settle(self._settled)
+        self._db.execute('UPDATE jobs SET due_at = now_s(), worker = NULL, attempt = attempt - 1 '
+                         'WHERE worker = ? AND due_at IS NOT NULL', (processes.name,))
 
     def _wake(self):
         """Have the dispatcher look: ours, or else every other process's."""
@@ -1898,39 +1862,37 @@ class Jobs:
         """One turn of the dispatcher: exchange with the databases."""
         self._bell.clear()
         self._empty_outbox()            # if it failed the last time
-        settled, self._settled = self._settled, []
-        try:
-            next_due, more = self._db.transact(self._exchange, settled)
-        except BaseException:
-            self._settled = settled + self._settled
-            raise
+        settled = list(self._settled)
+        next_due, more = self._db.transact(self._exchange, settled)
+        del self._settled[:len(settled)]
         self._empty_outbox()
         if more:
             return functools.partial(gevent.sleep, 0)
         patience = processes.patience()
-        if next_due is not None and self._busy < self._workers:
-            # No longer than a lease, whatever the clock does meanwhile.
-            patience = min(patience, LEASE_SECONDS, max(next_due - now(), 0.001))
         if self._running:
             patience = min(patience, LEASE_SECONDS / 3)
+        if next_due is not None and len(self._running) < self._workers:
+            # No longer than a lease, whatever the clock does meanwhile.
+            patience = min(patience, LEASE_SECONDS, max(next_due - now(), 0.001))
         return functools.partial(self._bell.wait, patience)
 
     def _exchange(self, settled):
         """In one transaction: settle what ended, insert what the outbox holds, claim what is due.
 
         Gives the time when the next job falls due (None: never), and whether there is more to do at
-        once. The claims are started after the commit, in lists of those that run together. The
-        outbox is read under the lock of the job database, and _turn() deletes its rows before their
-        jobs are settled: a neighbour that reads it too can't insert a job that is done already.
+        once. The outbox is read under the lock of the job database, and _turn() deletes its rows
+        before their jobs are settled: a neighbour that reads it too can't insert a job that is done
+        already.
         """
         self._settle(settled)
         inserted = self._insert_outbox()
         self._mind_the_clock()
-        self._renew_leases()
-        self._free_leases()
-        claims, times = [], [self._tick_recurring(), self._lease_end]
-        for queue in sorted(QUEUES, key=lambda name: random.random() ** (1 / QUEUES[name]),
-                            reverse=True):
+        if time.monotonic() - self._looked_at > LEASE_SECONDS / 10:
+            self._looked_at = time.monotonic()
+            self._renew_leases()
+            self._free_leases()
+        claims, times = [], [self._tick_recurring()]
+        for queue in sorted(QUEUES, key=lambda name: random.expovariate(QUEUES[name])):
             while (free := self._free(queue, claims)) > 0:      # else whoever ends rings the bell
                 (due_at,), = self._db.execute(FIRST_DUE, (queue,))
                 if due_at is None or due_at > now() or len(claims) >= CLAIM_ROWS:
@@ -1940,14 +1902,13 @@ class Jobs:
                     'queue': queue, 'limit': free, 'worker': processes.name,
                     'lease': LEASE_SECONDS})
                 claims += [Claim(*row) for row in sorted(rows)]
-        for together in self._together(claims):
-            self._db.after_commit(functools.partial(self._start, together))
+        self._db.after_commit(functools.partial(self._start, self._together(claims)))
         return min((at for at in times if at is not None), default=None), inserted == OUTBOX_ROWS
 
     def _free(self, queue, claims):
         """How many workers are left for a queue; the last one is for the first queue alone. A batch
         takes one, however long it is."""
-        return (self._workers - self._busy - len(self._together(claims))
+        return (self._workers - len(self._running) - len(self._together(claims))
                 - (queue != next(iter(QUEUES))))
 
     def _together(self, claims):
@@ -1960,37 +1921,31 @@ class Jobs:
             lists.setdefault(claim.name if joins else claim.id, []).append(claim)
         return list(lists.values())
 
-    def _start(self, claims):
-        self._running.update((claim.id, claim) for claim in claims)
-        self._busy += 1
-        self._claimed.put(claims)
-
     def _settle(self, settled):
-        self._db.executemany(FINISH_JOB, [
-            _lease(claim) for claim, outcome, _ in settled if outcome == 'done'])
+        """Delete what is done, and have what failed tried again, or kept as failed."""
+        self._db.executemany(FINISH_JOB, [claim._asdict() for claim, outcome, _ in settled
+                                          if outcome == 'done'])
         for claim, outcome, error in settled:
-            task, lease = self._tasks.get(claim.name), _lease(claim)
-            if outcome == 'released':
-                self._db.execute(RELEASE_JOB, lease)
-            elif outcome == 'failed' and task and claim.attempt < task.attempts:
+            if outcome != 'failed':
+                continue
+            task, delay = self._tasks.get(claim.name), None
+            if task and claim.attempt < task.attempts:
                 delay = task.retry_seconds * 2 ** min(claim.attempt - 1, 20)
                 delay = min(delay, MAX_BACKOFF_SECONDS) * random.uniform(0.8, 1.2)
-                self._db.execute(RETRY_JOB, {**lease, 'delay': delay, 'error': error})
-            elif outcome == 'failed' and self._db.execute(FAIL_JOB, {**lease, 'error': error}):
+            failed = self._db.execute(FAIL_JOB, {**claim._asdict(), 'delay': delay, 'error': error})
+            if failed and delay is None:
                 log.error('job failed for good id=%s name=%s attempts=%s', claim.id, claim.name,
                           claim.attempt)
-        # Changes nothing where the first of the key is still there: that one is not blocked.
-        self._db.executemany(UNBLOCK_NEXT, [
-            (claim.order_key,) for claim, *_ in settled if claim.order_key is not None])
 
     def _insert_outbox(self):
         """Insert what the outbox holds, and give the number of its rows. What can't be inserted
         becomes a failed job."""
         rows = self._outbox.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?',
                                     (OUTBOX_ROWS,))
-        for _, text in rows:
+        for id, text in rows:
             try:
                 row = json.loads(text)
+                row['uid'] = row['uid'] or f'outbox-{id}'       # of version 1
                 arguments = json.loads(row['arguments'])
                 if not (math.isfinite(row['run_at']) and isinstance(arguments, dict)):
                     raise JobError('it has no time, or no arguments')
@@ -2014,20 +1969,10 @@ class Jobs:
             self._relayed -= relayed
 
     def _relay(self):
-        """Move what the outbox holds now."""
-        while self._outbox.execute('SELECT 1 FROM outbox LIMIT 1'):
+        """Move what the outbox holds now; in a transaction it stays there."""
+        while Database.current is None and self._outbox.execute('SELECT 1 FROM outbox LIMIT 1'):
             self._db.transact(self._insert_outbox)
             self._empty_outbox()
-
-    def _relay_outside(self):
-        if Database.current is None:
-            self._relay()
-
-    def _renew_leases(self):
-        if self._running and time.monotonic() - self._renewed_at > LEASE_SECONDS / 3.5:
-            self._renewed_at = time.monotonic()
-            self._db.executemany(RENEW_LEASE, [{**_lease(claim), 'lease': LEASE_SECONDS}
-                                               for claim in self._running.values()])
 
     def _mind_the_clock(self):
         """When the clock was set, see to it that nothing recurs later than its period, and that
@@ -2038,29 +1983,27 @@ class Jobs:
             self._db.execute(RUN_FROM_FUTURE)
             self._start_recurring()
 
+    def _renew_leases(self):
+        self._db.execute(RENEW_LEASES, (LEASE_SECONDS, processes.name))
+
     def _free_leases(self):
         """Free what a dead process had leased at once; where nobody knows whether it is dead, when
         the lease has run out, or ends later than one can."""
-        if time.monotonic() - self._looked_at < POLL_SECONDS / 2:
-            return
-        self._looked_at, self._lease_end, at = time.monotonic(), None, now()
-        dead = processes.dead()
+        dead, at = processes.dead(), now()
         for worker, first, last in self._db.execute(LEASES, (processes.name,)):
-            known = processes.is_alive(worker) is not None
-            if worker in dead or not known and not at < first <= last <= at + LEASE_SECONDS:
+            alive = processes.is_alive(worker)
+            if alive is None:
+                alive = at < first and last <= at + LEASE_SECONDS
+            if not alive:
                 freed = self._db.execute(FREE_LEASES, (worker,))
                 log.warning('freed the jobs of a dead process worker=%s jobs=%s', worker,
                             len(freed))
-            elif not known:
-                self._lease_end = min(first, self._lease_end or first)
         self._db.after_commit(functools.partial(processes.bury, dead))
 
     def _start_recurring(self):
         for name, (after, catch_up) in self._recurring.items():
-            at = now()
-            (due_at,), = self._db.execute(START_RECURRING, (name, after(at)))
-            if due_at <= at and not catch_up:
-                self._db.execute(TICK, (after(at), name, due_at))
+            self._db.execute(START_RECURRING, {'name': name, 'next': after(now()),
+                                               'catch_up': catch_up})
 
     def _tick_recurring(self):
         """Insert the recurring jobs that are due; gives the time of the next."""
@@ -2068,33 +2011,47 @@ class Jobs:
         for name, due_at in self._db.execute('SELECT name, due_at FROM recurring'):
             if name not in self._recurring:
                 continue
-            at = now()
-            if due_at <= at:
+            if due_at <= now():
+                self._db.execute(INSERT_JOB, {
+                    'uid': _new_id(), 'name': name, 'arguments': '{}', 'run_at': now(),
+                    'queue': self._tasks[name].queue, 'unique_key': f'every {name}',
+                    'order_key': f'every {name}'})
                 after, _ = self._recurring[name]
-                if self._db.execute(TICK, (after(at), name, due_at)):
-                    self._db.execute(INSERT_JOB, {
-                        'uid': _new_id(), 'name': name, 'arguments': '{}', 'run_at': at,
-                        'queue': self._tasks[name].queue, 'unique_key': f'every {name}',
-                        'order_key': f'every {name}'})
-                due_at = after(at)
+                due_at = after(now())
+                self._db.execute('UPDATE recurring SET due_at = ? WHERE name = ?', (due_at, name))
             times.append(due_at)
         return min(times, default=None)
 
-    # The workers
+    # Running
+
+    def _start(self, lists):
+        for claims in lists:
+            self._running[claims[0].id] = claims
+            self._claimed.put(claims)
 
     def _work(self):
-        while not self._stopping:
+        while self._workers:
             with contextlib.suppress(gevent.GreenletExit):      # of the stop, or of somebody's kill
-                self._perform(self._claimed.get())
+                self._run(self._claimed.get())
+
+    def _run(self, claims):
+        """Run a job, or those of a batch together; if that fails, each of them alone."""
+        outcome, error = self._perform(claims)
+        self._running.pop(claims[0].id, None)
+        if outcome == 'failed' and len(claims) > 1:
+            self._start([[claim] for claim in claims])
+        else:
+            self._settled += [(claim, outcome, error) for claim in claims]
+        self._bell.set()
 
     def _perform(self, claims):
-        """Run a job, or those of a batch. Whatever it raises is its own."""
-        task = self._tasks.get(claims[0].name)
-        outcome, error = 'failed', None
+        """Call the task; gives the outcome and the error. Whatever it raises is its own."""
+        name, attempt = claims[0].name, claims[0].attempt
+        task = self._tasks.get(name)
         try:
             if task is None:
-                raise JobError(f'no task is registered as {claims[0].name!r}; was it renamed?')
-            if claims[0].attempt > task.attempts:       # it was leased so often and never ended
+                raise JobError(f'no task is registered as {name!r}; was it renamed?')
+            if attempt > task.attempts:         # it was leased so often and never ended
                 raise JobError(f'its process died {task.attempts} times while it ran')
             arguments = [json.loads(claim.arguments) for claim in claims]
             with gevent.Timeout(task.timeout_seconds):
@@ -2102,25 +2059,18 @@ class Jobs:
                     task.function(arguments)
                 else:
                     task.function(**arguments[0])
-            outcome = 'done'
+            return 'done', None
         except BaseException as failure:        # sys.exit() too: a job must not end the process
-            if self._stopping and isinstance(failure, gevent.GreenletExit):
-                outcome = 'released'
-            else:
-                error = _clean(traceback.format_exc())
-                log.error('job failed ids=%s name=%s attempt=%s error=%s',
-                          ','.join(str(claim.id) for claim in claims), claims[0].name,
-                          claims[0].attempt, error.rstrip().rpartition('\n')[2])
-        finally:
-            self._busy -= 1
-            if outcome == 'failed' and len(claims) > 1:
-                for claim in claims:
-                    self._start([claim])
-            else:
-                for claim in claims:
-                    self._settled.append((claim, outcome, error))
-                    self._running.pop(claim.id, None)
-                self._bell.set()
+            if not self._workers and isinstance(failure, gevent.GreenletExit):
+                return 'released', None
+            error = _clean(traceback.format_exc())
+            log.error('job failed ids=%s name=%s attempt=%s error=%s',
+                      ','.join(str(claim.id) for claim in claims), name, attempt,
+                      error.rstrip().rpartition('\n')[2])
+            return 'failed', error
+
+
+CRON_ITEM = re.compile('(?:[*]|([0-9]+|[a-z]+)(?:-([0-9]+|[a-z]+))?)(?:/([0-9]{1,2}))?')
 
 
 class Cron:
@@ -2146,67 +2096,55 @@ class Cron:
         if self.after(now()) is None:
             raise JobError(f'{fields!r} never comes')
 
+    def _values(self, part, name, low, high, names):
+        """The values of a field, in order: 'a', 'a-b' or '*', each with '/step', between commas."""
+        def number(text):
+            return int(text) if text.isdecimal() else low + names.index(text)
+
+        values = set()
+        for item in part.split(','):
+            try:
+                first, last, step = CRON_ITEM.fullmatch(item).groups()
+                last = number(last or first) if last or first and not step else high
+                first = number(first) if first else low
+                if not low <= first <= last <= high:
+                    raise ValueError
+                values.update(range(first, last + 1, int(step or 1)))
+            except (AttributeError, ValueError):        # no match, name, number, range, or step
+                raise JobError(f'the {name} of a cron is * or from {low} to {high}'
+                               f'{", or " if names else ""}{" ".join(names)}, with lists, ranges '
+                               f'and steps, not {item!r}') from None
+        return sorted(values)
+
     def after(self, at):
         """The first of the times after one, in Unix seconds; None if there is none in 8 years."""
-        local = datetime.datetime.fromtimestamp(at, self._zone)
-        for days in range(-1, 8 * 366):
+        local = datetime.datetime.fromtimestamp(at, self._zone).replace(tzinfo=None)
+        for days in range(8 * 366):
             day = local.date() + datetime.timedelta(days)
-            if day.month not in self._months or not self._fits(day):
+            if not self._fits(day):
                 continue
-            for hour, minute in itertools.product(self._hours, self._minutes):
-                time_of_day = datetime.datetime(day.year, day.month, day.day, hour, minute)
-                if days > 0 or local.replace(tzinfo=None) - time_of_day < datetime.timedelta(0.5):
-                    instant = self._instant(time_of_day)
-                    if instant > at:
+            for hour in self._hours:
+                if days == 0 and hour < local.hour:
+                    continue
+                for minute in self._minutes:
+                    wall = datetime.datetime(day.year, day.month, day.day, hour, minute)
+                    if wall > local and (instant := self._instant(wall)) > at:
                         return instant
         return None
 
     def _fits(self, day):
         by_date, by_weekday = day.day in self._days, day.isoweekday() % 7 in self._weekdays
-        return by_date or by_weekday if self._either else by_date and by_weekday
+        return day.month in self._months and (
+            by_date or by_weekday if self._either else by_date and by_weekday)
 
-    def _instant(self, time_of_day):
-        """When a clock on the wall shows the time, the first time; where it is skipped, the moment
-        of the skip."""
-        early, late = (time_of_day.replace(tzinfo=self._zone, fold=fold).timestamp()
-                       for fold in (0, 1))
-        if early <= late:
-            return early
-        before, after = late, early             # of the skip
-        offset = datetime.datetime.fromtimestamp(before, self._zone).utcoffset()
-        while after - before > 1:
-            middle = (before + after) // 2
-            if datetime.datetime.fromtimestamp(middle, self._zone).utcoffset() == offset:
-                before = middle
-            else:
-                after = middle
-        return after
-
-    def _values(self, part, name, low, high, names):
-        """The values of a field, in order: 'a', 'a-b', '*', each with '/step', between commas."""
-        def number(text):
-            value = names.index(text) + low if text in names else \
-                int(text) if re.fullmatch('[0-9]{1,2}', text) else -1
-            if not low <= value <= high:
-                raise JobError(f'the {name} of a cron is from {low} to {high}'
-                               f'{" or " if names else ""}{", ".join(names)}, not {text!r}')
-            return value
-
-        values = set()
-        for item in part.split(','):
-            span, slash, step = item.partition('/')
-            if slash and not (re.fullmatch('[0-9]{1,2}', step) and int(step)):
-                raise JobError(f'the step of the {name} of a cron is a number from 1, not {step!r}')
-            first, dash, last = span.partition('-')
-            if span == '*':
-                first, last = low, high - (high == 7)
-            else:
-                first = number(first)
-                last = number(last) if dash else high if step else first
-            if last < first:
-                raise JobError(f'the {name} of a cron goes from {first} to {last}')
-            values.update(range(first, last + 1, int(step or 1)))
-        return sorted(values)
+    def _instant(self, wall):
+        """When a clock on the wall shows the time, the first time; one that is skipped: when it
+        shows the first that is not."""
+        while True:
+            instant = wall.replace(tzinfo=self._zone).timestamp()
+            if datetime.datetime.fromtimestamp(instant, self._zone).replace(tzinfo=None) == wall:
+                return instant
+            wall += datetime.timedelta(minutes=1)
 
 
 def _new_id():
@@ -2214,20 +2152,16 @@ def _new_id():
     return f'{time.time_ns() // 10**6:011x}{secrets.token_hex(6)}'
 
 
-def _lease(claim):
-    """What identifies the lease of a job that this process took: the parameters of OF_LEASE."""
-    return {'id': claim.id, 'worker': processes.name, 'attempt': claim.attempt,
-            'run_at': claim.run_at}
-
-
 def _job(row):
     """A row of SELECT_JOB as a Job."""
-    (id, uid, name, arguments, queue, _, run_at, due_at, worker, attempt, enqueued_at, failed_at,
-     error) = row
-    state = ('failed' if failed_at is not None else 'running' if worker is not None else
-             'blocked' if due_at is None else 'ready' if due_at <= now() else 'scheduled')
-    return Job(uid or str(id), name, json.loads(arguments), queue, state, attempt, run_at,
-               enqueued_at, failed_at, error)
+    job = Job(*row)
+    return job._replace(arguments=json.loads(job.arguments))
+
+
+def _check_id(id):
+    if not isinstance(id, str):
+        raise JobError(f'the id of a job is text, not {_shown(id)}')
+    return _clean(id)
 
 
 def _check_queue(queue):
@@ -2236,10 +2170,10 @@ def _check_queue(queue):
     return queue
 
 
-def _check_seconds(name, seconds):
+def _check_seconds(name, seconds, least=0):
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) \
-            or not 0 <= seconds <= MAX_DELAY_SECONDS:
-        raise JobError(f'{name} takes seconds from 0 to {MAX_DELAY_SECONDS:,}, not '
+            or not least <= seconds <= MAX_DELAY_SECONDS:
+        raise JobError(f'{name} takes seconds from {least} to {MAX_DELAY_SECONDS:,}, not '
                        f'{_shown(seconds)}')
     return seconds
 
@@ -2276,7 +2210,7 @@ jobs = Jobs(job_db, outbox=app_db)
 
 @check
 def stuck_jobs():
-    """Jobs and rows of the outbox that wait for nothing, or have failed."""
+    """Jobs and rows of the outbox that nobody runs, or that have failed."""
     for id, row in app_db.execute('SELECT id, job FROM outbox'):
         try:
             name = json.loads(row)['name']
@@ -2284,8 +2218,10 @@ def stuck_jobs():
             name = None
         if name not in jobs.names():
             yield f'row {id} of the outbox is no job of this app'
-    for id, name in job_db.execute(STUCK_JOBS):
-        yield f'job {id} ({name}) waits for nothing'
+    for queue, count in job_db.execute('SELECT queue, count(*) FROM jobs '
+                                       'WHERE failed_at IS NULL GROUP BY queue'):
+        if queue not in QUEUES:
+            yield f'{count} jobs wait in the queue {queue}, which nobody serves'
     for name, count in job_db.execute('SELECT name, count(*) FROM jobs '
                                       'WHERE failed_at IS NOT NULL GROUP BY name'):
         yield f'{count} jobs of {name} have failed'
