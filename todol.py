@@ -1570,15 +1570,14 @@ CLAIM_JOBS = '''
                     unique_key = NULL
     WHERE id IN (SELECT id FROM jobs WHERE worker IS NULL AND queue = :queue AND due_at <= now_s()
                  ORDER BY due_at, id LIMIT :limit)
-    RETURNING id, name, arguments, worker, attempt, run_at'''
+    RETURNING id, worker, attempt, run_at, name, arguments'''
 FIRST_DUE = '''SELECT min(due_at) FROM jobs
                WHERE worker IS NULL AND queue = ? AND due_at IS NOT NULL'''
-OF_LEASE = 'WHERE id = :id AND worker = :worker AND attempt = :attempt AND run_at = :run_at'
+OF_LEASE = 'WHERE id = ? AND worker = ? AND attempt = ? AND run_at = ?'
 FINISH_JOB = f'DELETE FROM jobs {OF_LEASE}'
-# delay: NULL when it has failed for good.
 FAIL_JOB = f'''
-    UPDATE jobs SET due_at = now_s() + :delay, worker = NULL, error = :error,
-                    failed_at = CASE WHEN :delay IS NULL THEN now_s() END
+    UPDATE jobs SET worker = NULL, error = ?, due_at = now_s() + ?,
+                    failed_at = CASE WHEN ? THEN now_s() END
     {OF_LEASE} RETURNING id'''
 RENEW_LEASES = 'UPDATE jobs SET due_at = now_s() + ? WHERE worker = ? AND due_at IS NOT NULL'
 LEASES = '''SELECT worker, min(due_at), max(due_at) FROM jobs
@@ -1635,13 +1634,13 @@ class Task(typing.NamedTuple):
 
 
 class Claim(typing.NamedTuple):
-    """A job that this process has leased; its fields are the parameters of OF_LEASE."""
+    """A job that this process has leased. The first four, the parameters of OF_LEASE, say which."""
     id: int
-    name: str
-    arguments: str              # JSON object
     worker: str
     attempt: int                # 1 for the first
     run_at: float
+    name: str
+    arguments: str              # JSON object
 
 
 class Job(typing.NamedTuple):
@@ -1923,17 +1922,18 @@ class Jobs:
 
     def _settle(self, settled):
         """Delete what is done, and have what failed tried again, or kept as failed."""
-        self._db.executemany(FINISH_JOB, [claim._asdict() for claim, outcome, _ in settled
+        self._db.executemany(FINISH_JOB, [claim[:4] for claim, outcome, _ in settled
                                           if outcome == 'done'])
         for claim, outcome, error in settled:
             if outcome != 'failed':
                 continue
-            task, delay = self._tasks.get(claim.name), None
-            if task and claim.attempt < task.attempts:
-                delay = task.retry_seconds * 2 ** min(claim.attempt - 1, 20)
-                delay = min(delay, MAX_BACKOFF_SECONDS) * random.uniform(0.8, 1.2)
-            failed = self._db.execute(FAIL_JOB, {**claim._asdict(), 'delay': delay, 'error': error})
-            if failed and delay is None:
+            task, pause = self._tasks.get(claim.name), None
+            for_good = task is None or claim.attempt >= task.attempts
+            if not for_good:
+                pause = task.retry_seconds * 2 ** min(claim.attempt - 1, 20)
+                pause = min(pause, MAX_BACKOFF_SECONDS) * random.uniform(0.8, 1.2)
+            found = self._db.execute(FAIL_JOB, (error, pause, for_good, *claim[:4]))
+            if found and for_good:
                 log.error('job failed for good id=%s name=%s attempts=%s', claim.id, claim.name,
                           claim.attempt)
 
