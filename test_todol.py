@@ -3578,18 +3578,28 @@ def test_a_job_that_failed_or_is_tried_again_holds_no_unique_key(jobs, job_clock
 
 def test_a_delayed_job_runs_when_its_time_has_come_and_not_before(jobs, job_clock):
     notes = noted(jobs)
-    jobs.open(5)
+    jobs.open(1)
+    jobs.enqueue('note', {'n': 3}, delay_seconds=20)
+    in_transaction(jobs, 'note', {'n': 2}, delay_seconds=15)
     id = jobs.enqueue('note', {'n': 1}, delay_seconds=10)
-    in_transaction(jobs, 'note', {'n': 2}, delay_seconds=20)
     jobs.enqueue('note', {'n': 0})
     pass_time(jobs, job_clock, 9.99)
     eventually(lambda: notes)
     gevent.sleep(0.02)
     assert notes == [{'n': 0}] and jobs.find(id).state == 'scheduled'
-    for n in (1, 2):
-        pass_time(jobs, job_clock, 0.01 if n == 1 else 10)
-        eventually(lambda: len(notes) == n + 1)
-        assert notes[-1] == {'n': n}
+    pass_time(jobs, job_clock, 0.01)
+    eventually(lambda: len(notes) == 2)
+    pass_time(jobs, job_clock, 20)
+    all_done(jobs)
+    assert [note['n'] for note in notes] == [0, 1, 2, 3], 'what was due first comes first'
+
+
+def test_more_delayed_jobs_than_one_turn_moves_from_the_outbox_hold_none_up(running_jobs, monkeypatch):
+    jobs, notes = running_jobs
+    monkeypatch.setattr(todol, 'OUTBOX_ROWS', 10)
+    gevent.sleep(0.05)          # until it sleeps
+    jobs._outbox.transact(lambda: (enqueue_many(jobs, 'note', range(10), delay_seconds=60), jobs.enqueue('note')))
+    eventually(lambda: notes == [{}], 2)
 
 
 def test_queues_are_served_by_weight_and_none_starves(jobs):
