@@ -2563,10 +2563,12 @@ def _hmac(key, text):
 
 # === Web: bottle made strict =============================================================
 # Handlers are bottle's, and may return what bottle takes. What another site asks for, too much or
-# too often is refused before they are called. An AppError becomes an answer of the kind that is
+# too often is refused before they are called. Any error becomes an answer of the kind that is
 # wanted: a page for browsers, Turbo Streams for the script, JSON for programs.
 
 app = bottle.Bottle()
+app.uninstall(bottle.JSONPlugin)
+app.install(bottle.JSONPlugin(to_json))     # of returned dicts; bottle's own would send NaN
 
 TURBO_STREAM = 'text/vnd.turbo-stream.html'
 COMPRESS_BYTES = 1000               # a smaller answer fits a packet as it is
@@ -2585,37 +2587,11 @@ SECURITY_HEADERS = [                # an answer may have its own
 ]
 
 
-def _greenlet_local():
-    """A property that each greenlet has a value of."""
-    kept = gevent.local.local()
-
-    def get(_):
-        try:
-            return kept.value
-        except AttributeError:
-            raise RuntimeError('there is no request here') from None
-    return property(get, lambda _, value: setattr(kept, 'value', value),
-                    lambda _: delattr(kept, 'value'))
-
-
 # bottle keeps the current request by thread, and here a request belongs to a greenlet.
 for _owner in (bottle.LocalRequest, bottle.LocalResponse):
-    for _name in [name for name, value in vars(_owner).items() if isinstance(value, property)]:
-        setattr(_owner, _name, _greenlet_local())
-
-
-class BadRequest(AppError):
-    """A request that can't be understood."""
-    status = 400
-
-
-class BrokenBody(BadRequest):
-    """A body that ends early or can't be delimited: nobody knows where the next request begins."""
-
-
-class CrossSite(AppError):
-    """A change asked for by another site's page."""
-    status = 403
+    for _property in vars(_owner).values():
+        if isinstance(_property, property):
+            _property.fget.__closure__[0].cell_contents = gevent.local.local()
 
 
 class NotFound(AppError):
@@ -2623,25 +2599,8 @@ class NotFound(AppError):
     status = 404
 
 
-class BodyTooLarge(AppError):
-    status = 413
-
-
-class UnsupportedType(AppError):
-    status = 415
-
-
-class WrongHost(AppError):
-    """A Host that is not one of <APP>_HOSTS."""
-    status = 421
-
-
 class InvalidField(AppError):
     status = 422
-
-
-class TooManyWrites(AppError):
-    status = 429
 
 
 # For handlers
@@ -2657,16 +2616,15 @@ def current_user():
 def wanted():
     """What the client wants: 'turbo', 'json' or 'html'. Source: RFC 9110, section 12.5.1."""
     weights = weights_of(bottle.request.environ.get('HTTP_ACCEPT', ''))
-    page = weights.get('text/html', weights.get('text/*', weights.get('*/*', 0)))
-    kinds = [(weights.get(TURBO_STREAM, 0), 'turbo'), (weights.get('application/json', 0), 'json'),
-             (page, 'html')]
-    best = max(weight for weight, _ in kinds)
-    return next(kind for weight, kind in kinds if weight == best) if best else 'html'
+    kinds = {'turbo': weights.get(TURBO_STREAM, 0), 'json': weights.get('application/json', 0),
+             'html': weights.get('text/html', weights.get('text/*', weights.get('*/*', 0)))}
+    best = max(kinds, key=kinds.get)        # the first of equals
+    return best if kinds[best] else 'html'
 
 
 def fields():
     """The fields of the request's body as a dict. Of a form: the last value of each, and lists for
-    names that end in []; of JSON: the object. Raises BadRequest, UnsupportedType. (bottle's own
+    names that end in []; of JSON: the object. Raises bottle.HTTPError 400 or 415. (bottle's own
     request.forms, .json and .files work too; uploads are there alone.)"""
     environ = bottle.request.environ
     if 'stack.fields' not in environ:
@@ -2689,10 +2647,12 @@ def respond(streams='', data=None, back='/', status=200):
 
 
 def as_json(data, status=200):
-    """An answer of JSON; unlike a returned dict it can be a list."""
+    """An answer of JSON; unlike a returned dict it can be a list. Raises ValueError or TypeError
+    for what JSON does not have, like NaN."""
+    text = to_json(data)
     bottle.response.status = status
     bottle.response.content_type = 'application/json'
-    return json.dumps(data)
+    return text
 
 
 def turbo_stream(action, target, html='', morph=False):
@@ -2821,25 +2781,23 @@ def before_request():
     """Refuse what may not be asked; read the body; find the method that a form means."""
     environ = bottle.request.environ
     environ['stack.position'] = cable.position()
-    try:
-        refuse_wrong_host(environ)
-        if environ['PATH_INFO'].endswith('\n'):     # a route would take it for the path without
-            raise NotFound('There is nothing here.')
-        if environ['REQUEST_METHOD'] in ('GET', 'HEAD', 'OPTIONS'):
-            return
-        if not same_origin(environ):
-            raise CrossSite('This change was asked for by a page of another site, so it was not '
-                            'made.')
-        writes.count(environ)
-        environ['stack.body'] = body = _read_body(environ)
-        environ['wsgi.input'], environ['CONTENT_LENGTH'] = io.BytesIO(body), str(len(body))
-        environ.pop('HTTP_TRANSFER_ENCODING', None)         # it is whole now
-        if environ['REQUEST_METHOD'] == 'POST' and PARSERS.get(_type_of(environ)) is _parse_form:
-            method = fields().get('_method')
-            if method in ('PUT', 'PATCH', 'DELETE'):
-                environ['REQUEST_METHOD'] = method
-    except AppError as error:
-        raise error_answer(error) from None
+    if is_wrong_host(environ):
+        bottle.abort(421, 'This server does not answer to that name.')
+    if environ['PATH_INFO'].endswith('\n'):     # a route would take it for the path without
+        bottle.abort(404)
+    if environ['REQUEST_METHOD'] in ('GET', 'HEAD', 'OPTIONS'):
+        return
+    if not same_origin(environ):
+        bottle.abort(403, 'This change was asked for by a page of another site, so it was not '
+                          'made.')
+    writes.count(environ)
+    environ['stack.body'] = body = _read_body(environ)
+    environ['wsgi.input'], environ['CONTENT_LENGTH'] = io.BytesIO(body), str(len(body))
+    environ.pop('HTTP_TRANSFER_ENCODING', None)         # it is whole now
+    if environ['REQUEST_METHOD'] == 'POST' and PARSERS.get(_type_of(environ)) is _parse_form:
+        method = fields().get('_method')
+        if method in ('PUT', 'PATCH', 'DELETE'):
+            environ['REQUEST_METHOD'] = method
 
 
 @app.install
@@ -2852,55 +2810,39 @@ def answer_errors(function):
         except AppError as error:
             if error.status >= 500:
                 log.error('request failed path=%s error=%s', bottle.request.path, error)
-            return error_answer(error)
+            return bottle.HTTPError(error.status, str(error), error)
         if isinstance(body, str):
             body = body.encode(bottle.response.charset, errors='replace')
         return body
     return answered
 
 
+BOTTLES_TEXTS = ('Not found: ', 'Method not allowed', 'Unknown Error')
+OUR_TEXTS = {404: 'There is nothing here.', 405: 'This path knows no such method.'}
+
+
 def error_answer(error):
-    """An AppError as an answer of the kind that is wanted."""
-    headers = {}
-    if isinstance(error, TooManyWrites):
-        headers['Retry-After'] = str(writes.seconds_left())
-    if isinstance(error, BrokenBody):
-        headers['Connection'] = 'close'
-    return _error(error.status, str(error), headers, error.target, error.streams)
-
-
-def _error(status, message, headers, target='notice', streams='', details=''):
+    """The answer to an HTTPError: an AppError, abort(), bottle's own, or what nobody expected."""
+    expected = error.exception if isinstance(error.exception, AppError) else AppError
+    message, details = str(error.body or ''), ''
+    if error.exception and expected is AppError:
+        message = 'Something went wrong here. It is in the log.'
+        details = error.traceback if settings.env == 'development' else ''
+    elif not message or message.startswith(BOTTLES_TEXTS):
+        message = OUR_TEXTS.get(error.status_code, error.status_line)
     kind = wanted()
     if kind == 'json':
-        headers['Content-Type'] = 'application/json'
-        body = json.dumps({'error': message})
-    elif kind == 'turbo':
-        headers['Content-Type'] = f'{TURBO_STREAM}; charset=UTF-8'
-        body = turbo_stream('update', target, bottle.html_escape(message)) + streams
-    else:
-        headers['Content-Type'] = 'text/html; charset=UTF-8'
-        body = render('error', status=status, message=message, details=details)
-    return bottle.HTTPResponse(body.encode(errors='replace'), status, headers)
+        return as_json({'error': message}, error.status)
+    if kind == 'turbo':
+        bottle.response.content_type = f'{TURBO_STREAM}; charset=UTF-8'
+        shown = turbo_stream('update', expected.target, bottle.html_escape(message))
+        return (shown + expected.streams).encode(errors='replace')
+    bottle.response.content_type = 'text/html; charset=UTF-8'
+    page = render('error', status=error.status_code, message=message, details=details)
+    return page.encode(errors='replace')
 
 
-BOTTLES_TEXTS = ('Not found: ', 'Method not allowed', 'Unknown Error')
-
-
-def unexpected_answer(error):
-    """bottle's own errors (no such path, abort()) and whatever nobody expected."""
-    status = error.status_code
-    message = {404: 'There is nothing here.', 405: 'This path knows no such method.'}.get(status)
-    if error.exception:         # what nobody expected
-        message = 'Something went wrong here. It is in the log.'
-    elif error.body and not str(error.body).startswith(BOTTLES_TEXTS):
-        message = str(error.body)           # abort(404, 'There is no such poll.')
-    details = error.traceback or '' if status >= 500 and settings.env == 'development' else ''
-    answer = _error(status, message or error.status_line, {}, details=details)
-    bottle.response.content_type = answer.content_type
-    return answer.body
-
-
-app.default_error_handler = unexpected_answer
+app.default_error_handler = error_answer
 
 
 def application(environ, start_response):
@@ -2912,20 +2854,18 @@ def application(environ, start_response):
     given = {name.lower(): value for name, value in headers}
     headers = headers + [(name, value) for name, value in SECURITY_HEADERS
                          if name.lower() not in given]
-    kind = given.get('content-type', '')
-    cookie = []         # none where a cache may give it to others
-    if not re.search('public|s-maxage', given.get('cache-control', '')) \
+    kind, kept = given.get('content-type', ''), given.get('cache-control', '')
+    if not kept:
+        dated = given.keys() & {'etag', 'last-modified'}
+        headers.append(('Cache-Control', 'private' if dated else 'no-store'))
+    if not re.search('public|s-maxage', kept) \
             and (kind.startswith('text/html') or session_of(environ)):
-        cookie = _session_cookie(environ)
-    if not given.keys() & {'cache-control', 'etag', 'last-modified'}:
-        headers.append(('Cache-Control', 'no-store'))
-    elif cookie and 'cache-control' not in given:
-        headers.append(('Cache-Control', 'private'))
-    headers += cookie
+        headers += _session_cookie(environ)         # none where a cache may give it to others
     if COMPRESSIBLE.match(kind):
         headers.append(('Vary', 'Accept-Encoding'))
+        # An ETag is that of the bytes as they are.
         if isinstance(body, list) and sum(map(len, body)) > COMPRESS_BYTES \
-                and 'content-encoding' not in given and accepts_gzip(environ):
+                and not given.keys() & {'content-encoding', 'etag'} and accepts_gzip(environ):
             body = [gzipped(b''.join(body), 1)]
             headers = [(name, value) for name, value in headers if name != 'Content-Length']
             headers += [('Content-Encoding', 'gzip'), ('Content-Length', str(len(body[0])))]
@@ -2970,8 +2910,8 @@ def host_of(environ):
 def client_address(environ):
     """The client's address; behind a proxy from the header that the settings name."""
     name = settings.client_ip_header.upper().replace('-', '_')
-    return name and environ.get(f'HTTP_{name}', '').split(',')[-1].strip() \
-        or environ.get('REMOTE_ADDR', '')
+    forwarded = environ.get(f'HTTP_{name}', '').split(',')[-1].strip()
+    return forwarded or environ.get('REMOTE_ADDR', '')
 
 
 def _first(header):
@@ -2979,11 +2919,10 @@ def _first(header):
     return header.split(',')[0].strip()
 
 
-def refuse_wrong_host(environ):
-    """Raises WrongHost. Health checks ask by address."""
+def is_wrong_host(environ):
+    """Whether the Host is none of <APP>_HOSTS. Health checks ask by address."""
     host = re.sub(r':\d*$', '', host_of(environ))
-    if settings.hosts and host not in settings.hosts and environ['PATH_INFO'] != '/up':
-        raise WrongHost('This server does not answer to that name.')
+    return settings.hosts and host not in settings.hosts and environ['PATH_INFO'] != '/up'
 
 
 def same_origin(environ):
@@ -3008,13 +2947,13 @@ class WriteLimit:
     """Counts the writes of a minute, of each session and of each address, in this process."""
 
     def __init__(self):
-        self._counts, self._minute = {}, 0
+        self._counts, self._minute = collections.Counter(), 0
 
     def count(self, environ):
-        """Count a write. Raises TooManyWrites."""
-        minute = int(time.monotonic() / 60)
+        """Count a write; too many are answered with 429."""
+        minute = time.monotonic() // 60
         if minute != self._minute:
-            self._counts, self._minute = {}, minute
+            self._counts, self._minute = collections.Counter(), minute
         session, most = session_of(environ), settings.writes_per_minute
         if session:             # first: what is refused to it does not count for its address
             self._count(session[0], most)
@@ -3023,32 +2962,28 @@ class WriteLimit:
     def _count(self, who, limit):
         if who not in self._counts and len(self._counts) >= MAX_COUNTED:
             who, limit = '', 10 * settings.writes_per_minute    # the rest share a count
-        count = self._counts[who] = self._counts.get(who, 0) + 1
-        if count > limit:
-            raise TooManyWrites(f'More than {limit} changes in a minute. Wait a moment.')
-
-    def seconds_left(self):
-        return 60 - int(time.monotonic()) % 60
+        self._counts[who] += 1
+        if self._counts[who] > limit:
+            raise bottle.HTTPError(429, f'More than {limit} changes in a minute. Wait a moment.',
+                                   Retry_After=str(60 - int(time.monotonic()) % 60))
 
 
 writes = WriteLimit()
 
 
 def _read_body(environ):
-    """The body of a request, whole. Raises BodyTooLarge, BrokenBody."""
-    limit = settings.max_body_bytes
-    length = environ.get('CONTENT_LENGTH') or '0'
-    chunked = environ.get('HTTP_TRANSFER_ENCODING', '').lower() == 'chunked'
-    if not length.isdecimal():
-        raise BrokenBody('the Content-Length is no number')
-    if int(length) > limit:
-        raise BodyTooLarge(f'The request has more than {limit:,} bytes.')
-    try:
-        body = environ['wsgi.input'].read(limit + 1 if chunked else int(length))
-    except OSError:
-        raise BrokenBody('the body ended early, or is not in the chunks it should be in') from None
-    if len(body) > limit:
-        raise BodyTooLarge(f'The request has more than {limit:,} bytes.')
+    """The body of a request, whole. One that is too large is not waited for. HTTP has seen to it
+    that its length is a number, or that it is in chunks."""
+    limit, length = settings.max_body_bytes, int(environ.get('CONTENT_LENGTH') or 0)
+    body, chunked = b'', 'HTTP_TRANSFER_ENCODING' in environ
+    if length <= limit:
+        try:
+            body = environ['wsgi.input'].read(limit + 1 if chunked else length)
+        except OSError:         # nobody knows where the next request begins
+            raise bottle.HTTPError(400, 'the body ended early, or is not in the chunks it should '
+                                        'be in', Connection='close') from None
+    if max(length, len(body)) > limit:
+        bottle.abort(413, f'The request has more than {limit:,} bytes.')
     return body
 
 
@@ -3062,12 +2997,12 @@ def _parsed(environ):
     if not body:
         return {}
     if parse is None:
-        raise UnsupportedType(f'Send a form or JSON ({", ".join(PARSERS)}).')
+        bottle.abort(415, f'Send a form or JSON ({", ".join(PARSERS)}).')
     try:
         return parse(body)
-    except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
-        raise BadRequest(f'the body is not what its Content-Type says '
-                         f'({type(error).__name__})') from None
+    except (ValueError, RecursionError) as error:       # UnicodeError is a ValueError
+        reason = type(error).__name__
+    return bottle.abort(400, f'the body is not what its Content-Type says ({reason})')
 
 
 def _parse_form(body):
@@ -3084,9 +3019,8 @@ def _parse_form(body):
 def _parse_json(body):
     data = json.loads(body)
     if not isinstance(data, dict):
-        raise BadRequest('the JSON must be an object')
-    if re.search(rb'\\u[dD][89a-fA-F]', body):         # half a pair is no text: UnicodeEncodeError
-        json.dumps(data, ensure_ascii=False).encode()
+        bottle.abort(400, 'the JSON must be an object')
+    json.dumps(data, ensure_ascii=False).encode()       # half a surrogate pair is a UnicodeError
     return data
 
 
@@ -3505,6 +3439,7 @@ heartbeat = Heartbeat()
 
 QUIET_SECONDS = 75          # how long a connection may be silent, between requests or within one
 DRAIN_SECONDS = 3.5         # requests may go on so long when the process stops
+SEND_BYTES = 65_536         # a client has QUIET_SECONDS for as many
 MAX_CONNECTIONS = 20_000
 MAX_HEADERS = 100           # of a request
 MAX_HEADER_BYTES = 16_384   # of one of them
@@ -3518,18 +3453,16 @@ class BadHead(ValueError):
     """The head of a request that can't be understood, or not in one way only: 400, and the end."""
 
 
-class Headers:
+class Headers(dict):
     """The header section of a request, by lower-case name; several of a name are joined. Raises
     BadHead.
 
-    It has the methods that gevent calls. http.client's is lenient: it skips all that follows a
-    malformed line, joins folded lines and takes the first of two lengths, where a proxy may have
-    understood something else. Source: RFC 9110, section 5; RFC 9112, sections 5 and 6.
+    http.client's is lenient: it skips all that follows a malformed line, joins folded lines and
+    takes the first of two lengths, where a proxy may have understood something else. Source: RFC
+    9110, section 5; RFC 9112, sections 5 and 6.
     """
-    status = ''         # that of gevent's own tells of a line that was too long
 
     def __init__(self, file):
-        self._values = values = {}
         for _ in range(MAX_HEADERS + 1):
             line = file.readline(MAX_HEADER_BYTES + 1)
             if line in (b'\r\n', b'\n'):
@@ -3539,32 +3472,24 @@ class Headers:
                 raise BadHead('too long, or not a name, a colon and a value' if line else
                               'the connection ended')
             name, value = match[1].lower(), match[2].strip(' \t')
-            if name not in values:
-                values[name] = value
+            if name not in self:
+                self[name] = value
             elif name in SINGLE_HEADERS:
                 raise BadHead(f'{name} twice')
             else:
-                values[name] += ('; ' if name == 'cookie' else ',') + value
+                self[name] += ('; ' if name == 'cookie' else ',') + value
         else:
             raise BadHead(f'more than {MAX_HEADERS} headers')
-        if not re.fullmatch('[0-9]{1,18}', values.get('content-length', '0')):
+        if not re.fullmatch('[0-9]{1,18}', self.get('content-length', '0')):
             raise BadHead('content-length is not a number')
-        if values.get('transfer-encoding', 'chunked').lower() != 'chunked':
+        if self.get('transfer-encoding', 'chunked').lower() != 'chunked':
             raise BadHead('transfer-encoding is not chunked')
-        if 'transfer-encoding' in values and 'content-length' in values:
+        if 'transfer-encoding' in self and 'content-length' in self:
             raise BadHead('the length is said in two ways')
 
-    def get(self, name, default=None):
-        return self._values.get(name.lower(), default)
-
-    getheader = get
-
-    @property
-    def typeheader(self):
-        return self._values.get('content-type')
-
-    def items(self):
-        return self._values.items()
+    # What gevent calls
+    getheader = dict.get
+    typeheader = property(lambda self: self.get('content-type'))
 
 
 class Body(Input):
@@ -3578,6 +3503,11 @@ class Body(Input):
         except (OSError, ValueError) as error:
             self._chunked_input_error = True
             raise _InvalidClientInput(str(error)) from None     # the connection ends then
+
+
+def names_of(header):
+    """The names in a header that is a list."""
+    return header.replace(',', ' ').split()
 
 
 class Handler(WebSocketHandler):
@@ -3596,14 +3526,8 @@ class Handler(WebSocketHandler):
         self.server.waiting.add(self)
         try:
             return '' if self.server.closed else super().read_requestline()
-        except TimeoutError:
-            return ''
         finally:
             self.server.waiting.discard(self)
-
-    def hang_up(self):
-        with contextlib.suppress(OSError):
-            self.socket._sock.shutdown(socket.SHUT_RD)
 
     def read_request(self, line):
         """Parse the head of a request. Raises BadHead.
@@ -3624,19 +3548,18 @@ class Handler(WebSocketHandler):
         if self.request_version == 'HTTP/1.1':
             if not headers.get('host'):
                 raise BadHead('no host')
-            self.close_connection = 'close' in connection.replace(',', ' ').split()
+            self.close_connection = 'close' in names_of(connection)
         else:
             if headers.get('transfer-encoding'):
                 raise BadHead('transfer-encoding came with HTTP/1.1')
             self.close_connection = connection != 'keep-alive'
         absolute = re.match('https?://([^/?]+)', self.path, re.IGNORECASE)
         if absolute:                    # as to a proxy; its host counts. RFC 9112, section 3.2.2
-            headers._values['host'] = absolute[1]
-            self.path = self.path[absolute.end():]
-            self.path = self.path if self.path.startswith('/') else '/' + self.path
-        if '%' in self.path or not self.path.isascii():
-            path = self.path.partition('?')[0].encode('latin-1')
-            urllib.parse.unquote_to_bytes(path).decode()    # what is no UTF-8 is a ValueError
+            headers['host'] = absolute[1]
+            rest = self.path[absolute.end():]
+            self.path = rest if rest.startswith('/') else '/' + rest
+        path = self.path.partition('?')[0].encode('latin-1')
+        urllib.parse.unquote_to_bytes(path).decode()        # what is no UTF-8 is a ValueError
         return True
 
     def get_environ(self):
@@ -3660,29 +3583,25 @@ class Handler(WebSocketHandler):
         return '400', b'HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n'
 
     def _write_with_headers(self, data):
-        # As shipped, headers and body are two sends: a keep-alive client then waits 40 ms for each
-        # answer (Nagle's algorithm meets delayed acknowledgement).
+        # As shipped, headers and body are two sends, and two packets.
         self.headers_sent = True
         self.finalize_headers()
-        lines = [b'HTTP/1.1 ' + self.status]
-        lines += [name + b': ' + value for name, value in self.response_headers]
-        head = b'\r\n'.join(lines) + b'\r\n\r\n'
+        lines = [b'HTTP/1.1 ' + self.status, *map(b': '.join, self.response_headers), b'', b'']
+        head = b'\r\n'.join(lines)
         if self.response_use_chunked:
             self._sendall(head)
-            self._write(data or b'')
+            self._write(data)
         else:
             self._sendall(head + (data or b''))     # gevent-websocket writes a str
 
     def _sendall(self, data):
         # As shipped, the timeout is for all of an answer, so that a slow reader is cut off, and
         # anything but a reset causes tracebacks.
-        rest = memoryview(data)
         try:
-            while rest:
-                rest = rest[self.socket.send(rest):]
+            for start in range(0, len(data), SEND_BYTES):
+                super()._sendall(data[start:start + SEND_BYTES])
         except OSError as error:
             raise BrokenPipeError(errno.EPIPE, str(error)) from None
-        self.response_length += len(data)
 
     def log_request(self):
         pass                # what goes wrong is logged where it does
@@ -3693,13 +3612,12 @@ class Handler(WebSocketHandler):
         """Answer an upgrade to a WebSocket. Gives None when that is done, or none was asked for,
         else the body of a refusal."""
         environ = self.environ
-        wishes = [name.strip() for name in environ.get('HTTP_CONNECTION', '').lower().split(',')]
-        if environ.get('HTTP_UPGRADE', '').lower() != 'websocket' or 'upgrade' not in wishes:
+        if environ.get('HTTP_UPGRADE', '').lower() != 'websocket' \
+                or 'upgrade' not in names_of(environ.get('HTTP_CONNECTION', '').lower()):
             return None
         session = session_of(environ)
         user = session[0] if session else None
-        offered = [name.strip() for name in
-                   environ.get('HTTP_SEC_WEBSOCKET_PROTOCOL', '').split(',') if name.strip()]
+        offered = names_of(environ.get('HTTP_SEC_WEBSOCKET_PROTOCOL', ''))
         protocol = next((name for name in PROTOCOLS if name in offered), None)
         key = environ.get('HTTP_SEC_WEBSOCKET_KEY', '').strip()
         refusal = self._refusal(environ, user, offered, protocol, key)
@@ -3726,10 +3644,8 @@ class Handler(WebSocketHandler):
             return '404 Not Found', f'the WebSocket is at {CABLE_PATH}'
         if environ['REQUEST_METHOD'] != 'GET' or self.request_version != 'HTTP/1.1':
             return '400 Bad Request', 'a WebSocket starts with GET in HTTP/1.1'
-        try:
-            refuse_wrong_host(environ)
-        except WrongHost as error:
-            return '421 Misdirected Request', str(error)
+        if is_wrong_host(environ):
+            return '421 Misdirected Request', 'this server does not answer to that name'
         if not origin_is_host(environ):
             return '403 Forbidden', 'a page of another site may not connect'
         if environ.get('HTTP_SEC_WEBSOCKET_VERSION') != '13':
@@ -3762,41 +3678,19 @@ class Server(WSGIServer):
     def __init__(self, listener):
         self.waiting = set()        # handlers between two requests
         super().__init__(listener, application, spawn=gevent.pool.Pool(MAX_CONNECTIONS), log=None,
-                         error_log=LogFile(), handler_class=Handler,
+                         error_log=log, handler_class=Handler,
                          environ={'SERVER_NAME': settings.host})
-
-    def do_read(self):
-        """Accept a connection; gevent calls it. Out of files it says so in a line, and pauses."""
-        try:
-            return super().do_read()
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            log.error('can not accept a connection: %s', error.strerror)
-            self.stop_accepting()
-            gevent.spawn_later(1, self._start_accepting_if_started)
-            return None
 
     def drain(self):
         """Accept nothing more, let requests end and sockets close, for DRAIN_SECONDS at most."""
         self.close()
         for handler in list(self.waiting):
-            handler.hang_up()
+            with contextlib.suppress(OSError):
+                handler.socket.shutdown(socket.SHUT_RD)
         for connection in [each for group in connections.values() for each in group]:
             connection.disconnect('server_restart', reconnect=True)
         self.pool.join(DRAIN_SECONDS)
         self.pool.kill(timeout=0.5)
-
-
-class LogFile:
-    """What gevent and bottle write their errors to: lines of the log."""
-
-    def write(self, text):
-        if text.strip():
-            log.error('%s', text.strip())
-
-    def flush(self):
-        pass
 
 
 def listen():
