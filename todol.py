@@ -2627,8 +2627,16 @@ def fields():
     names that end in []; of JSON: the object. Raises bottle.HTTPError 400 or 415. (bottle's own
     request.forms, .json and .files work too; uploads are there alone.)"""
     environ = bottle.request.environ
-    if 'stack.fields' not in environ:
-        environ['stack.fields'] = _parsed(environ)
+    if 'stack.fields' in environ:
+        return environ['stack.fields']
+    body, parse = environ.get('stack.body'), PARSERS.get(_type_of(environ))
+    if body and not parse:
+        bottle.abort(415, f'Send a form or JSON ({", ".join(PARSERS)}).')
+    try:
+        environ['stack.fields'] = parse(body) if body else {}
+    except (ValueError, RecursionError) as error:       # UnicodeError is a ValueError
+        bottle.abort(400, 'the body is not what its Content-Type says '
+                          f'({type(error).__name__}).')
     return environ['stack.fields']
 
 
@@ -2894,17 +2902,19 @@ def _session_cookie(environ):
 
 
 def is_https(environ):
-    if settings.trust_proxy and 'HTTP_X_FORWARDED_PROTO' in environ:
-        return _first(environ['HTTP_X_FORWARDED_PROTO']) == 'https'
-    return environ['wsgi.url_scheme'] == 'https'
+    return _forwarded(environ, 'PROTO', environ['wsgi.url_scheme']) == 'https'
 
 
 def host_of(environ):
     """The host and port that the client asked for, in lower case."""
-    host = environ.get('HTTP_HOST', '')
+    return _forwarded(environ, 'HOST', environ.get('HTTP_HOST', '')).lower()
+
+
+def _forwarded(environ, name, otherwise):
+    """What the proxy says if it is trusted; the first of several values: proxies append theirs."""
     if settings.trust_proxy:
-        host = environ.get('HTTP_X_FORWARDED_HOST', host)
-    return _first(host).lower()
+        otherwise = environ.get(f'HTTP_X_FORWARDED_{name}', otherwise)
+    return otherwise.split(',')[0].strip()
 
 
 def client_address(environ):
@@ -2912,11 +2922,6 @@ def client_address(environ):
     name = settings.client_ip_header.upper().replace('-', '_')
     forwarded = environ.get(f'HTTP_{name}', '').split(',')[-1].strip()
     return forwarded or environ.get('REMOTE_ADDR', '')
-
-
-def _first(header):
-    """The first of several values: proxies append theirs."""
-    return header.split(',')[0].strip()
 
 
 def is_wrong_host(environ):
@@ -2955,17 +2960,17 @@ class WriteLimit:
         if minute != self._minute:
             self._counts, self._minute = collections.Counter(), minute
         session, most = session_of(environ), settings.writes_per_minute
+        counted = [(client_address(environ), 10 * most)]
         if session:             # first: what is refused to it does not count for its address
-            self._count(session[0], most)
-        self._count(client_address(environ), 10 * most)
-
-    def _count(self, who, limit):
-        if who not in self._counts and len(self._counts) >= MAX_COUNTED:
-            who, limit = '', 10 * settings.writes_per_minute    # the rest share a count
-        self._counts[who] += 1
-        if self._counts[who] > limit:
-            raise bottle.HTTPError(429, f'More than {limit} changes in a minute. Wait a moment.',
-                                   Retry_After=str(60 - int(time.monotonic()) % 60))
+            counted.insert(0, (session[0], most))
+        for who, limit in counted:
+            if who not in self._counts and len(self._counts) >= MAX_COUNTED:
+                who, limit = '', 10 * most      # the rest share a count
+            self._counts[who] += 1
+            if self._counts[who] > limit:
+                wait = 60 - int(time.monotonic()) % 60
+                raise bottle.HTTPError(429, f'More than {limit} changes in a minute. Wait a '
+                                            'moment.', Retry_After=str(wait))
 
 
 writes = WriteLimit()
@@ -2991,20 +2996,6 @@ def _type_of(environ):
     return environ.get('CONTENT_TYPE', '').partition(';')[0].strip().lower()
 
 
-def _parsed(environ):
-    body = environ.get('stack.body', b'')
-    parse = PARSERS.get(_type_of(environ))
-    if not body:
-        return {}
-    if parse is None:
-        bottle.abort(415, f'Send a form or JSON ({", ".join(PARSERS)}).')
-    try:
-        return parse(body)
-    except (ValueError, RecursionError) as error:       # UnicodeError is a ValueError
-        reason = type(error).__name__
-    return bottle.abort(400, f'the body is not what its Content-Type says ({reason})')
-
-
 def _parse_form(body):
     form = {}
     for name, value in urllib.parse.parse_qsl(body.decode(), keep_blank_values=True,
@@ -3020,7 +3011,8 @@ def _parse_json(body):
     data = json.loads(body)
     if not isinstance(data, dict):
         bottle.abort(400, 'the JSON must be an object')
-    json.dumps(data, ensure_ascii=False).encode()       # half a surrogate pair is a UnicodeError
+    # Python reads half a surrogate pair and NaN, and can't write them.
+    json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
     return data
 
 
@@ -3507,7 +3499,7 @@ class Body(Input):
 
 def names_of(header):
     """The names in a header that is a list."""
-    return header.replace(',', ' ').split()
+    return [name.strip() for name in header.split(',') if name.strip()]
 
 
 class Handler(WebSocketHandler):
