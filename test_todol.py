@@ -5153,7 +5153,8 @@ RETURNED = {    # the call of the handler; status, content type and body of the 
     'text of a charset': (lambda: with_headers('é', Content_Type='text/plain; charset=iso-8859-1'), 200,
                           'text/plain; charset=iso-8859-1', b'\xe9'),
     'bytes': (lambda: with_headers(b'\x00\xff', Content_Type='image/x-mine'), 200, 'image/x-mine', b'\x00\xff'),
-    'tuple': (lambda: ('ä', 'b'), 200, HTML, 'äb'.encode()), 'list of bytes': (lambda: [b'a', b'\xff'], 200, HTML, b'a\xff'),
+    'tuple': (lambda: ('ä', 'b'), 200, HTML, 'äb'.encode()),
+    'list of bytes': (lambda: [b'a', b'\xff'], 200, HTML, b'a\xff'),
     'generator of text': (lambda: (each for each in ['', 'ä', 'b']), 200, HTML, 'äb'.encode()),
     'generator of bytes': (lambda: iter([b'a', b'b']), 200, HTML, b'ab'),
     'empty generator': (lambda: iter(()), 200, HTML, b''),
@@ -5177,7 +5178,8 @@ def test_a_handler_may_return_what_bottle_takes_and_it_arrives_as_it_is(client, 
         route('/own', function)
         for accept in ('text/html', JSON, TURBO):
             answer = client.get('/own', accept=accept)
-            assert (answer.status, answer.headers.get('content-type'), answer.body) == (status, content_type, body), kind
+            assert (answer.status, answer.headers.get('content-type'), answer.body) == (
+                status, content_type, body), kind
             assert answer.headers.get('location') == ('http://todol.test/there?a=b' if kind == 'redirect' else None)
         assert client.request('HEAD', '/own').body == b''
 
@@ -5309,10 +5311,11 @@ def test_bottles_own_ways_to_read_a_request_work_as_bottle_documents_them(client
                 'length': request.content_length}
 
     route('/own', read, method)
-    form = client.request(method, '/own?q=%C3%A4', {'name': 'Jörg 🩷', 'tag': ['a', '']}, headers={'Cookie': 'mine=7'}).json
+    form = client.request(method, '/own?q=%C3%A4', {'name': 'Jörg 🩷', 'tag': ['a', '']},
+                          headers={'Cookie': 'mine=7'}).json
     assert (form['name'], form['forms']['tag'], form['query']) == ('Jörg 🩷', ['a', ''], 'ä')
     assert (form['cookie'], form['files'], form['json']) == ('7', {}, None)
-    for data in ({'a': 'ä'}, ['a', 1], 'text', 7, None, 'ä' * 40_000):      # the last: more than bottle takes by itself
+    for data in ({'a': 'ä'}, ['a', 1], 'text', 7, None, 'ä' * 40_000):      # more than bottle takes
         assert client.request(method, '/own', json_body=data).json['json'] == data
     content = bytes(range(256)) * 300
     parts = multipart(name='Jörg', file=('my píc.png', content), other=('b', b''))
@@ -5357,7 +5360,8 @@ BAD_BODIES = [      # content type, body, status
         b'{', b'[]', b'7', b'null', b'"x"', b'{"title": "\xff\xfe"}', b'[' * 100_000, b'{"a":' * 40_000, b'\0',
         b'{"title": ' + b'9' * 10_000 + b'}', b'{"title": "\\ud800"}', b'{"title": "\xed\xa0\x80"}',
         b'{"title": "a", "x": NaN}')),
-    *((FORM, body, 400) for body in (b'title=\xe9', b'title=%FF', b'title=%ED%A0%80', b'a=&' * 20_001, b'ids[]=1&' * 20_001)),
+    *((FORM, body, 400) for body in (b'title=\xe9', b'title=%FF', b'title=%ED%A0%80', b'a=&' * 20_001,
+                                     b'ids[]=1&' * 20_001)),
     *((kind, b'{"title": "x"}', 415) for kind in (
         'text/plain', 'multipart/form-data; boundary=x', 'application/jsonp', '', 'x' * 1000, 'é')),
     (FORM, b'title=' + b'x' * 262_144, 413), (JSON, b'"' * 262_145, 413)]
@@ -5400,7 +5404,8 @@ WANTED = [('', 'html'), ('*/*', 'html'), ('image/png', 'html'), ('APPLICATION/JS
           ('application/json;charset=utf-8', 'json'), ('application/json;q=0', 'html'), (f'{TURBO};q=0, */*', 'html'),
           ('application/json, text/html;q=0.9', 'json'), ('application/json;q=0.2, text/*;q=0.3', 'html'),
           ('application/json;q=0.2, */*;q=0.1', 'json'), ('text/html;q=0.001, application/json;q=0.002', 'json'),
-          ('application/json ; q=0.9 , text/html ; q=1.000', 'html'), ('text/html;q=0, */*, application/json;q=0.1', 'json'),
+          ('application/json ; q=0.9 , text/html ; q=1.000', 'html'),
+          ('text/html;q=0, */*, application/json;q=0.1', 'json'),
           ('application/json;q=2', 'html'), ('application/json;q=x, text/html;q=0.1', 'html'), (',,;, ;q', 'html'),
           ('xapplication/json, text/html;x=application/json', 'html')]
 
@@ -5415,7 +5420,8 @@ def test_any_header_of_weights_is_read(header):
     assert all(0 <= weight <= 1 and name for name, weight in todol.weights_of(header).items())
 
 
-GZIP_TAKEN = [('gzip', True), ('GZIP', True), ('br;q=1.0, gzip;q=0.8, *;q=0.1', True), ('*', True), ('gzip;q=0.001', True),
+GZIP_TAKEN = [('gzip', True), ('GZIP', True), ('br;q=1.0, gzip;q=0.8, *;q=0.1', True), ('*', True),
+              ('gzip;q=0.001', True),
           ('identity;q=0, gzip', True), ('', False), ('br', False), ('gzip;q=0', False), ('gzip;q=0.000, *', False),
           ('*;q=0', False), ('gzip; q=0', False), ('xgzip', False), ('gzip;q=nan', False)]
 
@@ -5516,7 +5522,8 @@ def test_every_page_gives_a_session_and_nothing_else_does_unasked(client, route,
 # Headers
 
 REQUESTS = [('GET', '/', 200), ('HEAD', '/', 200), ('GET', '/up', 200), ('GET', todol.asset_path('todol.css'), 200),
-            ('GET', '/assets/1/none.css', 404), ('GET', '/nothing', 404), ('PUT', '/todos', 405), ('GET', '/todos', 405),
+            ('GET', '/assets/1/none.css', 404), ('GET', '/nothing', 404), ('PUT', '/todos', 405),
+            ('GET', '/todos', 405),
             ('OPTIONS', '/', 405), ('TRACE', '/', 405), ('POST', '/todos', 422), ('DELETE', '/todos/1', 404),
             ('DELETE', '/todos/completed', 303), ('GET', '/todos/1/edit', 404)]
 
@@ -5606,7 +5613,8 @@ def test_letter_case_and_default_ports_do_not_make_another_origin(stack, host, g
 
 @pytest.mark.parametrize(('trusted', 'asked'), [
     ('on', [('public.test', 'https://public.test', 303), ('public.test', 'https://todol.test', 403),
-            ('public.test,inner.test', 'https://inner.test', 403), ('Public.test:443 , x', 'https://public.test', 303)]),
+            ('public.test,inner.test', 'https://inner.test', 403),
+            ('Public.test:443 , x', 'https://public.test', 303)]),
     ('off', [('public.test', 'https://public.test', 403), ('public.test', 'https://todol.test', 303)])])
 def test_behind_a_trusted_proxy_the_first_forwarded_host_is_the_one_asked_for(open_stack, trusted, asked):
     open_stack(TODOL_TRUST_PROXY=trusted)
@@ -5616,7 +5624,8 @@ def test_behind_a_trusted_proxy_the_first_forwarded_host_is_the_one_asked_for(op
 
 
 @pytest.mark.parametrize(('trusted', 'asked'), [
-    ('off', [({'Host': host}, True) for host in ('example.com', 'EXAMPLE.com:8080', 'www.example.com', '[::1]:8080', '[::1]')]
+    ('off', [({'Host': host}, True) for host in ('example.com', 'EXAMPLE.com:8080', 'www.example.com', '[::1]:8080',
+                                                 '[::1]')]
      + [({'Host': host}, False) for host in ('evil.test', 'example.com.evil.test', 'xexample.com', '')]
      + [({'Host': 'evil.test', 'X-Forwarded-Host': 'example.com'}, False)]),
     ('on', [({'Host': '10.0.0.1', 'X-Forwarded-Host': 'example.com, 10.0.0.1'}, True),
@@ -5625,7 +5634,8 @@ def test_a_name_that_is_not_ours_is_misdirected(open_stack, trusted, asked):
     open_stack(TODOL_HOSTS='example.com, WWW.Example.com,[::1]', TODOL_TRUST_PROXY=trusted)
     client = WSGIClient()
     for headers, ours in asked:
-        for method, path, good in (('GET', '/', 200), ('POST', '/todos', 303), ('GET', todol.asset_path('todol.css'), 200)):
+        for method, path, good in (('GET', '/', 200), ('POST', '/todos', 303),
+                                   ('GET', todol.asset_path('todol.css'), 200)):
             answer = client.request(method, path, {'title': 'x'} if method == 'POST' else None, headers=headers)
             assert answer.status == (good if ours else 421) and 'content-security-policy' in answer.headers
         assert client.get('/up', headers=headers).status == 200, 'health checks ask by address'
@@ -5644,14 +5654,16 @@ def with_session(user=None):
 
 
 @pytest.mark.parametrize('accept', ['text/html', JSON, TURBO])
-def test_a_flood_is_told_to_wait_and_nobody_else_notices_until_all_of_its_address_are_too_many(minute, open_stack, accept):
+def test_a_flood_is_told_to_wait_and_nobody_else_notices_until_all_of_its_address_are_too_many(
+        minute, open_stack, accept):
     open_stack(TODOL_WRITES_PER_MINUTE=3)
     client, other = with_session(), with_session()
     good = {'text/html': 303, JSON: 201, TURBO: 200}[accept]
     assert write_todos(client, 40, accept=accept) == [good] * 3 + [429] * 37, 'more than all of its address may'
     answer = client.post('/todos', {'title': 'x'}, accept=accept)
     assert 50 <= int(answer.headers['retry-after']) <= 60 and 'More than 3 changes' in answer.text
-    assert [client.get('/').status for _ in range(40)] == [200] * 40 and len(client.todos()) == 3, 'reading is not counted'
+    assert [client.get('/').status for _ in range(40)] == [200] * 40, 'reading is not counted'
+    assert len(client.todos()) == 3
     assert write_todos(other, 3) == [303] * 3
     forged = {'Cookie': f'{todol.keys.cookie}={"x" * 22}.1.{"y" * 43}'}
     assert [write_todos(headers=forged)[0] for _ in range(12)] == [303] * 12
@@ -5666,8 +5678,10 @@ def test_the_clients_address_is_taken_from_the_header_that_is_named_and_from_no_
     for named, headers, address in [
             ('', {'HTTP_X_FORWARDED_FOR': '10.0.0.9', 'HTTP_FLY_CLIENT_IP': '10.0.0.9'}, '127.0.0.1'),
             ('Fly-Client-IP', {'HTTP_FLY_CLIENT_IP': '10.0.0.9', 'HTTP_X_FORWARDED_FOR': '10.0.0.8'}, '10.0.0.9'),
-            ('X-Forwarded-For', {'HTTP_X_FORWARDED_FOR': 'spoofed, 10.0.0.8 ,10.0.0.9 '}, '10.0.0.9'),   # proxies append
-            ('x-real-ip', {'HTTP_X_REAL_IP': '2001:db8::1'}, '2001:db8::1'), ('X-Real-IP', {'HTTP_X_REAL_IP': ' '}, '127.0.0.1')]:
+            # proxies append
+            ('X-Forwarded-For', {'HTTP_X_FORWARDED_FOR': 'spoofed, 10.0.0.8 ,10.0.0.9 '}, '10.0.0.9'),
+            ('x-real-ip', {'HTTP_X_REAL_IP': '2001:db8::1'}, '2001:db8::1'),
+            ('X-Real-IP', {'HTTP_X_REAL_IP': ' '}, '127.0.0.1')]:
         monkeypatch.setattr(todol.settings, 'client_ip_header', named)
         assert todol.client_address({'REMOTE_ADDR': '127.0.0.1', **headers}) == address
 
@@ -5717,7 +5731,8 @@ def add_asset():
     todol._digest.cache_clear(), todol._asset_bytes.cache_clear()
 
 
-ASSET_NAMES = ['a.css', 'ä b.txt', 'fonts/a/b.woff2', 'no-ending', '100%.txt', 'a?b#c&d.txt', '"<x>\'.svg', 'a+b;c=d', '.hidden']
+ASSET_NAMES = ['a.css', 'ä b.txt', 'fonts/a/b.woff2', 'no-ending', '100%.txt', 'a?b#c&d.txt', '"<x>\'.svg', 'a+b;c=d',
+               '.hidden']
 
 
 @pytest.mark.parametrize('source', ['ä' * 3000, bytes(range(256)) * 10, b''], ids=['text', 'bytes', 'nothing'])
@@ -6627,7 +6642,8 @@ REFUSED = [     # fields that can be understood in two ways, or not at all; the 
     ([b'Content-Length: 5', b'Content-Length: 5'], b'hello'), ([b'Content-Length: 5', b'content-length: 0'], b'hello'),
     ([b'Content-Length: 0', b'CONTENT-LENGTH: 5'], b'hello'), ([b'HOST: y', b'Host: x'], b''),
     *(([b'Content-Length: ' + length], b'hello') for length in (
-        b'+5', b'-0', b'-1', b'5_0', b'5;5', b'5, 5', b'5 5', b'5.0', b'0x5', b'', b'\xb2', b'\xa05', b'"5"', b'0' * 18 + b'5')),
+        b'+5', b'-0', b'-1', b'5_0', b'5;5', b'5, 5', b'5 5', b'5.0', b'0x5', b'', b'\xb2', b'\xa05', b'"5"',
+        b'0' * 18 + b'5')),
     *(([b'Transfer-Encoding: ' + coding], b'0\r\n\r\n') for coding in (
         b'gzip', b'gzip, chunked', b'chunked, gzip', b'chunked, chunked', b'identity', b'', b'chunked;q=1',
         b'"chunked"', b'xchunked', b'chunked\xa0', b'\x85chunked')),
@@ -6639,7 +6655,8 @@ REFUSED = [     # fields that can be understood in two ways, or not at all; the 
     ([b'Content-Length:', b' 0'], b''), ([b'Transfer-Encoding:', b'\tchunked'], b'0\r\n\r\n'),
     *(([b'X: a', line], b'') for line in (b' b', b' Content-Length: 5', b'\t', b' ')),
     *(([line], b'') for line in (
-        b'no colon', b': no name', b':', b'From x', b'From x: y', b'X(y): z', b'"X": y', b'X/Y: z', b'X\x80: y', b'X\0: y',
+        b'no colon', b': no name', b':', b'From x', b'From x: y', b'X(y): z', b'"X": y', b'X/Y: z', b'X\x80: y',
+        b'X\0: y',
         b'X\x7f: y', b'\x0bX: y', b'X: a\r', b'X: a\r\r', b'\rX: a', b'\r')),
     ([b'no-colon', b'Content-Length: 5'], b''), ([b'X: a\rContent-Length: 5'], b'hello'),
     *(([b'X: a%cb' % character], b'') for character in (*range(9), *range(11, 32), 127)),
@@ -6657,7 +6674,8 @@ def test_a_head_that_can_be_understood_in_two_ways_is_refused_and_nothing_behind
 def test_a_head_that_is_unusual_but_well_formed_is_understood(one_server, ending):
     for fields, body in [
             *(([field], b'hello') for field in (
-                b'Content-Length:5', b'Content-Length: \t 5 \t', b'content-LENGTH: 005', b'Content-Length: ' + b'5'.zfill(18))),
+                b'Content-Length:5', b'Content-Length: \t 5 \t', b'content-LENGTH: 005',
+                b'Content-Length: ' + b'5'.zfill(18))),
             ([b'Transfer-Encoding: CHUNKED\t'], b'5\r\nhello\r\n0\r\n\r\n'),
             *((fields, b'') for fields in (
                 [], [b'Content_Length: 50'], [b'Transfer_Encoding: gzip'], [b'Content_Length: 5', b'Content-Length: 0'],
@@ -6669,7 +6687,8 @@ def test_a_head_that_is_unusual_but_well_formed_is_understood(one_server, ending
 @pytest.mark.parametrize('head', [
     b'GET /up HTTP/1.1\r\n\r\n', b'GET /up HTTP/1.1\r\nHost:\r\n\r\n', b'GET http://x/up HTTP/1.1\r\n\r\n',
     b'GET /up\r\n\r\n', b'GET /up\r\nHost: x\r\n\r\n', b'GET /up HTTP/0.9\r\nHost: x\r\n\r\n',
-    b'GET /up HTTP/+1.1\r\nHost: x\r\n\r\n', b'GET /up HTTP/1.01\r\nHost: x\r\n\r\n', b'GET /up HTTP/9.9\r\nHost: x\r\n\r\n',
+    b'GET /up HTTP/+1.1\r\nHost: x\r\n\r\n', b'GET /up HTTP/1.01\r\nHost: x\r\n\r\n',
+    b'GET /up HTTP/9.9\r\nHost: x\r\n\r\n',
     b'HEAD /up HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello\r\n\r\n', b'\0\1\2\3\r\n\r\n',
     b'GET /up HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n',     # RFC 9112, 6.1
     b'\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03'], ids=repr)
@@ -6691,8 +6710,10 @@ def test_a_target_is_a_path_in_utf_8_or_a_whole_address(one_server):
             ([200, 200], (b'/up', b'/up?', b'/active?a=%ff&\xe4', b'http://x/up', b'HTTP://Y.example:80/up?a',
                           b'https://[::1]:8080/active', b'http://x', b'http://x/', b'http://x?a=b/c')),
             ([404, 200], (b'/%c3%a4', b'/\xc3\xa0', b'/%', b'/%zz', b'/%25ff', b'/up%00', b'//up', b'/http://x/up',
-                          b'http:///up', b'http:/up', b'ftp://x/up', b'http://x/nothing', b'http://x//up', b'*', b'x:443')),
-            ([400], (b'/%ff', b'/\xe4', b'/%c3', b'/%c3(', b'/up%80', b'/%ed%a0%80', b'/%c0%af', b'/a%ff?b', b'http://x/%ff',
+                          b'http:///up', b'http:/up', b'ftp://x/up', b'http://x/nothing', b'http://x//up', b'*',
+                          b'x:443')),
+            ([400], (b'/%ff', b'/\xe4', b'/%c3', b'/%c3(', b'/up%80', b'/%ed%a0%80', b'/%c0%af', b'/a%ff?b',
+                     b'http://x/%ff',
                      b'', b'/ up', b'/\x7f', b'/\x0b'))]:
         for target in targets:
             sent = b'GET ' + target + b' HTTP/1.1\r\nHost: x\r\n\r\n' + NEXT
@@ -6916,7 +6937,8 @@ def test_an_application_gets_the_fields_as_they_were_meant(echoes, fields, envir
 
 def test_who_asks_for_the_end_of_the_connection_gets_it(one_server):
     for fields in ([b'Connection: CLOSE'], [b'connection:close\t'], [b'Connection: close', b'Connection: keep-alive'],
-                   [b'Connection: keep-alive', b'Connection: close'], [b'Connection: te, close'], [b'Connection: close,te']):
+                   [b'Connection: keep-alive', b'Connection: close'], [b'Connection: te, close'],
+                   [b'Connection: close,te']):
         assert statuses(exchange(one_server, up(*fields))) == [200], fields
 
 
@@ -7058,9 +7080,11 @@ def test_a_connection_that_falls_silent_is_hung_up_on(serve):
         assert statuses(received) == answers, sent
 
     port = serve()
-    said = [(b'', []), (b'GET /up', []), (b'GET /up HTTP/1.1\r\nHost: x', [400]), (NEXT, [200]), (NEXT + NEXT[:-2], [200, 400]),
+    said = [(b'', []), (b'GET /up', []), (b'GET /up HTTP/1.1\r\nHost: x', [400]), (NEXT, [200]),
+            (NEXT + NEXT[:-2], [200, 400]),
             (POST + b'Content-Length: 50\r\n\r\ntitle=', [400]),
-            (POST + b'Transfer-Encoding: chunked\r\n\r\n5\r\nab', [400]), (up(b'Content-Length: 5')[:-len(NEXT)], [200]),
+            (POST + b'Transfer-Encoding: chunked\r\n\r\n5\r\nab', [400]),
+            (up(b'Content-Length: 5')[:-len(NEXT)], [200]),
             (up(b'Transfer-Encoding: chunked')[:-len(NEXT)], [200])]
     gevent.joinall([gevent.spawn(silence, *each) for each in said], raise_error=True)
 
