@@ -9084,7 +9084,7 @@ def text_of(selector):
     return lambda page: page.locator(selector).text_content()
 
 
-counter, connection = text_of('.todo-count'), text_of('#connection')
+counter, connection, announced = map(text_of, ('.todo-count', '#connection', '#announcer[role=status]'))
 
 
 def titles(page):
@@ -9179,12 +9179,13 @@ def hold(page, path='**/todos'):
 
 # The TodoMVC app spec
 
-def test_enter_makes_trimmed_todos_at_the_end_and_the_counter_knows_one_from_many(open_tab, visitor):
+def test_enter_makes_trimmed_todos_at_the_end_which_are_counted_and_announced(open_tab, visitor):
     page = open_tab()
     assert focused(page) == 'new-todo' and page.title() == 'todol' and page.locator('.empty').is_visible()
     assert not page.locator('.main').is_visible() and not page.locator('.footer').is_visible()
     add(page, '', '    ', '  one \t')
     becomes(page, counter, '1 item left')
+    becomes(page, announced, 'Added one. 1 item left')
     becomes(page, lambda page: page.title(), '1 left · todol')
     assert page.locator('.main').is_visible() and not page.locator('.empty').is_visible()
     add(page, 'two')
@@ -9192,6 +9193,9 @@ def test_enter_makes_trimmed_todos_at_the_end_and_the_counter_knows_one_from_man
     assert (focused(page), page.input_value('.new-todo')) == ('new-todo', '')
     assert page.locator('.todo-count strong').text_content() == '2'
     assert visitor.todos() == rows(page) == [('one', False), ('two', False)]
+    becomes(page, announced, 'Added two. 2 items left')
+    visitor.create('elsewhere')
+    becomes(page, announced, '3 items left')
 
 
 def test_boxes_the_box_of_all_and_the_button_to_clear_are_in_step_with_every_change(open_tab, visitor):
@@ -9498,6 +9502,19 @@ def test_an_answer_older_than_the_last_click_and_a_refresh_do_not_undo_what_is_o
     asked(1).continue_()
     becomes(page, unsent, '[]')
     assert rows(page) == [('one', False), ('two', False)] == visitor.todos() and not page.evaluate('window.flickered')
+
+
+def test_a_page_that_a_message_has_overtaken_is_asked_for_again(open_tab, visitor):
+    page = open_tab('one')
+    asked = hold(page, '**/active')
+    page.click('.filters >> text=Active')
+    answer = asked(0).fetch()
+    visitor.create('two')
+    becomes(page, titles, ['one', 'two'])
+    asked(0).fulfill(response=answer)
+    asked(1).continue_()
+    becomes(page, path_shown, '/active')
+    assert titles(page) == ['one', 'two']
 
 
 @pytest.mark.parametrize('path, selector, clicks', [
@@ -9820,7 +9837,7 @@ def test_without_script_todos_are_created_toggled_cleared_renamed_and_deleted_by
     assert (page.input_value('.new-todo'), page.locator('#new-todo-error').is_visible()) == ('x' * 501, True)
 
 
-# Keyboard, focus, announcements
+# Keyboard and focus
 
 def test_every_control_is_reached_by_tab_in_the_order_of_the_page_and_seen_when_focused(open_tab, visitor):
     elsewhere(visitor, visitor.create('one'), completed=True)
@@ -9878,14 +9895,6 @@ def test_the_focus_never_falls_to_the_body(open_tab, visitor):
     visitor.delete(f'/todos/{ids[2]}')
     page.locator('.empty').wait_for()
     becomes(page, focused, 'new-todo')
-
-
-def test_additions_and_counts_are_announced_politely(open_tab, visitor):
-    page, announced = open_tab(), text_of('#announcer[role=status]')
-    add(page, 'milk')
-    becomes(page, announced, 'Added milk. 1 item left')
-    visitor.create('elsewhere')
-    becomes(page, announced, '2 items left')
 
 
 def test_a_link_for_a_new_tab_is_left_to_the_browser_and_the_edit_page_works_with_script(open_tab, visitor):
@@ -9995,8 +10004,8 @@ def test_the_remove_button_waits_for_the_pointer_or_the_focus_and_a_title_does_n
     assert page.locator('.edit').evaluate(text_at) == pytest.approx(before, abs=0.6)
 
 
-def test_nothing_moves_for_those_who_asked_for_that(open_tab):
-    page = open_tab()
+def test_nothing_moves_for_those_who_asked_for_that_and_paper_has_nothing_to_press(open_tab):
+    page = open_tab(color_scheme='dark')
     show_three(page)
     durations = '''() => [...['flash', 'leaving'].map(name => {
         const row = document.querySelector('#todos > li');
@@ -10008,11 +10017,6 @@ def test_nothing_moves_for_those_who_asked_for_that(open_tab):
     assert page.evaluate(durations) == ['0.001s', '0.001s', '0s']
     remove(page, 'Call Jo')
     becomes(page, lambda page: page.locator('#todos > li').count(), 2)
-
-
-def test_paper_gets_the_list_with_boxes_and_nothing_to_press(open_tab):
-    page = open_tab(color_scheme='dark')
-    show_three(page)
     page.emulate_media(media='print')
     assert page.locator('.view label').first.is_visible() and page.locator('.toggle').first.is_visible()
     for selector in ('.new', '.filters', '.clear-completed', '.info', '.destroy', '.rename'):
@@ -10020,12 +10024,7 @@ def test_paper_gets_the_list_with_boxes_and_nothing_to_press(open_tab):
     assert page.evaluate('getComputedStyle(document.body).backgroundColor') in ('rgb(255, 255, 255)', '#fff')
 
 
-# The two scripts
-
-def test_the_page_has_two_scripts_and_the_generic_one_knows_of_no_todo(client):
-    live, app = (client.get(url).text for url in re.findall('src="([^"]+)"', client.get('/').text))
-    assert live == todol.LIVE_SCRIPT and not re.search('todo', live, re.IGNORECASE) and 'globalThis.live' in app
-
+# Beside another script
 
 def test_beside_the_real_turbo_both_do_their_part_and_nobody_else_is_asked(open_tab, visitor):
     page, other = open_tab(live=False, expected='inline style'), open_tab()     # of Turbo's progress bar: CSP blocks it
