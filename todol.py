@@ -1551,7 +1551,7 @@ INSERT_OUTBOX = 'INSERT INTO outbox (job) VALUES (?)'
 INSERT_JOB = '''
     INSERT INTO jobs (uid, name, arguments, queue, unique_key, order_key, run_at, enqueued_at,
                       due_at)
-    SELECT :uid, :name, :arguments, :queue, :unique_key, :order_key, :run_at, now_s(),
+    SELECT :uid, :name, :arguments, :queue, :unique_key, :order_key, :run_at, :enqueued_at,
            CASE WHEN :order_key IS NULL OR NOT EXISTS (
                     SELECT 1 FROM jobs WHERE order_key = :order_key AND failed_at IS NULL)
                 THEN :run_at END
@@ -1758,7 +1758,8 @@ class Jobs:
                'queue': known.queue if queue is None else _check_queue(queue),
                'unique_key': _check_key('unique_key', unique_key),
                'order_key': _check_key('order_key', order_key),
-               'run_at': now() + _check_seconds('delay_seconds', delay_seconds)}
+               'enqueued_at': now()}
+        row['run_at'] = row['enqueued_at'] + _check_seconds('delay_seconds', delay_seconds)
         if self._outbox.in_transaction:
             self._outbox.execute(INSERT_OUTBOX, (to_json(row),))
             self._outbox.after_commit(self._wake)
@@ -1853,6 +1854,8 @@ class Jobs:
 
     def _wake(self):
         """Have the dispatcher look: ours, or else every other process's."""
+        # The next look notices if the clock was ahead only for this moment.
+        self._clock_offset = max(self._clock_offset, now() - time.monotonic())
         self._bell.set()
         if not self._workers:
             processes.ring(b'j')
@@ -1945,12 +1948,15 @@ class Jobs:
         for id, text in rows:
             try:
                 row = json.loads(text)
-                row['uid'] = row['uid'] or f'outbox-{id}'       # of version 1
+                # Of version 1 it has no time of its own, and perhaps no id.
+                row = {'enqueued_at': now(), **row, 'uid': row['uid'] or f'outbox-{id}'}
                 arguments = json.loads(row['arguments'])
                 if not (math.isfinite(row['run_at']) and isinstance(arguments, dict)):
                     raise JobError('it has no time, or no arguments')
+                delay = row['run_at'] - row['enqueued_at']
+                row['run_at'] = min(row['run_at'], now() + delay)   # the clock may have been set
                 self._db.execute(INSERT_JOB, row)
-            except StorageError:
+            except (StorageError, OSError, MemoryError):        # not the row's
                 raise
             except Exception as error:
                 log.error('a row of the outbox is no job: %r', error)
@@ -2007,17 +2013,17 @@ class Jobs:
 
     def _tick_recurring(self):
         """Insert the recurring jobs that are due; gives the time of the next."""
-        times = []
+        times, at = [], now()
         for name, due_at in self._db.execute('SELECT name, due_at FROM recurring'):
             if name not in self._recurring:
                 continue
-            if due_at <= now():
+            if due_at <= at:
                 self._db.execute(INSERT_JOB, {
-                    'uid': _new_id(), 'name': name, 'arguments': '{}', 'run_at': now(),
+                    'uid': _new_id(), 'name': name, 'arguments': '{}',
                     'queue': self._tasks[name].queue, 'unique_key': f'every {name}',
-                    'order_key': f'every {name}'})
+                    'order_key': f'every {name}', 'enqueued_at': at, 'run_at': at})
                 after, _ = self._recurring[name]
-                due_at = after(now())
+                due_at = after(at)
                 self._db.execute('UPDATE recurring SET due_at = ? WHERE name = ?', (due_at, name))
             times.append(due_at)
         return min(times, default=None)
@@ -4942,6 +4948,11 @@ def _changed(user, ids, active=0, completed=0):
     return Totals(*totals)
 
 
+def todos_stream(user):
+    """The name of the stream that a user's tabs listen to."""
+    return private_stream(user, 'todos')
+
+
 @check
 def miscounted_lists():
     """Lists whose row of counts says something else than their todos."""
@@ -4952,6 +4963,7 @@ def miscounted_lists():
 # === Templates ===========================================================================
 # The element names, class names and texts are those of the TodoMVC app template, so that anyone's
 # tests and styles for it fit.
+
 PATHS = {'all': '/', 'active': '/active', 'completed': '/completed'}        # of the filters
 THEME_COLORS = ('#f9f6f1', '#181612')       # as --paper in the styles: light, dark
 
@@ -5167,11 +5179,6 @@ def render_totals(totals):
 # Rendered in the job, from the state at that moment: a message may come twice or stand for several
 # changes, and what a tab shows still ends up as the database has it. The acting tab gets the same
 # streams as its answer.
-
-def todos_stream(user):
-    """The name of the stream that a user's tabs listen to."""
-    return private_stream(user, 'todos')
-
 
 def render_changes(user, ids):
     """Turbo Streams that bring a tab in step with the todos of these ids; ids None: with
