@@ -27,7 +27,6 @@ import datetime
 import errno
 import fcntl
 import functools
-import gc
 import hashlib
 import hmac
 import inspect
@@ -4174,8 +4173,10 @@ def open_stack(environ=None, run_jobs=False):
         for service in (processes, *databases.values(), keys, cache, cable, heartbeat):
             service.open()
             opened.callback(_close_quietly, service)
-            if service is processes:
-                refuse_half_restored()      # under its lock: no restore runs now
+            if service is processes and os.path.exists(app_db.default_path + RESTORING):
+                # The lock of processes says that no restore runs now.
+                raise StorageError(f'a restore to {settings.data} did not come to its end; run it '
+                                   f'again, with --force')
         if run_jobs:
             jobs.open(settings.job_workers)
             opened.callback(_close_quietly, jobs)
@@ -4197,13 +4198,6 @@ def make_data_directory():
                            f'{error.strerror}') from None
 
 
-def refuse_half_restored():
-    """Raises StorageError where a restore did not come to its end."""
-    if os.path.exists(app_db.default_path + RESTORING):
-        raise StorageError(f'a restore to {settings.data} did not come to its end; run it again, '
-                           f'with --force')
-
-
 def _close_quietly(service):
     """Close it, and go on with the others whatever happens."""
     try:
@@ -4214,7 +4208,6 @@ def _close_quietly(service):
 
 def serve():
     """Run until SIGTERM or SIGINT. Gives the exit status."""
-    gc.freeze()         # what there is now stays, so no collection needs to look at it
     started_at = time.monotonic()
     stopping = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -4445,13 +4438,9 @@ def _unpack(path, kind, directory):
 BORDER = re.compile('^# === The app', re.MULTILINE)
 
 
-def command_serve():
-    return serve()
-
-
 def command_new(path):
     """Write a new app: this file down to the border, and SMALL_APP. Raises SettingError."""
-    folder, file = os.path.split(path)
+    file = os.path.basename(path)
     name = file.removesuffix('.py')
     if not re.fullmatch('[a-z][a-z0-9_]*', name) or file == name or keyword.iskeyword(name):
         raise SettingError(f'{file!r} can not be the name of an app: give one like chat.py, of '
@@ -4524,7 +4513,7 @@ def command_check():
 
 
 COMMANDS = {        # name: (function, its arguments, what it does)
-    'serve': (command_serve, '', 'serve the app (also without a command)'),
+    'serve': (serve, '', 'serve the app (also without a command)'),
     'new': (command_new, 'NAME.py', 'write a new app: this stack, and a small app to change'),
     'migrate': (command_migrate, '', 'create the database files, or bring them up to date'),
     'check': (command_check, '', 'check the files: whole, of this version, nothing stuck'),
@@ -4555,15 +4544,15 @@ def main(arguments=None):
         print(f'{APP} {__version__}')
         return 0
     function, synopsis, _ = COMMANDS.get(name, (None, '', ''))
-    flags = {flag: True for flag in given if f'[{flag}]' in synopsis}
-    values = [value for value in given if value not in flags]
-    if function is None or len(values) != len(re.findall(r'\b[A-Z]{4}', synopsis)):
+    options = {word.removeprefix('--'): True for word in given if f'[{word}]' in synopsis}
+    values = [word for word in given if f'[{word}]' not in synopsis]
+    if function is None or len(values) != len(re.findall('[A-Z]+', synopsis)):
         print(f'Error: there is no command {" ".join([name, *given])!r}\n\n{usage()}',
               file=sys.stderr)
         return 2
     try:
         start_logging(os.environ.get(f'{PREFIX}LOG', '').lower())
-        return function(*values, **{flag.removeprefix('--'): True for flag in flags})
+        return function(*values, **options)
     except AppError as error:
         print(f'Error: {error}', file=sys.stderr)
         return 1
@@ -4572,6 +4561,7 @@ def main(arguments=None):
 # What `new` writes below the border.
 SMALL_APP = r'''# === The app: a room where everybody who opens the page talks ============================
 
+app_settings(Setting('KEEP_DAYS', '7', 'messages go after so many days', whole_number(1, 3650)))
 app_db.migrations += [
     ('001 create messages', """
         CREATE TABLE messages (
@@ -4582,27 +4572,28 @@ app_db.migrations += [
             created_at  REAL NOT NULL
         )"""),
 ]
-app_settings(Setting('KEEP_DAYS', '7', 'messages go after so many days', whole_number(1, 3650)))
 
 ROOM = shared_stream('room')
-COLORS = 6
 
 
 @app.get('/')
 def show_room():
-    rows = app_db.execute('SELECT id FROM messages ORDER BY id DESC LIMIT 100')
+    rows = app_db.execute('SELECT id, name, text FROM messages ORDER BY id DESC LIMIT 100')
     return render('room', title=APP.capitalize(), source=stream_source(ROOM),
-                  said=cache.get('said', 0), key=secrets.token_urlsafe(9),
-                  messages=[render_message(id) for id, in reversed(rows)])
+                  messages=[render_message(*row) for row in reversed(rows)],
+                  said=cache.get('said', 0), name=cache.get(f'name of {current_user()}', ''),
+                  key=secrets.token_urlsafe(9))
 
 
 @app.post('/messages')
 def say():
-    key, name, text = (str(fields().get(name) or '').strip() for name in ('key', 'name', 'text'))
+    key, name, text = (str(fields().get(each) or '').strip() for each in ('key', 'name', 'text'))
     if not 0 < len(text) <= 500 or len(name) > 30 or len(key) > 50:
         raise InvalidField('A message has 1 to 500 characters, a name at most 30.')
+    cache.set(f'name of {current_user()}', name)
     if add_message(key or secrets.token_urlsafe(9), name or 'Somebody', text):
         cache.incr('said')
+        cable.broadcast(ROOM, lambda: turbo_stream('update', 'said', str(cache.get('said'))))
     return respond()
 
 
@@ -4613,20 +4604,15 @@ def add_message(key, name, text):
                           'VALUES (?, ?, ?, now_s()) ON CONFLICT DO NOTHING RETURNING id',
                           (key, name, text))
     for id, in rows:
-        tell.later(id=id)
+        jobs.enqueue(tell, {'id': id}, order_key='room')
     return bool(rows)
-
-
-def render_message(id):
-    (name, text), = app_db.execute('SELECT name, text FROM messages WHERE id = ?', (id,))
-    return render('message', id=id, name=name, text=text, color=zlib.crc32(name.encode()) % COLORS)
 
 
 @jobs.task(queue='urgent')
 def tell(id):
-    """Append a message to every open tab, and count."""
-    cable.broadcast(ROOM, lambda: turbo_stream('append', 'messages', render_message(id)) +
-                    turbo_stream('update', 'said', str(cache.get('said', 0))))
+    """Append a message to every open tab. Run twice, it shows once: its id is there already."""
+    for row in app_db.execute('SELECT id, name, text FROM messages WHERE id = ?', (id,)):
+        cable.broadcast(ROOM, turbo_stream('append', 'messages', render_message(*row)))
 
 
 @jobs.cron('0 4 * * *')
@@ -4637,6 +4623,13 @@ def forget():
         cable.broadcast(ROOM, REFRESH)
 
 
+def render_message(id, name, text):
+    return render('message', id=id, name=name, text=text)
+
+
+TEMPLATES['message'] = """\
+<li id="message_{{id}}"><b>{{name}}</b> <p dir="auto">{{text}}</p></li>
+"""
 TEMPLATES['room'] = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -4658,9 +4651,10 @@ TEMPLATES['room'] = """\
 </main>
 <footer><form action="/messages" method="post" id="say">
 <input type="hidden" name="key" value="{{key}}">
-<input type="text" name="name" placeholder="Your name" aria-label="Your name" maxlength="30">
-<input type="text" name="text" placeholder="Say something" aria-label="Message" required
- maxlength="500" autocomplete="off" autofocus>
+<input type="text" name="name" value="{{name}}" maxlength="30"
+ placeholder="Your name" aria-label="Your name">
+<input type="text" name="text" required maxlength="500" autocomplete="off" autofocus
+ placeholder="Say something" aria-label="Message">
 <button type="submit">Send</button>
 <p id="notice" role="alert" data-turbo-permanent></p>
 <p id="line" role="status" data-connection data-turbo-permanent hidden></p>
@@ -4668,53 +4662,46 @@ TEMPLATES['room'] = """\
 </body>
 </html>
 """
-TEMPLATES['message'] = """\
-<li id="message_{{id}}" class="color{{color}}">
-<span aria-hidden="true">{{name[0]}}</span> <b>{{name}}</b> <p dir="auto">{{text}}</p>
-</li>
-"""
-add_asset('room.css', """
+add_asset('room.css', """\
 :root {
   color-scheme: light dark;
-  --paper: light-dark(#faf8f5, #1a1816); --ink: light-dark(#2a2724, #e8e4df);
-  --field: light-dark(#fff, #262320); --soft: light-dark(#6b655e, #a39c94);
-  --line: light-dark(#8a837b, #7d766e); --accent: light-dark(#2c55b8, #9db8ff);
+  --paper: light-dark(#faf8f5, #1a1816);
+  --ink: light-dark(#2a2724, #e8e4df);
+  --soft: light-dark(#6b655e, #a39c94);
+  --shade: light-dark(#eee9e2, #2b2825);
+  --accent: light-dark(#2c55b8, #9db8ff);
 }
 * { box-sizing: border-box; margin: 0; }
-body { display: grid; grid-template-rows: auto 1fr auto; height: 100dvh; max-width: 40rem;
+body {
+  display: grid; grid-template-rows: auto 1fr auto; height: 100dvh; max-width: 40rem;
   margin: auto; padding: 0 1rem; background: var(--paper); color: var(--ink);
-  font: 1.0625rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
-header { display: flex; align-items: baseline; justify-content: space-between; padding: 1rem 0;
-  border-bottom: 1px solid light-dark(#e3ddd5, #3a3531); } h1 { font-weight: 300; }
-header p, li b, form p, ::placeholder { color: var(--soft); opacity: 1; }
-main { display: flex; flex-direction: column-reverse; overflow: auto; }  /* stays at the end */
-ul { padding: .5rem 0; list-style: none; margin-bottom: auto; }
+  font: 1.0625rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
+}
+header { display: flex; align-items: baseline; justify-content: space-between; padding: 1rem 0; }
+header p, li b, #line, ::placeholder { color: var(--soft); opacity: 1; }
+main { display: flex; flex-direction: column-reverse; overflow: auto; }   /* stays at the end */
+ul { margin-bottom: auto; padding: 0; list-style: none; }
 ul:not(:has(li))::before { content: 'Nobody has said anything yet.'; color: var(--soft); }
-li { display: grid; grid-template-columns: 2.5rem 1fr; gap: 0 .75rem; padding: .5rem 0; }
-li span { grid-row: span 2; width: 2.5rem; height: 2.5rem; border-radius: 50%; color: #fff;
-  background: oklch(48% .12 var(--hue)); font-weight: 600; line-height: 2.5rem;
-  text-align: center; }
-li b { font-size: .875rem; } li p { justify-self: start; }
+li { padding: .375rem 0; }
+li p { width: fit-content; padding: .4rem .9rem; border-radius: 1rem; background: var(--shade); }
 form { display: grid; grid-template-columns: 9rem 1fr auto; gap: .5rem; padding: 1rem 0; }
-input, button { min-width: 0; height: 2.75rem; padding: 0 .75rem; border-radius: .75rem;
-  border: 1px solid var(--line); background: var(--field); color: inherit; font: inherit; }
-button { border: 0; background: var(--accent); color: var(--paper); cursor: pointer; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-form p { grid-column: 1 / -1; } #notice { color: light-dark(#b3261e, #ff9d94); }
+form p { grid-column: 1 / -1; }
+input, button {
+  min-width: 0; height: 2.75rem; padding: 0 .875rem; border: 1px solid var(--soft);
+  border-radius: 1.375rem; background: none; color: inherit; font: inherit;
+}
+button { border: 0; background: var(--accent); color: var(--paper); }
+#notice { color: light-dark(#b3261e, #ff9d94); }
 [hidden], form p:empty, [data-state=live] { display: none; }
 @media (width < 30rem) {
-  form { grid-template-columns: 1fr auto; } [name=name] { grid-column: 1 / -1; }
+  form { grid-template-columns: 1fr auto; }
+  [name=name] { grid-column: 1 / -1; }
 }
-""" + ''.join(f'.color{n} {{ --hue: {n * 360 // COLORS + 20}; }}\n' for n in range(COLORS)),
-    'text/css; charset=UTF-8')
-add_asset('room.js', """
-// The name stays in the field, and in this browser.
+""", 'text/css; charset=UTF-8')
+add_asset('room.js', """\
+// A form that was sent is reset; the name stays in its field.
 const field = document.querySelector('[name=name]');
-field.defaultValue = localStorage.getItem('name') ?? '';
-field.addEventListener('change', () => {
-  field.defaultValue = field.value;
-  localStorage.setItem('name', field.value);
-});
+field.addEventListener('change', () => { field.defaultValue = field.value; });
 """, 'text/javascript; charset=UTF-8')
 
 
