@@ -10137,7 +10137,7 @@ def test_new_writes_one_file_as_everybody_else_would_and_says_how_to_run_it(tmp_
 @pytest.mark.parametrize('name, says', [
     *[(name, f'{name!r} can not be the name of an app: give one like chat.py') for name in (
         'chat', 'Chat.py', '1chat.py', 'größe.py', '', 'chat.py\n', 'class.py')],
-    ('json.py', 'would hide the module json'), ('geventwebsocket.py', 'would hide the module geventwebsocket'),
+    ('turtle.py', 'would hide the module turtle'), ('geventwebsocket.py', 'would hide the module geventwebsocket'),
     ('missing/chat.py', 'missing/chat.py can not be written: No such file or directory'),
     ('there.py', 'there.py can not be written: File exists'), ('link.py', 'link.py can not be written: File exists'),
 ])
@@ -10194,6 +10194,8 @@ def test_a_new_app_runs_beside_the_old_one_in_one_directory(tmp_path):
 def test_a_name_that_the_stack_uses_too_makes_the_same_app_and_the_same_grandchild(tmp_path, chat, name):
     path = new(PROGRAM, f'{name}.py', tmp_path)
     assert new(path, 'chat.py', tmp_path).read_text() == chat.read_text()
+    (tmp_path / 'again').mkdir()
+    assert new(chat, f'{name}.py', tmp_path / 'again').read_text() == path.read_text()
     assert app_part(path) == app_part(chat)
     status, out, errors = run_app(path, 'migrate')
     assert status == 0 and len(out.splitlines()) == 4, errors
