@@ -9898,6 +9898,96 @@ def test_beside_the_real_turbo_both_do_their_part_and_nobody_else_is_asked(open_
 
 # === New: an app made from the stack ==================================================================================
 
+POLL_APP = r'''# === The app: polls, each with a stream of its own =======================================
+
+POLLS = {'tea': ('Tea?', ['yes', 'no']), 'rain': ('Rain?', ['some', 'none'])}
+
+app_db.migrations += [('001 create votes', """
+    CREATE TABLE votes (poll TEXT NOT NULL, user TEXT NOT NULL, choice TEXT NOT NULL,
+                        PRIMARY KEY (poll, user))""")]
+
+
+@app.get('/<poll>')
+def show(poll):
+    if poll not in POLLS:
+        raise NotFound('There is no such poll.')
+    return render('poll', poll=poll, question=POLLS[poll][0], choices=render_choices(poll),
+                  source=stream_source(shared_stream('poll', poll)))
+
+
+@app.post('/<poll>/votes')
+def vote(poll):
+    choice = fields().get('choice')
+    if poll not in POLLS or choice not in POLLS[poll][1]:
+        raise InvalidField('That is not one of the choices.')
+    keep_vote(poll, current_user(), choice)
+    return respond(back=f'/{poll}')
+
+
+@app_db.transaction
+def keep_vote(poll, user, choice):
+    app_db.execute('INSERT INTO votes (poll, user, choice) VALUES (?, ?, ?) '
+                   'ON CONFLICT DO UPDATE SET choice = excluded.choice', (poll, user, choice))
+    tell.later(poll=poll)
+
+
+@jobs.task(queue='urgent')
+def tell(poll):
+    cable.broadcast(shared_stream('poll', poll), lambda: turbo_stream(
+        'update', 'choices', render_choices(poll), morph=True))
+
+
+def render_choices(poll):
+    votes = dict(app_db.execute('SELECT choice, count(*) FROM votes WHERE poll = ? GROUP BY choice',
+                                (poll,)))
+    return render('choices', choices=POLLS[poll][1], votes=votes)
+
+
+TEMPLATES['choices'] = """\
+% for choice in choices:
+<button name="choice" value="{{choice}}" id="{{choice}}">{{choice}}: {{votes.get(choice, 0)}}</button>
+% end
+"""
+TEMPLATES['poll'] = """\
+<!DOCTYPE html>
+<title>{{question}}</title>
+<link rel="icon" href="data:,">
+<script type="module" src="{{asset('live.js')}}"></script>
+{{!source}}
+<h1>{{question}}</h1>
+<form method="post" action="/{{poll}}/votes" id="choices">{{!choices}}</form>
+"""
+'''
+COUNTER_APP = r'''# === The app: a counter that everybody pushes ============================================
+
+COUNTER = shared_stream('counter')
+
+
+@app.get('/')
+def show():
+    return render('counter', source=stream_source(COUNTER), count=cache.get('count', 0))
+
+
+@app.post('/count')
+def push():
+    count = cache.incr('count')
+    cable.broadcast(COUNTER, lambda: turbo_stream('update', 'count', str(cache.get('count'))))
+    return respond(data={'count': count})
+
+
+TEMPLATES['counter'] = """\
+<!DOCTYPE html>
+<html lang="en">
+<head><title>Counter</title><link rel="icon" href="data:,">
+<script type="module" src="{{asset('live.js')}}"></script></head>
+<body>
+{{!source}}
+<p>Pushed <output id="count">{{count}}</output> times</p>
+<form method="post" action="/count"><button>Push</button></form>
+</body>
+</html>
+"""
+'''
 PLAIN_APP = r'''# === The app: nothing but bottle =========================================================
 from bottle import HTTPResponse, abort, redirect, request, response, static_file
 
@@ -10028,7 +10118,7 @@ TEMPLATES['page'] = """\
 """
 '''
 APP_END = "\n\nif __name__ == '__main__':\n    sys.exit(main())\n"
-APPS = {'plain': PLAIN_APP, 'pages': LIVE_APP}
+APPS = {'poll': POLL_APP, 'counter': COUNTER_APP, 'plain': PLAIN_APP, 'pages': LIVE_APP}
 CUT = 'Failed to load resource: net::ERR|WebSocket connection to'
 
 
@@ -10074,7 +10164,7 @@ def start_app(start_server, tmp_path, chat):
             path = new(PROGRAM, f'{name}.py', tmp_path)
             stack = todol.BORDER.split(path.read_text(encoding='utf-8'))[0]
             path.write_text(stack + APPS[name] + APP_END, encoding='utf-8')
-            assert not python_problems(path)
+            assert not python_problems(path) and len(APPS[name].splitlines()) <= (60 if name != 'pages' else 80)
         prefix = path.stem.upper()
         return start_server(program=path, **{f'{prefix}_ENV': 'test', f'{prefix}_DATA': tmp_path / 'db', **environment})
     return start
@@ -10378,6 +10468,45 @@ with chat.open_stack({'CHAT_ENV': 'test', 'CHAT_DATA': os.path.join(os.getcwd(),
 
 
 # Apps of others, pasted below the stack
+
+def test_the_voters_of_a_poll_see_its_votes_and_no_others(start_app, open_tab_of):
+    server = start_app('poll')
+    page, other, third = (open_tab_of(server, path) for path in ('/tea', '/tea', '/rain'))
+    page.click('text=yes')
+    for each in (page, other):
+        shows(each, 'button', ['yes: 1', 'no: 0'])
+    other.click('text=no')
+    page.click('text=no')                           # a vote may be changed
+    for each in (page, other):
+        shows(each, 'button', ['yes: 0', 'no: 2'])
+    assert page.evaluate('document.activeElement.textContent') == 'no: 2', 'the morph keeps the focus'
+    third.click('text=some')
+    shows(third, 'button', ['some: 1', 'none: 0'])
+    client = server.client()
+    assert client.post('/tea/votes', {'choice': 'yes'}).headers['location'] == '/tea'
+    for each in (page, other):
+        shows(each, 'button', ['yes: 1', 'no: 2'])
+    assert client.get('/milk').status == 404 and 'no such poll' in client.get('/milk').text
+    for path, form in (('/tea/votes', {'choice': 'some'}), ('/tea/votes', {}), ('/milk/votes', {'choice': 'yes'})):
+        assert client.post(path, form).status == 422
+
+
+def test_a_counter_in_the_cache_is_pushed_by_all_and_shown_to_all(start_app, open_tab_of):
+    server = start_app('counter')
+    page, other = (open_tab_of(server) for _ in range(2))
+    for each in (page, other, page):
+        each.click('button')
+    for each in (page, other):
+        shows(each, '#count', ['3'])
+    client = server.client()
+    assert client.post('/count', accept='application/json').json == {'count': 4}
+    assert client.post('/count').headers['location'] == '/'
+    for each in (page, other):
+        shows(each, '#count', ['5'])
+    server.stop()
+    server.start()
+    assert '<output id="count">5</output>' in server.client().get('/').text
+
 
 def upload_of(name, filename, content):
     head = f'--limit\r\nContent-Disposition: form-data; name="{name}"; filename="{filename}"\r\n\r\n'
