@@ -662,7 +662,7 @@ def test_a_missing_package_gives_a_sentence_with_the_command_that_installs_it(tm
     done = run(python=(sys.executable, *options), cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (1, '') and not list(tmp_path.glob('db'))
     assert done.stderr == (f'Error: the package {missing} is not installed for {sys.executable}\n'
-                           f'Try: {sys.executable} -m pip install bottle gevent gevent-websocket\n')
+                           f'Try: {sys.executable} -m pip install -U bottle gevent gevent-websocket\n')
 
 
 def test_an_importer_of_the_file_gets_the_import_error_itself(tmp_path):
@@ -1235,7 +1235,7 @@ def test_a_writer_that_fails_takes_no_neighbour_along_and_nobody_is_called_twice
     outcomes, calls = transact_at_once(database, dict(functions))
     assert type(outcomes.pop(place)) is error and outcomes == names
     assert kept(database) == sorted([*names, *before]) and sorted(calls) == sorted([*names, 'bad'])
-    assert seen.count('COMMIT') == bool(neighbours), 'they did not share a commit'
+    assert seen.count('COMMIT') == 1, 'they did not share a commit'
     assert todol.Database.current is None and database.transact(keep, database, 'next') == 'next'
 
 
@@ -1324,7 +1324,7 @@ def test_whatever_statement_fails_everybody_hears_the_truth_and_the_database_goe
     database._connection = faulty = FaultyConnection(real, statement, 1)
     outcomes, calls = transact_at_once(database, keeping(database, names))
     database._connection = real
-    assert faulty.times == (len(names) == 1 and statement.endswith('part')), 'it did not fail'
+    assert not faulty.times, 'it did not fail'
     assert kept(database) == [name for name in names if name in outcomes] and len(calls) == len(set(calls))
     assert all(given == name or isinstance(given, (sqlite3.OperationalError, todol.StorageError))
                for name, given in zip(names, outcomes))
@@ -1758,9 +1758,7 @@ def reads():
     cache, cable, jobs = todol.cache, todol.cable, todol.jobs
     return {
         'select': lambda: todol.cable_db.execute('SELECT 1 FROM messages'),
-        'lower case': lambda: todol.job_db.execute('select 1'),
-        'with': lambda: todol.job_db.execute('WITH a AS (SELECT 1) SELECT * FROM a'),
-        'pragma': lambda: todol.cache_db.execute('PRAGMA page_count'), 'cache.get': lambda: cache.get('a'),
+        'lower case': lambda: todol.job_db.execute('\n select 1'), 'cache.get': lambda: cache.get('a'),
         'cache.get of the front': lambda: cache.get('front'), 'cache.get_many': lambda: cache.get_many(['a', 'b']),
         'in cache': lambda: 'a' in cache, 'cache.stats': cache.stats, 'jobs.find': lambda: jobs.find('1'),
         'jobs.failed': jobs.failed, 'jobs.stats': jobs.stats, 'cable.since': lambda: cable.since('s', cable.position()),

@@ -77,7 +77,7 @@ except ImportError as missing:
     if __name__ != '__main__':
         raise
     sys.exit(f'Error: the package {missing.name or missing} is not installed for {sys.executable}'
-             f'\nTry: {sys.executable} -m pip install bottle gevent gevent-websocket')
+             f'\nTry: {sys.executable} -m pip install -U bottle gevent gevent-websocket')
 
 APP = 'todol'       # the name of the program: of its cookie, settings, logger, files and titles
 
@@ -144,16 +144,17 @@ def switch(text):
     return one_of('on', 'off', '1', '0')(text) in ('on', '1')
 
 
-def some_text(text):
-    """A parser of text that is not empty."""
-    if not text:
-        raise ValueError('not empty')
-    return text
-
-
 def words(text):
     """A parser of lower-case words between commas."""
     return [word.strip().lower() for word in text.split(',') if word.strip()]
+
+
+def absolute_path(text):
+    """A parser of a path."""
+    try:
+        return os.path.abspath(text)
+    except FileNotFoundError:       # the current directory is gone
+        return text
 
 
 def secret_text(text):
@@ -197,11 +198,10 @@ def load_settings(environ):
 app_settings(
     Setting('PORT', '8080', 'TCP port to listen on; 0 takes a free one',
             whole_number(0, 65535), prefixed=False),
-    Setting('HOST', '127.0.0.1', 'address to listen on; 0.0.0.0 for all', some_text,
-            prefixed=False),
+    Setting('HOST', '127.0.0.1', 'address to listen on; 0.0.0.0 for all', str, prefixed=False),
     Setting('ENV', 'development', 'development, test or production: names the files, sets '
             'what errors show', one_of('development', 'test', 'production')),
-    Setting('DATA', 'db', 'directory of the database files', os.path.abspath),
+    Setting('DATA', 'db', 'directory of the database files', absolute_path),
     Setting('SECRET', '', 'signs sessions and stream names; unset: made once and kept in the '
             'app database', secret_text, secret=True),
     Setting('SYNC', 'NORMAL', 'synchronous of the app database: NORMAL, or FULL to survive '
@@ -254,6 +254,7 @@ def _shown(value):
 BUSY_SECONDS = 5            # longer than any transaction here, shorter than a proxy's patience
 JOURNAL_LIMIT_BYTES = 16 * 1024 * 1024
 CHECKPOINT_PAGES = 4000     # 16 MB: SQLite's 1000 wait for the disk four times as often
+SQLITE_HEADER = b'SQLite format 3\0'
 DATABASE_SUFFIXES = ('', '-wal', '-shm', '-journal')    # of the names of the files it may have
 TOLERATED_TABLES = ('sqlite_', '_litestream_')          # that others keep in our files
 
@@ -267,9 +268,11 @@ STORAGE_ERRORS = {
     11: ('database disk image is malformed', 'is damaged; restore it from a backup'),
     13: ('database or disk is full', 'can not be written: the disk is full'),
     14: ('unable to open database file', 'can not be opened; check the directory and its owner'),
-    26: ('file is not a database', 'is damaged, or not an SQLite database'),
+    26: ('file is not a database', 'is damaged, or not an SQLite database; restore it '
+         'from a backup'),
 }
-BUSY, READ_ONLY, DAMAGED = (5, 6), 8, (11, 26)
+BUSY, DAMAGED = (5, 6), (11, 26)
+READS = re.compile(r'\s*(SELECT|PRAGMA)\b', re.IGNORECASE)
 
 databases = {}              # name -> Database: what open_stack() opens
 
@@ -317,9 +320,10 @@ class Database:
         self.copied = copied
         self.path = self.damage = None
         self._connection = self._hub = None     # each OS thread has its own hub
-        self._queue = []            # writes that wait for the next transaction
+        self._queue = collections.deque()       # writes that wait for the next transaction
         self._leading = None        # an Event while a greenlet is about to run the queue
-        self._after_commit = []     # functions to call after the transaction that is running
+        self._shares_commits = True
+        self._after_commit = None   # of the write that is running
         if declared:
             databases[name] = self
 
@@ -335,72 +339,66 @@ class Database:
         self.path = path or self.default_path
         try:
             self._open()
-        except DamagedError as error:
-            if not self.disposable:
+        except BaseException as error:
+            self.close()
+            if not (self.disposable and isinstance(error, DamagedError)):
                 raise
-            self._set_aside(error)
             self._open()
 
     def _open(self):
         try:
             pending = self.examine(self.path)
             make_private(self.path)
-            self._connect(urllib.parse.quote(os.fsencode(self.path)))
-            self._patiently('PRAGMA journal_mode = WAL')
-            litestream = settings.litestream and self.copied
-            for pragma in (f'synchronous = {settings.sync if self.name == "app" else "NORMAL"}',
-                           'foreign_keys = ON', f'journal_size_limit = {JOURNAL_LIMIT_BYTES}',
-                           'secure_delete = FAST',      # Debian's ON writes freed pages anew
-                           f'wal_autocheckpoint = {0 if litestream else CHECKPOINT_PAGES}'):
-                self._connection.execute(f'PRAGMA {pragma}')
-            if pending:
-                self.transact(self._migrate)
-        except sqlite3.Error as error:
-            self._disconnect()
-            self._raise(error)
         except OSError as error:
-            self._disconnect()
             raise StorageError(f'{error.filename or self.path} can not be used: '
                                f'{error.strerror}') from None
-        except AppError:
-            self._disconnect()
-            raise
+        self._connect('rw')
+        litestream = settings.litestream and self.copied
+        for pragma in ('journal_mode = WAL', 'foreign_keys = ON',
+                       f'synchronous = {settings.sync if self.name == "app" else "NORMAL"}',
+                       f'journal_size_limit = {JOURNAL_LIMIT_BYTES}',
+                       'secure_delete = FAST',      # Debian's ON writes freed pages anew
+                       f'wal_autocheckpoint = {0 if litestream else CHECKPOINT_PAGES}'):
+            self._patiently(f'PRAGMA {pragma}')
+        if pending:
+            self.transact(self._migrate)
+        # A deferred foreign key fails at the COMMIT, which would be that of neighbours too.
+        self._shares_commits = not self._patiently(
+            "SELECT 1 FROM sqlite_master WHERE sql LIKE '%INITIALLY%DEFERRED%'")
 
     def open_read_only(self, path=None):
-        """Open the file without the right to change it. Raises MigrationError, StorageError."""
+        """Open the file without the right to change it. Raises StorageError."""
         self.path = path or self.default_path
         if not os.path.exists(self.path):
             raise StorageError(f'{self.path} does not exist')
         try:
-            self._connect(urllib.parse.quote(os.fsencode(self.path)) + '?mode=ro')
+            self._connect('ro')
             self._patiently('SELECT count(*) FROM sqlite_master')
-        except sqlite3.Error as error:
+        except StorageError:
             self._disconnect()
-            self._raise(error)
+            raise
 
     def close(self):
-        """Close the file; the last process that does so folds the write-ahead log into it."""
+        """Close the file; the last process that does so folds the write-ahead log into it. One that
+        is damaged is renamed if it is disposable: the next start makes a new one."""
         self._disconnect()
         if self.damage and self.disposable:
-            self._set_aside(self.damage)
+            log.error('%s is set aside as %s.damaged, and made anew: %s', self.path, self.path,
+                      self.damage)
+            for suffix in DATABASE_SUFFIXES:
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(self.path + suffix, f'{self.path}.damaged{suffix}')
         self.damage = None
 
     def execute(self, statement, parameters=()):
         """The rows of one statement, as a list of tuples.
 
         parameters: a tuple for ?, or a dict for :name. Inside the transaction of another database
-        it may only read.
+        it may only SELECT, or ask a PRAGMA.
         """
         self._check()
-        current = Database.current
-        self._refuse_undone()
-        if current not in (None, self) and not statement.lstrip()[:6].upper() == 'SELECT':
-            return self._only_read(statement, parameters)
-        try:
-            return self._connection.execute(statement, parameters).fetchall()
-        except sqlite3.Error as error:
-            if current or result_code(error) not in BUSY:
-                self._raise(error)
+        if Database.current not in (None, self) and not READS.match(statement):
+            refuse_in_transaction(f'anything but a SELECT from the {self.name} database')
         return self._patiently(statement, parameters)
 
     def executemany(self, statement, rows):
@@ -409,11 +407,10 @@ class Database:
         if Database.current is not self:
             raise MisuseError(f'executemany() outside a transaction of the {self.name} database '
                               'would commit row by row')
-        self._refuse_undone()
         try:
             self._connection.executemany(statement, rows)
         except sqlite3.Error as error:
-            self._raise(error)
+            raise self._explained(error)
 
     def transaction(self, function):
         """A decorator: calls of the function go through transact()."""
@@ -435,7 +432,7 @@ class Database:
         """
         self._check()
         call = functools.partial(function, *arguments, **options)
-        if Database.current is self:
+        if self.in_transaction:
             return self._savepoint(call)
         refuse_in_transaction(f'a write to the {self.name} database')
         write = _Write(call)
@@ -446,10 +443,11 @@ class Database:
                     self._leading.wait()
                 else:
                     self._lead()
-        except BaseException:       # killed while it waited: nobody is left to hear the result
-            if write in self._queue:
+        finally:
+            if not write.done:          # killed while it waited: nobody would hear the result
                 self._queue.remove(write)
-            raise
+            elif write.error is None:
+                write.call_after(self.name)
         if write.error is not None:
             raise write.error
         return write.value
@@ -461,71 +459,63 @@ class Database:
 
     def after_commit(self, function):
         """Call the function when the running transaction is committed; once, however often it is
-        asked for, and not at all if the part that asked is undone."""
-        self._after_commit.append(function)
+        asked for, and not at all if the part that asked is undone. Without one: at once."""
+        if self.in_transaction:
+            self._after_commit.append(function)
+        else:
+            function()
 
     def _lead(self):
         """Run everybody who is in the queue one turn of the event loop later."""
         self._leading = ended = gevent.event.Event()
-        calls = ()
         try:
             gevent.sleep(0)         # others that are about to write join
-            try:
-                self._patiently('BEGIN IMMEDIATE')
-            except StorageError as error:
-                group, self._queue = self._queue, []
-                for write in group:
-                    write.finish(error)
-                return
-            group, self._queue = self._queue, []        # from here to the commit nothing switches
-            calls = self._run(group)
+            self._patiently('BEGIN IMMEDIATE')
+            self._run()             # from here to the commit nothing switches
+        except StorageError as error:
+            while self._queue:
+                self._queue.popleft().finish(error)
         finally:
             self._leading = None
             ended.set()             # who is left over, or whose leader was killed, leads on
-        for call in calls:
-            try:
-                call()
-            except Exception:
-                log.exception('a call after a commit failed database=%s', self.name)
 
-    def _run(self, group):
-        """Call the functions of a group in the transaction that is open, and commit it. Gives what
-        is to be called then."""
-        leader, tried, failure = gevent.getcurrent(), [], None
+    def _run(self):
+        """Call the functions of the queue in the transaction that is open, and commit it. Who is
+        still in the queue after a rollback by SQLite, as on a full disk, was not called."""
+        leader, called = gevent.getcurrent(), []
+        failure = StorageError(f'the transaction of the {self.name} database was rolled back; '
+                               f'nothing was changed')
         Database.current, leader.switch_out = self, _refuse_to_switch
         try:
-            for write in group:
-                tried.append(write)
-                write.run(self._savepoint if len(group) > 1 else None)
-                if not self._connection.in_transaction:     # as SQLite does when the disk is full
-                    failure = StorageError(f'the transaction of the {self.name} database was '
-                                           f'rolled back; nothing was changed')
+            while self._queue and self._connection.in_transaction:
+                called.append(write := self._queue.popleft())
+                self._after_commit = write.after
+                try:
+                    write.value = self._savepoint(write.call)
+                except BaseException as error:      # also SystemExit is that of its owner
+                    write.error = error
+                if not self._shares_commits:
                     break
-            if failure is None and any(write.error is None for write in tried):
+            if self._connection.in_transaction:
                 self._connection.execute('COMMIT')
+                failure = None
         except sqlite3.Error as error:
             failure = self._explained(error)
-        except BaseException as error:
-            failure = StorageError(f'the commit of the {self.name} database failed: {error!r}')
         finally:
             Database.current = None
             del leader.switch_out
             if self._connection.in_transaction:
                 self._connection.execute('ROLLBACK')
-            self._queue[:0] = group[len(tried):]            # these were not called yet
-            for write in tried:
+            for write in called:
                 write.finish(failure)
-        calls, self._after_commit = dict.fromkeys(self._after_commit), []
-        return calls if any(write.error is None for write in tried) else ()
 
     def _savepoint(self, call):
         """Call a function as a part of the transaction that can be undone alone."""
         asked = len(self._after_commit)
-        self._refuse_undone()
         self._connection.execute('SAVEPOINT part')
         try:
             value = call()
-            self._refuse_undone()
+            self._check()
             self._connection.execute('RELEASE part')
             return value
         except BaseException:
@@ -535,43 +525,20 @@ class Database:
                 self._connection.execute('RELEASE part')
             raise
 
-    def _refuse_undone(self):
-        # A function may catch the error of a full disk, and go on, outside of any transaction.
-        if Database.current is self and not self._connection.in_transaction:
-            raise StorageError(f'the transaction of the {self.name} database was rolled back')
-
-    def _only_read(self, statement, parameters):
-        """Run a statement inside the transaction of another database."""
-        self._connection.execute('PRAGMA query_only = ON')
-        try:
-            return self._connection.execute(statement, parameters).fetchall()
-        except sqlite3.Error as error:
-            if result_code(error) == READ_ONLY:
-                refuse_in_transaction(f'a write to the {self.name} database')
-            self._raise(error)
-        finally:
-            self._connection.execute('PRAGMA query_only = OFF')
-
     def _patiently(self, statement, parameters=()):
+        """Run a statement; outside a transaction, again while another process holds the lock."""
         deadline = time.monotonic() + BUSY_SECONDS
-        pause = 0.0005
         while True:
             try:
                 return self._connection.execute(statement, parameters).fetchall()
             except sqlite3.Error as error:
-                if result_code(error) not in BUSY or time.monotonic() > deadline:
-                    self._raise(error)
-            gevent.sleep(pause * random.uniform(0.5, 1.5))
-            pause = min(pause * 1.5, 0.01)
-
-    def _raise(self, error):
-        """Raise an error of sqlite3 as what it means here."""
-        explained = self._explained(error)
-        if explained is error:
-            raise error
-        raise explained from error
+                if (result_code(error) not in BUSY or Database.current
+                        or time.monotonic() > deadline):
+                    raise self._explained(error)
+            gevent.sleep(random.uniform(0.0005, 0.005))
 
     def _explained(self, error):
+        """What an error of sqlite3 means here; itself, if it is one of the program."""
         code = result_code(error)
         if code not in STORAGE_ERRORS:
             return error
@@ -587,11 +554,18 @@ class Database:
                               if self._connection is None else
                               'called from another thread; in_thread() runs what blocks, and its '
                               'caller uses the stack')
+        # A function may catch the error of a full disk, and go on, outside of any transaction.
+        if Database.current is self and not self._connection.in_transaction:
+            raise StorageError(f'the transaction of the {self.name} database was rolled back')
 
-    def _connect(self, address):
+    def _connect(self, mode):
+        address = f'file:{urllib.parse.quote(os.fsencode(self.path))}?mode={mode}'
+        try:
+            self._connection = sqlite3.connect(address, uri=True, timeout=0, isolation_level=None,
+                                               cached_statements=256)
+        except sqlite3.Error as error:
+            raise self._explained(error)
         self._hub = gevent.get_hub()
-        self._connection = sqlite3.connect('file:' + address, uri=True, timeout=0,
-                                           isolation_level=None, cached_statements=256)
         # Called deterministic, it is called once for each run of a statement.
         self._connection.create_function('now_s', 0, lambda: now(), deterministic=True)
 
@@ -601,37 +575,30 @@ class Database:
             connection, self._connection = self._connection, None
             connection.close()
 
-    def _set_aside(self, error):
-        """Rename a damaged file, so that the next start makes a new one."""
-        log.error('%s is set aside as %s.damaged, and made anew: %s', self.path, self.path, error)
-        self.damage = None
-        for suffix in DATABASE_SUFFIXES:
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(self.path + suffix, f'{self.path}.damaged{suffix}')
-
     def examine(self, path):
         """Look at a file without changing it, and give the migrations that it has not seen. Raises
-        MigrationError or StorageError if it is not one of ours."""
-        if not os.path.exists(path) or os.path.getsize(path) == 0:
+        MigrationError, StorageError or OSError if it is not one of ours."""
+        if not os.path.exists(path):
             return self.migrations
         with open(path, 'rb') as file:
-            if file.read(16) != b'SQLite format 3\0':
-                raise DamagedError(f'{path} is damaged, or not an SQLite database; restore it from '
-                                   f'a backup, or move it away')
+            if file.read(16) not in (b'', SQLITE_HEADER):   # SQLite takes a short one for empty
+                raise self._explained(sqlite3.DatabaseError(STORAGE_ERRORS[26][0]))
         try:
             self.open_read_only(path)
-            tables = [name for name, in self._patiently(
-                          "SELECT name FROM sqlite_master WHERE type = 'table'")
-                      if not name.startswith(TOLERATED_TABLES)]
-            if tables and ('name',) not in self._patiently(
-                    "SELECT name FROM pragma_table_info('schema_migrations')"):
-                raise MigrationError(f'{path} is a database of another program (it has a table '
-                                     f'{tables[0]!r}); move it away, or set {PREFIX}DATA')
-            return self._pending() if tables else self.migrations
+            return self._pending()
         finally:
             self._disconnect()
 
     def _pending(self):
+        tables = [name for name, in self._patiently(
+                      "SELECT name FROM sqlite_master WHERE type = 'table'")
+                  if not name.startswith(TOLERATED_TABLES)]
+        if not tables:
+            return self.migrations
+        if ('name',) not in self._patiently(
+                "SELECT name FROM pragma_table_info('schema_migrations')"):
+            raise MigrationError(f'{self.path} is a database of another program (it has a table '
+                                 f'{tables[0]!r}); move it away, or set {PREFIX}DATA')
         applied = {name for name, in self._patiently('SELECT name FROM schema_migrations')}
         unknown = applied - {name for name, _ in self.migrations}
         if unknown:
@@ -640,9 +607,9 @@ class Database:
         return [(name, statement) for name, statement in self.migrations if name not in applied]
 
     def _migrate(self):
+        pending = self._pending()           # looked at again: another process may have been faster
         self.execute('CREATE TABLE IF NOT EXISTS schema_migrations '
                      '(name TEXT PRIMARY KEY, applied_at REAL NOT NULL)')
-        pending = self._pending()           # looked at again: another process may have been faster
         for name, statement in pending:
             self.execute(statement)
             self.execute('INSERT INTO schema_migrations VALUES (?, now_s())', (name,))
@@ -656,17 +623,20 @@ class _Write:
         self.call = call
         self.value = self.error = None
         self.done = False
-
-    def run(self, around):
-        """Call the function, by around() if given. What it raises is its own."""
-        try:
-            self.value = around(self.call) if around else self.call()
-        except BaseException as error:
-            self.error = error
+        self.after = []             # functions to call after the commit
 
     def finish(self, failure):
         """failure: of the transaction; None if it was committed."""
-        self.error, self.done = self.error or failure, True
+        self.done = True
+        if self.error is None:
+            self.error = failure
+
+    def call_after(self, name):
+        for function in dict.fromkeys(self.after):
+            try:
+                function()
+            except Exception:
+                log.exception('a call after a commit failed database=%s', name)
 
 
 def result_code(error):
@@ -790,8 +760,6 @@ class Processes:
     def __init__(self):
         self.name = None            # of this process, for ever its own: also its name as a worker
         self._files = None          # an ExitStack that closes and removes what is open
-        self._has_locks = True      # whether the file system has
-        self._fifo = None           # the file descriptor of our bell; None: no named pipes here
         self._bells = {}            # name of another process -> file descriptor
         self._others = set()        # names of the other processes that have a file
         self._seen_at = None        # the directory's time when that was looked up
@@ -800,27 +768,22 @@ class Processes:
 
     def open(self):
         """Be there for the others. Raises StorageError while a backup is being restored."""
-        directory, files = settings.data, contextlib.ExitStack()
+        name, files = f'{os.getpid()}-{secrets.token_hex(4)}', contextlib.ExitStack()
+        self._directory, self._environment = settings.data, settings.env
         try:
-            if not lock_directory(directory, fcntl.LOCK_SH, files, BUSY_SECONDS):
+            if not lock_directory(settings.data, fcntl.LOCK_SH, files, BUSY_SECONDS):
                 files.close()
-                raise StorageError(f'{directory} is being restored')
+                raise StorageError(f'{settings.data} is being restored')
+            self._lock_file(self._path('process', name), files)
         except OSError as error:
-            self._has_locks = False
             log.warning('no locks in %s, a dead process is noticed by its leases alone: %s',
-                        directory, error)
-        self.name = f'{os.getpid()}-{secrets.token_hex(4)}'
-        self._directory, self._prefix, self._files = directory, settings.env, files
-        if self._has_locks:
-            try:
-                self._lock_file(self._path('process', self.name))
-            except OSError as error:
-                self.close()
-                raise StorageError(f'{directory} can not be used: {error.strerror}') from None
+                        settings.data, error)
         try:
-            self._open_bell(self._path('bell', self.name))
+            self._open_bell(self._path('bell', name), files)
         except OSError as error:
-            log.warning('no named pipes in %s, other processes are polled: %s', directory, error)
+            log.warning('no named pipes in %s, other processes are polled: %s', settings.data,
+                        error)
+        self.name, self._files = name, files
         self.ring()                 # the others learn that they are not alone
 
     def close(self):
@@ -850,12 +813,13 @@ class Processes:
         return POLL_SECONDS if self._others or not self._reachable else LONELY_POLL_SECONDS
 
     def is_alive(self, name):
-        """Whether a process holds the lock on its file; None: it has no file, so nobody knows."""
+        """Whether a process holds the lock on its file; None where nobody knows: it has no file,
+        or there are no locks."""
         if name == self.name:
             return True
         try:
             with open(self._path('process', name), 'rb') as file:
-                return not lock(file.fileno(), fcntl.LOCK_SH) if self._has_locks else None
+                return not lock(file.fileno(), fcntl.LOCK_SH)
         except OSError:
             return None
 
@@ -867,40 +831,32 @@ class Processes:
     def bury(self, names):
         for name in names:
             for kind in ('process', 'bell'):
-                with contextlib.suppress(OSError):
-                    os.unlink(self._path(kind, name))
+                remove(self._path(kind, name))
 
     def _path(self, kind, name):
-        return os.path.join(self._directory, f'{self._prefix}.{kind}.{name}')
+        return os.path.join(self._directory, f'{self._environment}.{kind}.{name}')
 
-    def _lock_file(self, path):
+    def _lock_file(self, path, files):
         # Made and locked under another name, so that nobody finds it unlocked.
         make_private(path + '.new')
         fd = os.open(path + '.new', os.O_RDWR)
-        self._files.callback(os.close, fd)
+        files.callback(os.close, fd)
         lock(fd, fcntl.LOCK_EX)
         os.rename(path + '.new', path)
-        self._files.callback(remove, path)
+        files.callback(remove, path)
 
-    def _open_bell(self, path):
-        os.mkfifo(path + '.new', 0o600)
-        self._files.callback(remove, path + '.new')
-        give_to_owner(path + '.new', path)
-        fd = os.open(path + '.new', os.O_RDWR | os.O_NONBLOCK)
-        self._files.callback(os.close, fd)
-        os.rename(path + '.new', path)
-        self._files.callback(remove, path)
+    def _open_bell(self, path, files):
+        os.mkfifo(path, 0o600)
+        files.callback(remove, path)
+        give_to_owner(path, path)
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+        files.callback(os.close, fd)
         watcher = gevent.get_hub().loop.io(fd, 1)
-        self._files.callback(watcher.close)
-        watcher.start(self._answer)
-        self._files.callback(watcher.stop)
-        self._fifo = fd
+        files.callback(watcher.close)
+        watcher.start(self._answer, fd)
 
-    def _answer(self):
-        try:
-            rung = os.read(self._fifo, 4096)
-        except OSError:
-            rung = b'*'
+    def _answer(self, fd):
+        rung = os.read(fd, 4096)
         self._seen_at = None
         for byte, events in self._events.items():
             if byte in rung or b'*' in rung or len(rung) == 4096:   # some may not have fitted
@@ -909,20 +865,21 @@ class Processes:
 
     def _look(self):
         """Look who is there, if the directory has changed since."""
-        if self._files is None:
+        if self.name is None:
             return
         try:
             changed_at = os.stat(self._directory).st_mtime_ns
             if changed_at == self._seen_at:
                 return
-            files = set(os.listdir(self._directory))
+            files = os.listdir(self._directory)
         except OSError:
             self._reachable = False
             return
         self._seen_at = changed_at
-        names = {kind: {file[len(f'{self._prefix}.{kind}.'):] for file in files
-                        if file.startswith(f'{self._prefix}.{kind}.') and not file.endswith('.new')}
-                 for kind in ('process', 'bell')}
+        names = {'process': set(), 'bell': set()}
+        for environment, kind, *rest in (file.split('.') for file in files if '.' in file):
+            if environment == self._environment and kind in names and len(rest) == 1:
+                names[kind].add(rest[0])
         self._reachable = self.name in names['bell']
         for name in set(self._bells) - names['bell']:
             os.close(self._bells.pop(name))
