@@ -1216,8 +1216,8 @@ def test_a_call_after_the_commit_comes_once_and_never_for_what_was_undone(databa
     neighbour, calls = open_database('app'), []
 
     def tell(name):
-        assert not database.in_transaction and name in kept(neighbour), 'it came before the commit'
         calls.append(name)
+        assert not database.in_transaction and name in kept(neighbour), 'it came before the commit'
 
     told = {name: functools.partial(tell, name) for name in 'abcdefg'}
 
@@ -1240,6 +1240,7 @@ def test_a_call_after_the_commit_comes_once_and_never_for_what_was_undone(databa
                          for each in (('a',), ('b', SystemExit()), ('c',))), lambda: database.transact(twice))
     assert type(alone) is ValueError and type(outcomes.pop(1)) is SystemExit and outcomes == ['a', 'c', 'd']
     assert calls == ['a', 'c', 'd', 'f'] and kept(database) == ['a', 'c', 'd', 'f'] and 'in a call' in logged.text
+    assert logged.text.count('a call after a commit failed') == 1
     assert database.transact(keep, database, 'h') == 'h' and len(calls) == 4, 'one outlived its transaction'
 
 
@@ -1249,7 +1250,7 @@ def test_a_call_after_the_commit_may_write_and_outside_a_transaction_it_comes_at
     assert kept(database) == ['at once', 'later']
 
 
-def test_a_call_after_the_commit_is_that_of_its_owner(database):
+def test_a_call_after_the_commit_is_that_of_its_owner_and_comes_though_that_is_killed(database):
     def write(name, call):
         database.after_commit(call)
         return keep(database, name)
@@ -1258,14 +1259,10 @@ def test_a_call_after_the_commit_is_that_of_its_owner(database):
         'a': lambda: write('a', int), 'b': lambda: write('b', sys.exit), 'c': lambda: write('c', int)})
     assert type(outcomes.pop(1)) is SystemExit and outcomes == ['a', 'c'] and kept(database) == list('abc')
     called = []
-    with locked(database):
-        leader, killed = (gevent.spawn(database.transact, write, name, functools.partial(called.append, name))
-                          for name in 'de')
-        gevent.sleep(0.05)
-    leader.link(lambda _: None)
-    leader.join(10)
-    killed.kill()
-    assert called == ['d', 'e'], 'what was committed is told, though its owner is killed'
+    waiting = [gevent.spawn(database.transact, lambda: (keep(database, 'd'), waiting[1].kill(block=False))),
+               gevent.spawn(database.transact, write, 'e', functools.partial(called.append, 'e'))]
+    gevent.joinall(waiting, timeout=10)
+    assert isinstance(waiting[1].value, gevent.GreenletExit) and called == ['e'] and kept(database) == list('abcde')
 
 
 # Faults
@@ -1923,16 +1920,22 @@ def test_a_ring_wakes_every_neighbour_that_wakes_at_its_byte_but_not_the_one_who
 
 def test_a_full_pipe_still_rings_for_everybody_and_never_blocks(join_processes):
     (first, _), (_, rung) = join_processes(), join_processes()
+    gevent.sleep(0.02)          # the newcomer rang
     for _ in range(100_000):
         first.ring(b'y')
     first.ring(b'x')
     assert rung.wait(10)
+    gevent.sleep(0.1)           # it has read all
+    rung.clear()
+    first.ring(b'x')
+    assert rung.wait(10), 'its bell was given up'
 
 
 def test_a_newcomer_wakes_everybody_so_that_nobody_takes_itself_for_alone(join_processes, tmp_path):
     first, rung = join_processes()
     assert first.patience() == todol.LONELY_POLL_SECONDS and not rung.is_set()
     newcomer, _ = join_processes()
+    first._seen_at = os.stat(tmp_path / 'data').st_mtime_ns     # it has looked in the same tick of the file system
     assert rung.wait(10) and first.patience() == newcomer.patience() == todol.POLL_SECONDS
     newcomer.close()
     assert first.patience() == todol.LONELY_POLL_SECONDS
