@@ -476,6 +476,7 @@ class Database:
             while self._queue:
                 self._queue.popleft().finish(error)
         finally:
+            self._roll_back()
             self._leading = None
             ended.set()             # who is left over, or whose leader was killed, leads on
 
@@ -483,8 +484,8 @@ class Database:
         """Call the functions of the queue in the transaction that is open, and commit it. Who is
         still in the queue after a rollback by SQLite, as on a full disk, was not called."""
         leader, called = gevent.getcurrent(), []
-        failure = StorageError(f'the transaction of the {self.name} database was rolled back; '
-                               f'nothing was changed')
+        failure = undone = StorageError(f'the transaction of the {self.name} database was rolled '
+                                        f'back; nothing was changed')
         Database.current, leader.switch_out = self, _refuse_to_switch
         try:
             while self._queue and self._connection.in_transaction:
@@ -497,17 +498,24 @@ class Database:
                 if not self._shares_commits:
                     break
             if self._connection.in_transaction:
-                self._connection.execute('COMMIT')
                 failure = None
+                self._connection.execute('COMMIT')
         except sqlite3.Error as error:
             failure = self._explained(error)
         finally:
             Database.current = None
             del leader.switch_out
-            if self._connection.in_transaction:
-                self._connection.execute('ROLLBACK')
+            if self._roll_back():
+                failure = failure or undone
             for write in called:
                 write.finish(failure)
+
+    def _roll_back(self):
+        """Undo a transaction that did not come to its end, and say whether there was one."""
+        is_open = self._connection is not None and self._connection.in_transaction
+        if is_open:
+            self._connection.execute('ROLLBACK')
+        return is_open
 
     def _savepoint(self, call):
         """Call a function as a part of the transaction that can be undone alone."""
