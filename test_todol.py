@@ -1545,7 +1545,8 @@ def test_a_file_that_met_no_damage_is_not_set_aside(open_database, tmp_path):
 
 
 def test_the_name_of_a_file_may_have_any_characters_and_tables_of_litestream_are_tolerated(open_database, tmp_path):
-    for name in ('with space', 'per%cent', 'question?mark', 'hash#sign', 'ümlaut', "quo'te", 'not\udce9utf-8', 'empty'):
+    for name in ('with space', 'per%cent', 'question?mark', 'hash#sign', 'ümlaut', "quo'te", 'not\udce9utf-8',
+                 'empty'):
         path = tmp_path / name
         if name == 'empty':
             path.touch()
@@ -1621,7 +1622,8 @@ def test_a_file_without_the_right_to_write_is_told_and_left_as_it_is(tmp_path):
     before = contents(file)
     for mode in (0o000, 0o400):
         file.chmod(mode)
-        said = assert_one_sentence(run('migrate', python=(*without_root(), sys.executable), cwd=tmp_path, TODOL_ENV='test'))
+        done = run('migrate', python=(*without_root(), sys.executable), cwd=tmp_path, TODOL_ENV='test')
+        said = assert_one_sentence(done)
         assert re.search(r'(test.sqlite3|the app database) can not be', said)
     file.chmod(0o600)
     assert contents(file) == before
@@ -1751,7 +1753,7 @@ def test_what_blocks_runs_in_a_thread_while_others_run():
         assert outcome(lambda: todol.in_thread(fail, error)) is error
 
 
-def test_the_clock_of_the_statements_can_be_put_in_and_executemany_is_refused_outside_a_transaction(database, monkeypatch):
+def test_the_clock_of_sql_can_be_put_in_and_executemany_is_refused_outside_a_transaction(database, monkeypatch):
     monkeypatch.setattr(todol, 'now', lambda: 12.5)
     assert database.execute('SELECT now_s()') == [(12.5,)]
     with pytest.raises(todol.MisuseError, match='outside a transaction'):
