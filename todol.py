@@ -524,14 +524,14 @@ class Database:
         try:
             value = call()
             self._check()
-            self._connection.execute('RELEASE part')
-            return value
         except BaseException:
             del self._after_commit[asked:]
             if self._connection.in_transaction:
                 self._connection.execute('ROLLBACK TO part')
                 self._connection.execute('RELEASE part')
             raise
+        self._connection.execute('RELEASE part')
+        return value
 
     def _patiently(self, statement, parameters=()):
         """Run a statement; outside a transaction, again while another process holds the lock."""
@@ -1954,7 +1954,14 @@ class Jobs:
             self._start_recurring()
 
     def _renew_leases(self):
+        """Go on with what is leased here; give back what nobody here knows of, since the claim
+        failed behind its commit."""
         self._db.execute(RENEW_LEASES, (LEASE_SECONDS, processes.name))
+        known = {claim.id for claims in self._running.values() for claim in claims}
+        known.update(claim.id for claim, *_ in self._settled)
+        leased = self._db.execute('SELECT id FROM jobs WHERE worker = ?', (processes.name,))
+        self._db.executemany('UPDATE jobs SET due_at = now_s(), worker = NULL WHERE id = ?',
+                             [(id,) for id, in leased if id not in known])
 
     def _free_leases(self):
         """Free what a dead process had leased at once; where nobody knows whether it is dead, when
