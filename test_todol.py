@@ -37,12 +37,14 @@ import struct
 import subprocess
 import symtable
 import sys
+import tarfile
 import threading
 import time
 import types
 import urllib.parse
 import wsgiref.util
 import wsgiref.validate
+import zipfile
 
 import gevent
 import gevent.pywsgi
@@ -4808,16 +4810,10 @@ def minute(monkeypatch):
     return lambda: ahead.append(ahead.pop() + 60)
 
 
-def environ_of(path='/', **changes):
-    """A WSGI environ without what the validator of WSGIClient wants, for what is stranger than it allows."""
-    environ = {'PATH_INFO': path, 'REMOTE_ADDR': '127.0.0.1', **changes}
+def raw(path='/', **changes):
+    """Status, headers as a list of pairs, and body of an answer, without what the validator of WSGIClient refuses."""
+    environ, started = {'PATH_INFO': path, 'REMOTE_ADDR': '127.0.0.1', **changes}, []
     wsgiref.util.setup_testing_defaults(environ)
-    return environ
-
-
-def raw(environ):
-    """Status, headers as a list of pairs, and body of an answer."""
-    started = []
     body = todol.application(environ, lambda status, headers, exc_info=None: started.append((status, headers)))
     return *started[0], b''.join(body)
 
@@ -4874,17 +4870,6 @@ def test_a_handler_may_return_what_bottle_takes_and_it_arrives_as_it_is(client, 
         assert client.request('HEAD', '/own').body == b''
 
 
-@pytest.mark.parametrize('number', [math.nan, math.inf])
-def test_a_number_that_json_does_not_have_is_refused_where_it_is_given(client, route, number):
-    route('/list', lambda: todol.as_json([number], 201))
-    route('/dict', lambda: {'a': number})
-    with pytest.raises(ValueError, match='JSON'):
-        todol.as_json([number])
-    for path in ('/list', '/dict'):
-        answer = client.get(path, accept=JSON)
-        assert answer.status == 500 and answer.json['error'].startswith('Something went wrong')
-
-
 ERROR_ANSWERS = {      # the call of the handler; status and text of the answer
     'abort': (lambda: todol.bottle.abort(404, 'There is no such poll.'), 404, 'There is no such poll.'),
     'abort with an unusual status': (lambda: todol.bottle.abort(418, 'short <and> stout'), 418, 'short <and> stout'),
@@ -4897,6 +4882,8 @@ ERROR_ANSWERS = {      # the call of the handler; status and text of the answer
     'storage': (lambda: raised(todol.StorageError('It is locked.')), 503, 'It is locked.'),
     'of the app': (lambda: raised(todol.NotFound('There is no such <poll>.')), 404, 'There is no such <poll>.'),
     'unexpected': (lambda: {}['<secret>'], 500, 'Something went wrong here. It is in the log.'),
+    'a number that JSON does not have': (lambda: {'a': math.nan}, 500, 'Something went wrong here. It is in the log.'),
+    'such a number in a list': (lambda: todol.as_json([math.inf]), 500, 'Something went wrong here. It is in the log.'),
     'of a generator': (lambda: ({}['<secret>'] for _ in 'a'), 500, 'Something went wrong here. It is in the log.'),
     'of a file': (lambda: todol.bottle.static_file('nothing', '/nowhere'), 404, 'File does not exist.')}
 
@@ -4962,19 +4949,17 @@ def test_an_app_may_have_pages_and_handlers_of_its_own_for_errors(client, route,
 
 
 def test_a_static_file_keeps_its_etag_its_time_and_its_ranges(client, route, tmp_path):
-    (tmp_path / 'page.html').write_text('<p>ä</p>' * 500)
-    (tmp_path / 'data.bin').write_bytes(bytes(range(256)) * 10)
-    route('/files/<name>', lambda name: todol.bottle.static_file(name, tmp_path))
-    for name, kind in (('page.html', HTML), ('data.bin', 'application/octet-stream')):
-        path, content = f'/files/{name}', (tmp_path / name).read_bytes()
-        answer = client.get(path, headers={'Accept-Encoding': 'gzip'})
-        assert (answer.status, answer.headers['content-type'], answer.body) == (200, kind, content)
-        assert answer.headers['content-length'] == str(len(content)) and answer.headers['cache-control'] == 'private'
-        for condition, kept in (('If-None-Match', 'etag'), ('If-Modified-Since', 'last-modified')):
-            same = client.get(path, headers={condition: answer.headers[kept]})
-            assert (same.status, same.body) == (304, b'')
-        part = client.get(path, headers={'Range': 'bytes=7-12', 'Accept-Encoding': 'gzip'})
-        assert (part.status, part.body) == (206, content[7:13])
+    content = '<p>ä</p>'.encode() * 500
+    (tmp_path / 'page.html').write_bytes(content)
+    route('/file', lambda: todol.bottle.static_file('page.html', tmp_path))
+    answer = client.get('/file', headers={'Accept-Encoding': 'gzip'})
+    assert (answer.status, answer.headers['content-type'], answer.body) == (200, HTML, content)
+    assert answer.headers['content-length'] == str(len(content)) and answer.headers['cache-control'] == 'private'
+    for condition, kept in (('If-None-Match', 'etag'), ('If-Modified-Since', 'last-modified')):
+        same = client.get('/file', headers={condition: answer.headers[kept]})
+        assert (same.status, same.body) == (304, b'')
+    part = client.get('/file', headers={'Range': 'bytes=7-12', 'Accept-Encoding': 'gzip'})
+    assert (part.status, part.body) == (206, content[7:13])
 
 
 # What a handler reads
@@ -5074,16 +5059,10 @@ CHUNKED = POST + b'Transfer-Encoding: chunked\r\n\r\n'
     (CHUNKED + b'5\r\n{"tit\r\n9;x=y\r\nle": "a"}\r\n0\r\n\r\n', 201),
     (CHUNKED + b'%x\r\n%s\r\n0\r\n\r\n' % (300_000, b'x' * 300_000), 413),
     (CHUNKED + b'1000\r\n%s\r\n' % (b'x' * 4096) * 80 + b'0\r\n\r\n', 413),
-    *((CHUNKED + body, 400) for body in (b'-1\r\n', b'5\r\n{"tit', b'f' * 17 + b'\r\n', b'2\r\n{}xx', b'')),
-    (POST + b'Content-Length: 50\r\n\r\n{"title": "x"}', 400)], ids=lambda value: repr(value)[-30:])
+    (POST + b'Content-Length: 99999999999\r\n\r\n' + b'x' * 1000, 413),      # is not waited for
+    (CHUNKED + b'5\r\n{"tit', 400), (CHUNKED, 400), (POST + b'Content-Length: 50\r\n\r\n{"title": "x"}', 400)], ids=lambda value: repr(value)[-30:])
 def test_a_body_is_read_whole_and_refused_where_it_is_broken_or_too_large(one_server, sent, status):
     assert statuses(exchange(one_server, sent)) == [status]
-
-
-def test_a_body_larger_than_allowed_is_not_waited_for(one_server):
-    with socket.create_connection(('127.0.0.1', one_server.port), timeout=20) as connection:
-        connection.sendall(POST + b'Content-Length: 99999999999\r\n\r\n' + b'x' * 1000)
-        assert statuses(connection.recv(65536)) == [413]
 
 
 # What the client wants
@@ -5105,15 +5084,9 @@ def test_what_is_wanted_is_what_has_the_most_weight(client, route):
     assert [(accept, client.get('/own', accept=accept).text) for accept, _ in WANTED] == WANTED
 
 
-@given(st.text() | st.text('/*,;=q01.5 ab'))
-def test_any_header_of_weights_is_read(header):
-    assert all(0 <= weight <= 1 and name for name, weight in todol.weights_of(header).items())
-
-
 GZIP_TAKEN = [('gzip', True), ('GZIP', True), ('br;q=1.0, gzip;q=0.8, *;q=0.1', True), ('*', True),
-              ('gzip;q=0.001', True),
-          ('identity;q=0, gzip', True), ('', False), ('br', False), ('gzip;q=0', False), ('gzip;q=0.000, *', False),
-          ('*;q=0', False), ('gzip; q=0', False), ('xgzip', False), ('gzip;q=nan', False)]
+              ('gzip;q=0.001', True), ('identity;q=0, gzip', True), ('', False), ('br', False), ('gzip;q=0', False),
+              ('gzip;q=0.000, *', False), ('*;q=0', False), ('gzip; q=0', False), ('xgzip', False), ('gzip;q=nan', False)]
 
 
 def test_an_answer_is_compressed_for_who_takes_gzip(client, route):
@@ -5125,7 +5098,7 @@ def test_an_answer_is_compressed_for_who_takes_gzip(client, route):
             answer = client.get(path, headers={'Accept-Encoding': accept})
             assert (answer.headers.get('content-encoding') == 'gzip') == packed, accept
             assert (gzip.decompress(answer.body) if packed else answer.body) == plain.body
-            _, headers, body = raw(environ_of(path, HTTP_ACCEPT_ENCODING=accept))
+            _, headers, body = raw(path, HTTP_ACCEPT_ENCODING=accept)
             assert [value for name, value in headers if name.lower() == 'content-length'] == [str(len(body))]
             assert not packed or len(answer.body) < len(plain.body) / 2
             # Or a cache that many share gives the one to who asked for the other.
@@ -5211,14 +5184,14 @@ def test_every_page_gives_a_session_and_nothing_else_does_unasked(client, route,
 
 # Headers
 
-REQUESTS = [('GET', '/', 200), ('HEAD', '/', 200), ('GET', '/up', 200), ('GET', todol.asset_path('todol.css'), 200),
-            ('GET', '/assets/1/none.css', 404), ('GET', '/nothing', 404), ('PUT', '/todos', 405),
-            ('GET', '/todos', 405),
-            ('OPTIONS', '/', 405), ('TRACE', '/', 405), ('POST', '/todos', 422), ('DELETE', '/todos/1', 404),
+REQUESTS = [('GET', '/', 200), ('GET', '/up', 200), ('GET', todol.asset_path('todol.css'), 200), ('GET', '/nothing', 404),
+            ('GET', '/assets/1/none.css', 404), ('GET', '/todos', 405), ('PUT', '/todos', 405), ('OPTIONS', '/', 405),
+            ('TRACE', '/', 405), ('POST', '/todos', 422), ('DELETE', '/todos/1', 404),
             ('DELETE', '/todos/completed', 303), ('GET', '/todos/1/edit', 404)]
 
 
-def test_every_answer_carries_the_security_headers(client):
+def test_every_answer_carries_the_security_headers_and_head_is_get_without_the_body(client):
+    client.get('/')
     for method, path, status in REQUESTS:
         answer = client.request(method, path)
         policy = dict(part.split(' ', 1) for part in answer.headers['content-security-policy'].split('; '))
@@ -5230,6 +5203,11 @@ def test_every_answer_carries_the_security_headers(client):
                                                   'cross-origin-resource-policy')] == ['same-origin'] * 3
         assert answer.headers['cache-control'] in ('no-store', 'public, max-age=31536000, immutable')
         assert 'server' not in answer.headers
+        if path == '/todos' and status == 405:
+            assert answer.headers['allow'].replace(' ', '') == 'PATCH,POST'
+        if method == 'GET':
+            head = client.request('HEAD', path)
+            assert (head.status, head.headers, head.body) == (status, answer.headers, b'')
 
 
 def test_an_answer_may_have_a_security_header_of_its_own_which_is_the_only_one(stack, route):
@@ -5238,14 +5216,14 @@ def test_an_answer_may_have_a_security_header_of_its_own_which_is_the_only_one(s
         route('/made', lambda: HTTPResponse('x', headers={name.lower(): 'mine'}))
         route('/error', lambda: HTTPError(418, 'x', **{name.replace('-', '_'): 'mine'}))
         for path in ('/set', '/made', '/error'):
-            _, headers, _ = raw(environ_of(path))
+            _, headers, _ = raw(path)
             assert [value for given_, value in headers if given_.lower() == name.lower()] == ['mine']
             assert len({given_.lower() for given_, _ in headers}) == len(headers) >= 10, 'and no other twice'
 
 
 def test_cookies_of_the_app_stand_beside_that_of_the_session(stack, route):
     route('/own', lambda: [todol.bottle.response.set_cookie(name, 'x', path='/') for name in 'ab'] and 'x')
-    set_ = [value for name, value in raw(environ_of('/own'))[1] if name == 'Set-Cookie']
+    set_ = [value for name, value in raw('/own')[1] if name == 'Set-Cookie']
     assert [re.split('[=_]', value)[0] for value in set_] == ['a', 'b', 'todol']
 
 
@@ -5258,20 +5236,11 @@ def test_an_answer_is_not_kept_unless_it_says_something_about_that_and_by_nobody
     assert client.get('/own').headers.get('cache-control') == control
 
 
-def test_a_wrong_method_is_told_which_there_are_and_head_is_get_without_the_body(client):
-    assert client.request('PUT', '/todos').headers['allow'].replace(' ', '') == 'PATCH,POST'
-    client.get('/')
-    for path in ('/', '/up', '/nothing', todol.asset_path('icon.svg')):
-        head, get = client.request('HEAD', path), client.get(path)
-        assert head.body == b'' and (head.status, head.headers) == (get.status, get.headers)
-
-
 # Who may ask
 
 HOSTILE = [{'Sec-Fetch-Site': 'cross-site'}, {'Sec-Fetch-Site': 'same-site'}, {'Sec-Fetch-Site': ''},
-           {'Origin': 'https://evil.test'}, {'Origin': 'null'}, {'Origin': 'http://todol.test:81'},
-           {'Origin': 'http://todol.test.evil.test'}, {'Origin': 'http://evil.test/http://todol.test'}, {'Origin': ''},
-           {'Origin': 'ftp://todol.test'}, {'Sec-Fetch-Site': 'cross-site', 'Origin': 'http://todol.test'},
+           {'Origin': 'https://evil.test'}, {'Origin': 'null'}, {'Origin': ''},
+           {'Origin': 'http://todol.test.evil.test'}, {'Origin': 'http://evil.test/http://todol.test'}, {'Sec-Fetch-Site': 'cross-site', 'Origin': 'http://todol.test'},
            {'Origin': 'https://evil.test', 'X-Forwarded-Host': 'evil.test'}]
 
 def test_a_change_that_another_sites_page_asks_for_is_refused_and_one_of_ours_is_made(listed):
@@ -5291,7 +5260,8 @@ def test_a_change_that_another_sites_page_asks_for_is_refused_and_one_of_ours_is
 @pytest.mark.parametrize(('host', 'good', 'bad'), [
     ('a.test', 'http://a.test https://a.test https://a.test:443 http://a.test:80 http://A.tesT',
      'http://b.test http://a.test:8080 http://a.test:443 https://a.test/ https://x@a.test a.test'),
-    ('A.Test:443', 'https://a.test HTTPS://A.test', 'http://a.test'), ('a.test:80', 'http://a.test', 'https://a.test'),
+    ('A.Test:443', 'https://a.test HTTPS://A.test', 'http://a.test ftp://a.test'),
+    ('a.test:80', 'http://a.test', 'https://a.test'),
     ('a.test:8080', 'http://a.test:8080', 'http://a.test'), ('a.test:8443', '', 'https://a.test:443'),
     ('[::1]:8080', 'http://[::1]:8080', 'http://[::1]'), ('[::1]:443', 'https://[::1]:443', 'https://[::2]'),
     ('', '', 'http://')])
@@ -5302,34 +5272,26 @@ def test_letter_case_and_default_ports_do_not_make_another_origin(stack, host, g
 
 
 @pytest.mark.parametrize(('trusted', 'asked'), [
-    ('on', [('public.test', 'https://public.test', 303), ('public.test', 'https://todol.test', 403),
-            ('public.test,inner.test', 'https://inner.test', 403),
-            ('Public.test:443 , x', 'https://public.test', 303)]),
-    ('off', [('public.test', 'https://public.test', 403), ('public.test', 'https://todol.test', 303)])])
-def test_behind_a_trusted_proxy_the_first_forwarded_host_is_the_one_asked_for(open_stack, trusted, asked):
-    open_stack(TODOL_TRUST_PROXY=trusted)
-    for forwarded, origin, status in asked:
-        headers = {'X-Forwarded-Host': forwarded, 'Origin': origin}
-        assert WSGIClient().post('/todos', {'title': 'x'}, headers=headers).status == status
-
-
-@pytest.mark.parametrize(('trusted', 'asked'), [
-    ('off', [({'Host': host}, True) for host in ('example.com', 'EXAMPLE.com:8080', 'www.example.com', '[::1]:8080',
-                                                 '[::1]')]
-     + [({'Host': host}, False) for host in ('evil.test', 'example.com.evil.test', 'xexample.com', '')]
-     + [({'Host': 'evil.test', 'X-Forwarded-Host': 'example.com'}, False)]),
-    ('on', [({'Host': '10.0.0.1', 'X-Forwarded-Host': 'example.com, 10.0.0.1'}, True),
-            ({'Host': 'example.com', 'X-Forwarded-Host': 'evil.test, example.com'}, False)])])
-def test_a_name_that_is_not_ours_is_misdirected(open_stack, trusted, asked):
+    ('off', [*(({'Host': host}, 200, 303) for host in ('example.com', 'EXAMPLE.com:8080', 'www.example.com',
+                                                       '[::1]:8080', '[::1]')),
+             *(({'Host': host}, 421, 421) for host in ('evil.test', 'example.com.evil.test', 'xexample.com', '')),
+             ({'Host': 'evil.test', 'X-Forwarded-Host': 'example.com'}, 421, 421),
+             ({'Host': '[::1]', 'X-Forwarded-Host': 'example.com', 'Origin': 'https://example.com'}, 200, 403)]),
+    ('on', [({'Host': '10.0.0.1', 'X-Forwarded-Host': 'example.com, 10.0.0.1'}, 200, 303),
+            ({'Host': 'example.com', 'X-Forwarded-Host': 'evil.test, example.com'}, 421, 421),
+            ({'Host': 'x', 'X-Forwarded-Host': 'Example.com:443 , x', 'Origin': 'https://example.com'}, 200, 303),
+            *(({'Host': 'www.example.com', 'X-Forwarded-Host': 'example.com,[::1]', 'Origin': f'https://{host}'},
+               200, 403) for host in ('www.example.com', '[::1]'))])])
+def test_a_name_that_is_not_ours_is_misdirected_and_a_proxys_first_word_counts_if_it_is_trusted(
+        open_stack, trusted, asked):
     open_stack(TODOL_HOSTS='example.com, WWW.Example.com,[::1]', TODOL_TRUST_PROXY=trusted)
     client = WSGIClient()
-    for headers, ours in asked:
-        for method, path, good in (('GET', '/', 200), ('POST', '/todos', 303),
-                                   ('GET', todol.asset_path('todol.css'), 200)):
+    for headers, got, written in asked:
+        for method, path, status in (('GET', '/', got), ('GET', todol.asset_path('todol.css'), got),
+                                     ('POST', '/todos', written), ('GET', '/up', 200)):     # health checks ask by address
             answer = client.request(method, path, {'title': 'x'} if method == 'POST' else None, headers=headers)
-            assert answer.status == (good if ours else 421) and 'content-security-policy' in answer.headers
-        assert client.get('/up', headers=headers).status == 200, 'health checks ask by address'
-    assert todol.app_db.execute('SELECT count(*) FROM todos') == [(sum(ours for _, ours in asked),)]
+            assert answer.status == status and 'content-security-policy' in answer.headers, headers
+    assert todol.app_db.execute('SELECT count(*) FROM todos') == [(sum(each[2] == 303 for each in asked),)]
 
 
 def write_todos(client=None, count=1, **options):
@@ -5408,16 +5370,9 @@ def test_templates_find_each_other_by_name(templates):
 # Assets, health, and the rest
 
 @pytest.fixture
-def add_asset():
-    added = []
-
-    def add(name, *arguments):
-        added.append(name)
-        todol.add_asset(name, *arguments)
-
-    yield add
-    for name in added:
-        todol._assets.pop(name)
+def add_asset(monkeypatch):
+    monkeypatch.setattr(todol, '_assets', dict(todol._assets))
+    yield todol.add_asset
     todol._digest.cache_clear(), todol._asset_bytes.cache_clear()
 
 
@@ -5460,11 +5415,6 @@ def test_health_is_200_until_a_loop_fails_or_a_database_does_not_answer(client, 
     assert (client.get('/up').status, client.get('/up').text) == (503, 'failing: cache database\n')
 
 
-@given(st.text(max_size=30), st.sampled_from(['', '?a=%FF', '?' + 'x' * 5000]))
-def test_no_path_breaks_the_routes(stack, path, query):
-    assert WSGIClient().get('/' + urllib.parse.quote(path, safe='/%') + query).status in (200, 400, 404, 405)
-
-
 # === WebSocket: Action Cable at /cable ================================================================================
 
 RAILS = 'actioncable-v1-json, actioncable-unsupported'
@@ -5472,20 +5422,6 @@ ANYCABLE = 'actioncable-v1-json'
 EXTENDED = 'actioncable-v1-ext-json'
 LIVE = f'{EXTENDED}, actioncable-unsupported'           # what the live script offers
 BOTH = pytest.mark.parametrize('protocols', [RAILS, EXTENDED])
-
-
-def cable_script(tmp_path, line):
-    """A program that does a line with todol imported, and then what todol.py does; for start_server(program=)."""
-    path = tmp_path / 'script.py'
-    path.write_text(f'import sys; sys.path.insert(0, {str(HERE)!r})\nimport todol\n{line}\nsys.exit(todol.main())\n')
-    return path
-
-
-def session_client(server):
-    """A client with a session."""
-    client = server.client()
-    client.get('/')
-    return client
 
 
 def client_of_same_user(server, client):
@@ -5498,7 +5434,7 @@ def client_of_same_user(server, client):
 @pytest.fixture
 def somebody(one_server):
     """A client of one_server with a session of its own."""
-    return session_client(one_server)
+    return new_visitor(one_server)
 
 
 @pytest.fixture
@@ -5593,11 +5529,6 @@ def log_of(server, stream):
     return [(id, json.loads(payload)) for id, payload in rows]
 
 
-def client_frame(payload=b'', opcode=1, final=True):
-    """The bytes of a frame as a client sends it, masked with zeros."""
-    return bytes(todol.Header.encode_header(final, opcode, bytes(4), len(payload), 0)) + payload
-
-
 # --- the upgrade ---
 
 @pytest.mark.parametrize('status, options', [
@@ -5654,34 +5585,24 @@ def test_a_socket_without_a_good_session_is_told_so_and_closed(one_server, conne
 
 def test_a_user_has_only_so_many_sockets_however_fast_they_come_and_only_at_a_name_of_ours(start_server, connect):
     server = start_server(TODOL_MAX_SOCKETS=3, TODOL_HOSTS='127.0.0.1')
-    mine, other = session_client(server), session_client(server)
-    (name, value), = mine.cookies.items()
-    with contextlib.ExitStack() as close:
-        tabs = []
-        threads = [threading.Thread(target=lambda: tabs.append(close.enter_context(contextlib.closing(
-            CableClient(server.port, f'{name}={value}'))))) for _ in range(12)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join()
-        assert sorted(tab.status for tab in tabs) == [101] * 3 + [429] * 9
-        assert connect(server, other).status == 101
-        assert connect(server, other, headers={'Host': 'other.example'}).status == 421
+    mine, other = new_visitor(server), new_visitor(server)
+    tabs = gevent.get_hub().threadpool.map(lambda _: connect(server, mine), range(10))
+    assert sorted(tab.status for tab in tabs) == [101] * 3 + [429] * 7
+    assert connect(server, other).status == 101
+    assert connect(server, other, headers={'Host': 'other.example'}).status == 421
+    for tab in tabs:
+        tab.close()
     eventually(lambda: connect(server, mine).status == 101, what='room for a new socket')
 
 
 # --- actioncable-v1-json ---
 
 def test_commands_that_arrive_before_the_welcome_are_done_after_it(one_server, somebody):
-    (name, value), = somebody.cookies.items()
     head = ('GET /cable HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n'
             'Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n'
-            f'Cookie: {name}={value}\r\n\r\n').encode()
-    with socket.create_connection(('127.0.0.1', one_server.port), timeout=10) as raw:
-        raw.sendall(head + client_frame(b'{"command":"subscribe","identifier":"early"}'))
-        received = b''
-        while b'reject_subscription' not in received:
-            received += raw.recv(4096) or pytest.fail(f'closed after {received}')
+            f'Cookie: {somebody.cookie_header}\r\n\r\n').encode()
+    commands = frame_of(b'{"command":"subscribe","identifier":"early"}') + frame_of(opcode=8)
+    received = exchange(one_server, head + commands, finish=False)
     assert received.index(b'"welcome"') < received.index(b'"early"')
 
 
@@ -5710,7 +5631,7 @@ def test_commands_are_done_in_their_order_and_an_unsubscribe_is_not_answered(gre
     tab, witness = greeted(ANYCABLE), subscribed()
     identifier = stream_identifier(somebody, since=False)
     commands = ['subscribe', 'unsubscribe'] * 20
-    tab.socket.sendall(b''.join(client_frame(json.dumps({'command': command, 'identifier': identifier}).encode())
+    tab.socket.sendall(b''.join(frame_of(json.dumps({'command': command, 'identifier': identifier}).encode())
                                 for command in [*commands, 'subscribe']))
     assert until_answered(tab) == [confirmed(identifier)] * 21
     somebody.create('Milk')
@@ -5752,7 +5673,7 @@ def test_what_is_malformed_or_unknown_is_ignored_and_the_socket_stays(subscribed
 
 @BOTH
 def test_nobody_subscribes_to_what_was_not_signed_for_them(one_server, greeted, somebody, protocols):
-    other, tab = session_client(one_server), greeted(protocols)
+    other, tab = new_visitor(one_server), greeted(protocols)
     good = json.loads(stream_identifier(somebody))
     name, foreign = good['signed_stream_name'], json.loads(stream_identifier(other))['signed_stream_name']
     shared, signature = base64.b64encode(b'"shared:poll"').decode(), name.rpartition('--')[2]
@@ -5825,42 +5746,31 @@ def test_a_subscribe_with_history_is_confirmed_then_replayed_then_live_with_posi
     assert messages_of(tab, 1) == ['live'] and until_answered(tab) == []
 
 
-@pytest.fixture
-def answer_to_history(subscribed, somebody, publish):
-    """answer_to_history(history) gives the messages, and the type of the answer, that a history command brings; the
-    subscription must be live then."""
-    def ask(history):
+LOST = [None, {}, [], {'since': None}, {'since': 'x'}, {'since': 0}, {'since': 10**400}, {'streams': 'x'},
+        *({'streams': {'STREAM': position}} for position in (
+            7, {}, {'epoch': '00000000', 'offset': 1}, {'epoch': 'EPOCH', 'offset': None},
+            {'epoch': 'EPOCH', 'offset': -1}, {'epoch': 'EPOCH', 'offset': 10**6}))]
+
+
+def test_history_is_told_by_position_or_else_by_time_or_rejected_and_then_all_is_live(subscribed, somebody, publish):
+    now, stream = int(time.time()), todos_of(somebody)
+    ids = publish(0, 1, 2)
+    lost = [json.loads(json.dumps(each).replace('STREAM', stream).replace('EPOCH', todol.cable.epoch)) for each in LOST]
+    asked = [(history_of(ids[0], somebody), [1, 2]), (history_of(ids[2], somebody), []),
+             (history_of(ids[1], somebody, since=now + 60), [2]), ({'since': str(now - 1), 'streams': None}, [0, 1, 2]),
+             ({'since': now + 60, 'streams': {}}, []),
+             ({'since': now - 1, 'streams': {'other': {'epoch': 'x', 'offset': 1}}}, [0, 1, 2]),
+             *((history, None) for history in lost)]
+    for history, expected in asked:
         tab = subscribed(EXTENDED)
         tab.command('history', tab.identifier, history=history)
         *messages, answer = until_answered(tab)
-        assert set(answer) == {'identifier', 'type'} and answer['identifier'] == tab.identifier
+        assert answer == confirmed(tab.identifier, 'reject_history' if expected is None else 'confirm_history'), history
+        assert [message['message'] for message in messages] == (expected or []), history
         id, = publish('live')
-        assert tab.receive()['message'] == 'live'
+        assert messages_of(tab, 1) == ['live']
         todol.cable_db.execute('DELETE FROM messages WHERE id = ?', (id,))
-        return [message['message'] for message in messages], answer['type']
-    return ask
-
-
-def test_history_is_told_by_position_or_by_time_and_position_wins(somebody, publish, answer_to_history):
-    now = time.time()
-    ids = publish(0, 1, 2)
-    for history, messages in [(history_of(ids[0], somebody), [1, 2]), (history_of(ids[2], somebody), []),
-                              (history_of(ids[1], somebody, since=now + 60), [2]),
-                              ({'since': str(int(now) - 1), 'streams': None}, [0, 1, 2]),
-                              ({'since': now + 60, 'streams': {}}, []),
-                              ({'since': int(now) - 1, 'streams': {'other': {'epoch': 'x', 'offset': 1}}}, [0, 1, 2])]:
-        assert answer_to_history(history) == (messages, 'confirm_history'), history
-
-
-@pytest.mark.parametrize('history', [
-    None, {}, [], {'since': None}, {'since': 'x'}, {'since': 0}, {'since': 10**400}, {'streams': 'x'},
-    {'streams': {'STREAM': 7}}, {'streams': {'STREAM': {}}}, {'streams': {'STREAM': {'epoch': '00000000', 'offset': 1}}},
-    *({'streams': {'STREAM': {'epoch': 'EPOCH', 'offset': offset}}} for offset in (None, -1, 10**6))],
-    ids=lambda history: str(history)[:60])
-def test_history_that_is_lost_or_nonsense_is_rejected_then_all_is_live(somebody, publish, answer_to_history, history):
-    publish('missed')
-    history = json.loads(json.dumps(history).replace('STREAM', todos_of(somebody)).replace('EPOCH', todol.cable.epoch))
-    assert answer_to_history(history) == ([], 'reject_history')
+        tab.close()
 
 
 def test_a_position_ahead_of_this_process_brings_nothing_twice(greeted, somebody, publish):
@@ -5921,7 +5831,7 @@ def test_a_restored_session_goes_on_from_its_welcome_if_no_history_is_asked_for_
 
 
 def test_a_session_is_restored_only_to_its_user_and_again_by_either_sid(one_server, subscribed, restored, somebody):
-    first, other = subscribed(EXTENDED), session_client(one_server)
+    first, other = subscribed(EXTENDED), new_visitor(one_server)
     sid, identifier = first.welcome['sid'], stream_identifier(somebody, n=2)
     first.command('subscribe', identifier)
     first.command('unsubscribe', first.identifier)
@@ -5992,14 +5902,14 @@ class Listener:
     ('restore', 'cut'), ('restore', signal.SIGKILL)])       # killed: nothing is saved at the end of a connection
 def test_each_message_arrives_once_and_in_order_whatever_ends_the_line(start_server, greeted, way, number):
     server, cuts = start_server(TODOL_WRITES_PER_MINUTE=10**9), 6 if number == 'cut' else 2
-    client, created, stopping = session_client(server), [], threading.Event()
-    listener, writer = Listener(greeted, server, client, way), client_of_same_user(server, client)
+    client, created, stopping = new_visitor(server), [], threading.Event()
+    listener = Listener(greeted, server, client, way)
 
     def write():        # while servers come and go
         while not stopping.wait(0.01):
             title = f'todo-{len(created)}'
             with contextlib.suppress(OSError):
-                writer.create(title, key=title)     # the key: it may have been created before the answer was lost
+                client.create(title, key=title)     # the key: it may have been created before the answer was lost
                 created.append(title)
 
     thread = threading.Thread(target=write, daemon=True)
@@ -6022,7 +5932,7 @@ def test_each_message_arrives_once_and_in_order_whatever_ends_the_line(start_ser
     finally:
         stopping.set()
         thread.join(20)
-    client_of_same_user(server, client).create('the end')
+    client.create('the end')
     assert listener.listen(lambda received: received and 'the end' in received[-1][1]), 'closed before the end'
     log = log_of(server, todos_of(client))
     if way == 'since':      # each connection gets all since the page
@@ -6031,7 +5941,7 @@ def test_each_message_arrives_once_and_in_order_whatever_ends_the_line(start_ser
         assert len(listener.received[-1]) == len(log)
     else:
         assert sum(listener.received, []) == log
-    titles = [title for title, _ in client_of_same_user(server, client).todos()]
+    titles = [title for title, _ in client.todos()]
     assert set(created) < set(titles) and len(set(titles)) == len(titles)
     assert listener.restored == (cuts if way == 'restore' else 0)
 
@@ -6071,8 +5981,8 @@ def test_a_socket_that_breaks_the_rules_is_closed_with_the_right_code(greeted, c
 def test_a_close_is_answered_with_its_code_and_reason_and_what_follows_is_not_done(greeted, code):
     tab = greeted()
     reason = '\u20ac' * 41 if code else ''         # 123 bytes, the most that a control frame has room for
-    close = client_frame(struct.pack('!H', code) + reason.encode() if code else b'', 8)
-    tab.socket.sendall(close + client_frame(b'{"command":"subscribe","identifier":"x"}'))
+    close = frame_of(struct.pack('!H', code) + reason.encode() if code else b'', 8)
+    tab.socket.sendall(close + frame_of(b'{"command":"subscribe","identifier":"x"}'))
     assert_closed(tab, code or 1000)
     assert tab.close_reason == reason
 
@@ -6087,7 +5997,7 @@ def test_a_message_of_every_size_at_a_boundary_makes_the_round(greeted):
         assert tab.receive() == rejected('x' * room)
 
 
-@pytest.mark.parametrize('frames', [client_frame(b'', 10), client_frame(b'', 1, False) + client_frame(b'', 0)],
+@pytest.mark.parametrize('frames', [frame_of(opcode=10), frame_of(final=False) + frame_of(opcode=0)],
                          ids=['pongs', 'fragments'])
 def test_a_flood_of_tiny_frames_does_not_starve_anybody(greeted, somebody, frames):
     tab = greeted()
@@ -6129,11 +6039,11 @@ def test_who_never_reads_is_dropped_and_the_others_get_every_frame_whole(one_ser
 
 def test_every_socket_is_pinged_and_a_silent_client_dropped_but_not_one_that_answers(start_server, tmp_path, greeted):
     assert todol.BEAT_SECONDS <= 3, 'after six the clients take a line for dead'
-    program = cable_script(tmp_path, 'todol.SILENCE_SECONDS, todol.BEAT_SECONDS, todol.QUIET_SECONDS = 1, 0.1, 0.3')
+    program = script(tmp_path, 'todol.SILENCE_SECONDS, todol.BEAT_SECONDS, todol.QUIET_SECONDS = 1, 0.1, 0.3')
     server = start_server(program=program)          # QUIET_SECONDS are not for sockets
-    client = session_client(server)
+    client = new_visitor(server)
     silent, answering, half = (greeted(client=client, server=server) for _ in range(3))
-    half.socket.sendall(client_frame(b'x' * 100)[:50])      # a frame that never ends is no sign of life
+    half.socket.sendall(frame_of(b'x' * 100)[:50])      # a frame that never ends is no sign of life
     ping = answering.receive(pings=True)
     assert ping == {'type': 'ping', 'message': ping['message']} and type(ping['message']) is int
     assert abs(ping['message'] - time.time()) < 5
@@ -6149,7 +6059,7 @@ def test_every_socket_is_pinged_and_a_silent_client_dropped_but_not_one_that_ans
 
 def test_a_message_may_be_as_long_as_the_setting_says_and_a_close_ends_the_connection(start_server, greeted):
     server = start_server(TODOL_MAX_MESSAGE_BYTES=1024)
-    tab = greeted(client=session_client(server), server=server)
+    tab = greeted(client=new_visitor(server), server=server)
     tab.send_frame(b' ' * 1024)
     assert until_answered(tab) == []
     tab.send_frame(declared=60_000_000)
@@ -6162,13 +6072,6 @@ def test_a_message_may_be_as_long_as_the_setting_says_and_a_close_ends_the_conne
 
 # --- any bytes at all (Hypothesis) ---
 
-@pytest.fixture
-def raw_socket(one_server, somebody):
-    """raw_socket() is a CableClient of somebody, for a with statement."""
-    cookie = '; '.join(f'{name}={value}' for name, value in somebody.cookies.items())
-    return lambda: contextlib.closing(CableClient(one_server.port, cookie))
-
-
 any_frames = st.builds(
     dict, payload=st.binary(max_size=200), opcode=st.integers(0, 15), final=st.booleans(),
     reserved=st.sampled_from([0, 0, 0, 0x10, 0x20, 0x40]), masked=st.sampled_from([True, True, False]),
@@ -6177,8 +6080,9 @@ any_frames = st.builds(
 
 @given(sent=st.lists(any_frames, max_size=8) | st.binary(max_size=500))
 @hypothesis_settings(max_examples=100)
-def test_no_frames_and_no_bytes_disturb_anybody_else(raw_socket, somebody, sent):
-    with raw_socket() as tab, contextlib.suppress(OSError):
+def test_no_frames_and_no_bytes_disturb_anybody_else(one_server, somebody, sent):
+    tab = CableClient(one_server.port, somebody.cookie_header)
+    with contextlib.closing(tab), contextlib.suppress(OSError):
         if isinstance(sent, bytes):
             tab.socket.sendall(sent)
         else:
@@ -6189,11 +6093,11 @@ def test_no_frames_and_no_bytes_disturb_anybody_else(raw_socket, somebody, sent)
 
 @given(identifier=st.text(max_size=300), cuts=st.lists(st.integers(0, 2000), max_size=20),
        pings=st.lists(st.binary(max_size=125)))
-def test_a_message_in_any_fragments_between_pings_arrives_whole(raw_socket, identifier, cuts, pings):
+def test_a_message_in_any_fragments_between_pings_arrives_whole(one_server, somebody, identifier, cuts, pings):
     text = json.dumps({'command': 'subscribe', 'identifier': identifier}, ensure_ascii=False).encode()
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     parts = [text[start:end] for start, end in zip(edges, edges[1:])]
-    with raw_socket() as tab:
+    with contextlib.closing(CableClient(one_server.port, somebody.cookie_header)) as tab:
         tab.receive()
         for number, part in enumerate(parts):
             if number < len(pings):
@@ -6205,13 +6109,6 @@ def test_a_message_in_any_fragments_between_pings_arrives_whole(raw_socket, iden
 
 
 # --- the unmodified clients in Chromium ---
-
-def same_user(server, page):
-    """A client with the session of a page: another window of its browser."""
-    client = server.client()
-    client.cookies.update({cookie['name']: cookie['value'] for cookie in page.context.cookies()})
-    return client
-
 
 def shown(page, condition, seconds=10):
     """Wait until a condition in JavaScript holds in the page."""
@@ -6231,20 +6128,16 @@ def back_in_tab(page, condition):
     pytest.fail(f'{condition} did not come true; the page said {page.complaints}')
 
 
-def titles_shown(page):
-    """The titles that a page shows, in order."""
-    return page.evaluate("[...document.querySelectorAll('.todo-list li label')].map(label => label.textContent.trim())")
-
-
 @pytest.fixture
 def page_with(server, new_page):
     """page_with(name) opens a page with the named client in place of its own scripts; gives the page and a client of
     the same user."""
     def open_(name):
-        page = new_page()
+        page, client = new_page(), server.client()
         serve_client(page, name)
         page.goto(server.url)
-        return page, same_user(server, page)
+        client.cookies.update({cookie['name']: cookie['value'] for cookie in page.context.cookies()})
+        return page, client
     return open_
 
 
@@ -6259,48 +6152,56 @@ def test_turbo_rails_shows_what_came_between_page_and_socket_and_during_a_cut(se
     page.route('**/assets/*/live.js', late)
     page.goto(server.url)
     shown(page, "Boolean(document.querySelector('turbo-cable-stream-source[connected]'))")
-    eventually(lambda: titles_shown(page) == ['between'])
+    eventually(lambda: titles(page) == ['between'])
     client.create('live')
-    eventually(lambda: titles_shown(page) == ['between', 'live'])
+    eventually(lambda: titles(page) == ['between', 'live'])
     server.stop(number)
     server.start(server.port)
-    same_user(server, page).create('missed')
+    client.create('missed')
     back_in_tab(page, "document.body.textContent.includes('missed')")
-    same_user(server, page).create('live again')
-    eventually(lambda: titles_shown(page) == ['between', 'live', 'missed', 'live again'])
+    client.create('live again')
+    eventually(lambda: titles(page) == ['between', 'live', 'missed', 'live again'])
 
 
 LISTEN = '''([protocol, params, options]) => {
     window.heard = []
     window.events = []
+    const tell = name => () => events.push(name)
+    if (window.ActionCable) {
+        window.cable = ActionCable.createConsumer()
+        cable.subscriptions.create({channel: 'Turbo::StreamsChannel', ...params},
+            {connected: tell('connect'), rejected: tell('close'), received: message => heard.push(message)})
+        return
+    }
     const channel = new (class extends AnyCable.Channel { static identifier = 'Turbo::StreamsChannel' })(params)
     channel.on('message', message => heard.push(message))
-    for (const name of ['connect', 'disconnect', 'close']) channel.on(name, () => events.push(name))
+    for (const name of ['connect', 'close']) channel.on(name, tell(name))
     channel.on('info', ({type}) => events.push(type))
     window.cable = AnyCable.createCable({protocol, protocolOptions: options, logLevel: 'error'})
     cable.subscribe(channel)
 }'''
 
 
-@pytest.mark.parametrize('protocol, options, number', [
-    (ANYCABLE, {}, signal.SIGKILL), (EXTENDED, {'pongs': True}, signal.SIGTERM),
-    (EXTENDED, {'pongs': True}, signal.SIGKILL), (EXTENDED, {'disableSessionRecovery': True}, signal.SIGKILL)],
-    ids=['plain', 'extended, told', 'extended', 'no recovery'])
-def test_a_client_of_anycable_resumes(server, page_with, protocol, options, number):
-    page, client = page_with('anycable')
-    params = json.loads(stream_identifier(client, since=protocol == ANYCABLE))
+@pytest.mark.parametrize('library, protocol, options, number', [
+    ('actioncable', RAILS, {}, signal.SIGTERM), ('anycable', ANYCABLE, {}, signal.SIGKILL),
+    ('anycable', EXTENDED, {'pongs': True}, signal.SIGTERM), ('anycable', EXTENDED, {'pongs': True}, signal.SIGKILL),
+    ('anycable', EXTENDED, {'disableSessionRecovery': True}, signal.SIGKILL)],
+    ids=['actioncable', 'plain', 'extended, told', 'extended', 'no recovery'])
+def test_the_client_of_rails_alone_and_that_of_anycable_resume(server, page_with, library, protocol, options, number):
+    page, client = page_with(library)
+    params = json.loads(stream_identifier(client, since=protocol != EXTENDED))
     page.evaluate(LISTEN, [protocol, {name: value for name, value in params.items() if name != 'channel'}, options])
     shown(page, "events.includes('connect')")
     client.create('Milk')
     shown(page, 'heard.length === 1')
     server.stop(number)
     server.start(server.port)
-    same_user(server, page).create('missed')
+    client.create('missed')
     back_in_tab(page, "heard.some(message => message.includes('missed'))")
-    same_user(server, page).create('live')
+    client.create('live')
     shown(page, "heard.some(message => message.includes('live'))")
     log = [message for _, message in log_of(server, todos_of(client))]
-    if protocol == ANYCABLE:                    # it has the position of the page, and nothing newer to resume from
+    if protocol != EXTENDED:                    # it has the position of the page, and nothing newer to resume from
         assert page.evaluate('heard') == log[:1] + log
     else:
         assert page.evaluate('heard') == log
@@ -6346,8 +6247,7 @@ REFUSED = [     # fields that can be understood in two ways, or not at all; the 
     *(([b'X: a', line], b'') for line in (b' b', b' Content-Length: 5', b'\t', b' ')),
     *(([line], b'') for line in (
         b'no colon', b': no name', b':', b'From x', b'From x: y', b'X(y): z', b'"X": y', b'X/Y: z', b'X\x80: y',
-        b'X\0: y',
-        b'X\x7f: y', b'\x0bX: y', b'X: a\r', b'X: a\r\r', b'\rX: a', b'\r')),
+        b'X\0: y', b'X\x7f: y', b'\x0bX: y', b'X: a\r', b'X: a\r\r', b'\rX: a', b'\r')),
     ([b'no-colon', b'Content-Length: 5'], b''), ([b'X: a\rContent-Length: 5'], b'hello'),
     *(([b'X: a%cb' % character], b'') for character in (*range(9), *range(11, 32), 127)),
     ([b'X: y'] * 100, b''), ([b'X: ' + b'a' * LIMIT], b''), ([b'a' * (LIMIT + 2)], b''), ([b'a' * LIMIT + b': y'], b'')]
@@ -6403,8 +6303,7 @@ def test_a_target_is_a_path_in_utf_8_or_a_whole_address(one_server):
                           b'http:///up', b'http:/up', b'ftp://x/up', b'http://x/nothing', b'http://x//up', b'*',
                           b'x:443')),
             ([400], (b'/%ff', b'/\xe4', b'/%c3', b'/%c3(', b'/up%80', b'/%ed%a0%80', b'/%c0%af', b'/a%ff?b',
-                     b'http://x/%ff',
-                     b'', b'/ up', b'/\x7f', b'/\x0b'))]:
+                     b'http://x/%ff', b'', b'/ up', b'/\x7f', b'/\x0b'))]:
         for target in targets:
             sent = b'GET ' + target + b' HTTP/1.1\r\nHost: x\r\n\r\n' + NEXT
             assert statuses(exchange(one_server, sent)) == answers, target
@@ -6472,11 +6371,15 @@ def connect_to(port):
     return gevent.socket.create_connection(('127.0.0.1', port), timeout=20)
 
 
+def answer_to(port, sent):
+    """All that comes back over a connection on which these bytes are sent, and no more."""
+    with connect_to(port) as connection:
+        return tell(connection, sent)
+
+
 def understood(port, sent):
     """What a server understood of the bytes of a connection: the requests as echoed, and the status of each answer."""
-    with connect_to(port) as connection:
-        received = tell(connection, sent)
-    requests, answers, file = [], [], io.BytesIO(received)
+    requests, answers, file = [], [], io.BytesIO(answer_to(port, sent))
     while (line := file.readline()):
         answers.append(int(line.split()[1]))
         head = b''.join(iter(file.readline, b'\r\n')).lower()
@@ -6576,23 +6479,6 @@ def test_what_is_well_formed_is_understood_as_the_shipped_server_does(echoes, se
         assert protocol.encode() == request.line.split()[-1]
 
 
-@given(before=st.lists(requests_of(persistent=True), max_size=1), broken=requests_of(persistent=True), chance=st.data())
-@hypothesis_settings(max_examples=300)
-def test_what_is_malformed_ends_the_connection_and_is_never_understood_where_the_shipped_server_would_not(
-        echoes, before, broken, chance):
-    at, broken.ending = chance.draw(st.integers(0, len(broken.fields))), b'\r\n'    # a row may end in a lone \r
-    fields, _ = chance.draw(one_of(*REFUSED, None)) or ([], b'')
-    broken.fields[at:at] = fields
-    if not fields:
-        path = chance.draw(one_of(b'%ff', b'\xe4', b'%c3%28', b'%ed%a0%80'))
-        broken.line = broken.line.replace(b' /', b' /' + path, 1)
-    data = b''.join(request.bytes for request in [*before, broken]) + NEXT
-    stock, strict = understood(echoes.stock, data), understood(echoes.strict, data)
-    assert alike(strict[0]) == alike(stock[0])[:len(strict[0])], 'it understood what the shipped server did not'
-    assert len(strict[0]) == len(before), 'it understood what it should have refused'
-    assert strict[1][len(before):] == [400], 'one answer, and the end'
-
-
 @given(sent=st.lists(requests_of(persistent=True), min_size=1, max_size=3), chance=st.data())
 @hypothesis_settings(max_examples=400)
 def test_a_byte_more_or_less_never_makes_it_understand_what_the_shipped_server_does_not(echoes, sent, chance):
@@ -6685,12 +6571,6 @@ def answering(body, status='200 OK', headers=()):
     return application
 
 
-def answer_to(port, sent):
-    """All that comes back over a connection on which these bytes are sent, and no more."""
-    with connect_to(port) as connection:
-        return tell(connection, sent)
-
-
 @pytest.mark.parametrize('finish', [True, False], ids=['ended', 'open'])
 def test_a_bad_request_is_one_line_of_the_log(serve, monkeypatch, finish):
     said, port = [], serve()
@@ -6734,6 +6614,19 @@ def test_a_full_server_lets_the_next_wait_until_one_goes(serve, monkeypatch):
         assert second.recv(65536).startswith(b'HTTP/1.1 200')
 
 
+def test_a_server_without_a_file_descriptor_left_goes_on_when_others_hang_up(start_server):
+    server = start_server()
+    pid, address = server.process.pid, ('127.0.0.1', server.port)
+    room = len(os.listdir(f'/proc/{pid}/fd')) + 5
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (room, room))
+    with contextlib.ExitStack() as close:
+        first, *_ = [close.enter_context(socket.create_connection(address, timeout=20)) for _ in range(10)]
+        eventually(lambda: 'Too many open files' in server.log)
+        first.sendall(NEXT)
+        assert statuses(first.recv(65536)) == [200], 'who is inside is served'
+    assert statuses(exchange(server, NEXT)) == [200] and server.stop() == 0
+
+
 LARGE = bytes(range(256)) * 40_000
 
 
@@ -6758,8 +6651,6 @@ def test_an_answer_larger_than_the_buffers_of_the_kernel_arrives_whole_however_s
     serve.drain()
     assert get_slowly(serve(answering([LARGE])), pause=1.5) == [LARGE]      # and more than 0.4 seconds for one piece
 
-
-# --- silence ---
 
 def test_a_connection_that_falls_silent_is_hung_up_on(serve):
     def silence(sent, answers):
@@ -6792,8 +6683,6 @@ def test_a_client_that_does_not_read_its_answer_is_hung_up_on_and_that_is_no_err
         deaf.sendall(NEXT)
         assert ended.wait(10), 'it waits for ever'
 
-
-# --- the end ---
 
 def test_a_drain_hangs_up_on_who_is_idle_and_lets_a_request_end_but_not_the_next_one_begin(serve):
     port = serve()
@@ -6833,9 +6722,6 @@ def test_a_drain_ends_in_time_whoever_does_not(serve):
         serve.drain()
         assert 1.9 < time.monotonic() - started < 4 and ended and statuses(rest_of(connection)) == [500]
 
-
-import tarfile
-import zipfile
 
 
 # === Process: open, serve, stop ======================================================================================
