@@ -5906,29 +5906,23 @@ def test_each_message_arrives_once_and_in_order_whatever_ends_the_line(start_ser
 
 # --- hostile bytes ---
 
-HOSTILE_FRAMES = [      # code of the answer, frames
-    (1002, [dict(payload=b'x', masked=False)]),
-    *((1002, [dict(payload=b'x', reserved=bit)]) for bit in (0x10, 0x20, 0x40)),
-    *((1002, [dict(payload=b'x', opcode=opcode)]) for opcode in (3, 7, 11, 15)),
-    (1002, [dict(payload=b'x', opcode=0)]), (1002, [dict(payload=b'x', final=False), dict(payload=b'y')]),
-    (1002, [dict(payload=b'x' * 126, opcode=9)]), (1002, [dict(payload=b'x', opcode=9, final=False)]),
-    *((1002, [dict(payload=payload, opcode=8)]) for payload in (
-        b'x', *(struct.pack('!H', code) for code in (0, 999, 1004, 1006, 1015, 2999, 5000)))),
-    *((1007, [dict(payload=payload)]) for payload in (b'\xff', b'\xc0\xaf', b'\xed\xa0\x80')),
-    (1007, [dict(payload=b'\xe2', final=False), dict(payload=b'\x82', opcode=0)]),       # half a character
-    (1007, [dict(payload=struct.pack('!H', 1000) + b'\xff', opcode=8)]),
-    *((1009, [dict(declared=size)]) for size in (65_537, 2**31, 2**63 + 5, 2**64 - 1)),
-    (1009, [dict(payload=b'x' * 40_000, final=False), dict(declared=25_537, opcode=0)]),
-    (1003, [dict(payload=b'x', opcode=2)]),
-    (1003, [dict(payload=b'x', opcode=2, final=False), dict(payload=b'y', opcode=0)])]
-
-
 def test_a_socket_that_breaks_the_rules_is_closed_with_the_right_code(greeted):
-    for code, frames in HOSTILE_FRAMES:
+    for code, frames in [
+            (1002, frame_of(b'x', masked=False)), *((1002, frame_of(b'x', reserved=bit)) for bit in (0x10, 0x20, 0x40)),
+            *((1002, frame_of(b'x', opcode)) for opcode in (3, 7, 11, 15)),
+            (1002, frame_of(b'x', 0)), (1002, frame_of(b'x', final=False) + frame_of(b'y')),
+            (1002, frame_of(b'x' * 126, 9)), (1002, frame_of(b'x', 9, final=False)), (1002, frame_of(b'x', 8)),
+            *((1002, frame_of(struct.pack('!H', code), 8)) for code in (0, 999, 1004, 1006, 1015, 2999, 5000)),
+            *((1007, frame_of(payload)) for payload in (b'\xff', b'\xc0\xaf', b'\xed\xa0\x80')),
+            (1007, frame_of(b'\xe2', final=False) + frame_of(b'\x82', 0)),        # half a character
+            (1007, frame_of(struct.pack('!H', 1000) + b'\xff', 8)),
+            *((1009, frame_of(declared=size)) for size in (65_537, 2**31, 2**63 + 5, 2**64 - 1)),
+            (1009, frame_of(b'x' * 40_000, final=False) + frame_of(opcode=0, declared=25_537)),
+            (1003, frame_of(b'x', 2)), (1003, frame_of(b'x', 2, final=False) + frame_of(b'y', 0))]:
         tab = greeted()
-        for frame in frames:
-            tab.send_frame(**frame)
-        assert_closed(tab, code)
+        tab.socket.sendall(frames)
+        assert tab.receive() is None and tab.close_code == code, frames[:20]
+        assert tab.read_frame() == (None, b'')
         tab.close()
 
 
@@ -6026,18 +6020,14 @@ def test_a_message_may_be_as_long_as_the_setting_says_and_a_close_ends_the_conne
 
 
 @given(sent=st.binary(max_size=500) | st.lists(max_size=8, elements=st.builds(
-    dict, payload=st.binary(max_size=200), opcode=st.integers(0, 15), final=st.booleans(),
+    frame_of, payload=st.binary(max_size=200), opcode=st.integers(0, 15), final=st.booleans(),
     reserved=st.sampled_from([0, 0, 0, 0x10, 0x20, 0x40]), masked=st.sampled_from([True, True, False]),
-    declared=st.none() | st.integers(0, 2**64 - 1))))
+    declared=st.none() | st.integers(0, 2**64 - 1))).map(b''.join))
 @hypothesis_settings(max_examples=100)
 def test_no_frames_and_no_bytes_disturb_anybody_else(one_server, somebody, sent):
     tab = CableClient(one_server.port, somebody.cookie_header)
     with contextlib.closing(tab), contextlib.suppress(OSError):
-        if isinstance(sent, bytes):
-            tab.socket.sendall(sent)
-        else:
-            for frame in sent:
-                tab.send_frame(**frame)
+        tab.socket.sendall(sent)
     assert somebody.get('/up').status == 200
 
 
