@@ -2899,20 +2899,7 @@ def test_a_full_cache_takes_every_value_and_stays_in_its_bounds(open_cache, cach
 
 # === Jobs: work for later =============================================================================================
 
-class JobClock:
-    """A wall clock that a test sets; it stands still."""
-
-    def __init__(self):
-        self.now = float(int(time.time()))
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def job_clock(monkeypatch):
-    monkeypatch.setattr(todol, 'now', JobClock())
-    return todol.now
+job_clock = cache_clock
 
 
 @pytest.fixture
@@ -3029,7 +3016,7 @@ def works(jobs, notes):
     return not todol.loops['jobs'].error
 
 
-def refused(function, *arguments, **options):
+def job_refused(function, *arguments, **options):
     """What JobError says of a call."""
     with pytest.raises(todol.JobError) as raised:
         function(*arguments, **options)
@@ -3101,15 +3088,6 @@ def test_never_more_jobs_run_at_once_than_there_are_workers_however_they_are_enq
     assert max(most) == 3 and sorted(ran) == [*range(120), *range(1000, 1030)]
 
 
-def test_a_job_enqueued_in_a_transaction_that_is_rolled_back_does_not_run(running_jobs):
-    jobs, notes = running_jobs
-    with pytest.raises(ZeroDivisionError):
-        jobs._outbox.transact(lambda: (jobs.enqueue('note', {'n': 1}), 1 / 0))
-    in_transaction(jobs, 'note', {'n': 2})
-    all_done(jobs)
-    assert notes == [{'n': 2}]
-
-
 @pytest.mark.parametrize('opened', [True, False], ids=['running', 'at the start'])
 def test_order_holds_over_both_ways_in_however_many_wait_in_the_outbox(jobs, opened, monkeypatch):
     """A job that is committed to the outbox comes before one that is enqueued outside, though that way is shorter."""
@@ -3128,7 +3106,7 @@ def test_order_holds_over_both_ways_in_however_many_wait_in_the_outbox(jobs, ope
     assert [n for n in numbers if n < 100] == list(range(60)) and sorted(numbers)[60:] == list(range(100, 131))
 
 
-def test_a_job_whose_outbox_row_could_not_be_deleted_runs_once(running_jobs, monkeypatch):
+def test_an_outbox_row_that_can_not_be_deleted_runs_once_and_one_that_was_rolled_back_never(running_jobs, monkeypatch):
     jobs, notes = running_jobs
     monkeypatch.setattr(todol, 'RESTART_SECONDS', 0.02)
     failures = []
@@ -3137,6 +3115,8 @@ def test_a_job_whose_outbox_row_could_not_be_deleted_runs_once(running_jobs, mon
         failures.append(rows)
         raise todol.StorageError('the app database is locked')
 
+    with pytest.raises(ZeroDivisionError):
+        jobs._outbox.transact(lambda: (jobs.enqueue('note', {'n': 1}), 1 / 0))
     monkeypatch.setattr(jobs._outbox, 'executemany', fail)
     in_transaction(jobs, 'note')
     eventually(lambda: len(failures) > 3)
@@ -3162,26 +3142,6 @@ def test_an_error_of_the_database_does_not_end_the_dispatcher_and_no_outcome_is_
 
 
 # Order keys
-
-def test_jobs_of_one_order_key_run_in_order_and_one_at_a_time_while_others_pass(jobs):
-    runs, running = [], []
-
-    @jobs.task()
-    def work(key, n):
-        running.append(key)
-        gevent.sleep(0.002 * (3 - n % 3))
-        runs.append((key, n, running.count(key)))
-        running.remove(key)
-
-    jobs.open(20)
-    for n in range(12):
-        for key in 'abc':
-            jobs.enqueue('work', {'key': key, 'n': n}, order_key=key)
-    all_done(jobs)
-    assert sorted(runs) == [(key, n, 1) for key in 'abc' for n in range(12)] != runs, 'the keys waited for each other'
-    for key in 'abc':
-        assert [n for each, n, _ in runs if each == key] == list(range(12))
-
 
 def test_a_retry_holds_back_the_jobs_behind_it_and_nothing_else(jobs, job_clock):
     runs, notes = failing(jobs, 1), noted(jobs)
@@ -3217,17 +3177,14 @@ def test_a_failed_job_lets_those_behind_it_run_and_when_retried_comes_after_them
     assert len(runs) == 2 and notes == [{'n': 1}, {'n': 3}]
 
 
-@pytest.mark.parametrize('by_hand', [True, False], ids=['deleted by hand', 'cancelled'])
-def test_the_next_of_an_order_key_runs_when_its_head_is_gone(running_jobs, by_hand):
+def test_the_next_of_an_order_key_runs_when_its_head_was_cancelled_or_deleted_by_hand(running_jobs):
     jobs, notes = running_jobs
-    first = jobs.enqueue('note', order_key='k', delay_seconds=3600)
-    second = in_transaction(jobs, 'note', {'n': 2}, order_key='k')
-    assert states(jobs, first, second) == ['scheduled', 'blocked'] and not notes
-    if by_hand:
-        jobs._db.execute('DELETE FROM jobs WHERE uid = ?', (first,))
-        jobs._bell.set()
-    else:
-        assert jobs.cancel(first) and not jobs.cancel(first)
+    heads = [jobs.enqueue('note', order_key='k', delay_seconds=3600) for _ in range(2)]
+    last = in_transaction(jobs, 'note', {'n': 2}, order_key='k')
+    assert jobs.cancel(heads[0]) and not jobs.cancel(heads[0])
+    assert states(jobs, *heads, last) == [None, 'scheduled', 'blocked'] and not notes
+    jobs._db.execute('DELETE FROM jobs WHERE uid = ?', heads[1:])
+    jobs._bell.set()
     all_done(jobs)
     assert notes == [{'n': 2}]
 
@@ -3267,30 +3224,24 @@ def test_a_job_that_failed_or_is_tried_again_holds_no_unique_key(jobs, job_clock
     assert jobs.find(waits).state == 'scheduled'
 
 
-def test_a_delayed_job_runs_when_its_time_has_come_and_not_before(jobs, job_clock):
+def test_a_delayed_job_runs_when_its_time_has_come_and_holds_up_none_before(jobs, job_clock, monkeypatch):
+    monkeypatch.setattr(todol, 'OUTBOX_ROWS', 10)       # in one turn
     notes = noted(jobs)
     jobs.open(1)
+    jobs._outbox.transact(lambda: (enqueue_many(jobs, 'note', range(4, 14), delay_seconds=25),
+                                   jobs.enqueue('note', {'n': 0})))
+    eventually(lambda: notes == [{'n': 0}], 2)
     jobs.enqueue('note', {'n': 3}, delay_seconds=20)
     in_transaction(jobs, 'note', {'n': 2}, delay_seconds=15)
     id = jobs.enqueue('note', {'n': 1}, delay_seconds=10)
-    jobs.enqueue('note', {'n': 0})
     pass_time(jobs, job_clock, 9.99)
-    eventually(lambda: notes)
     gevent.sleep(0.02)
-    assert notes == [{'n': 0}] and jobs.find(id).state == 'scheduled'
+    assert len(notes) == 1 and jobs.find(id).state == 'scheduled'
     pass_time(jobs, job_clock, 0.01)
     eventually(lambda: len(notes) == 2)
     pass_time(jobs, job_clock, 20)
     all_done(jobs)
-    assert [note['n'] for note in notes] == [0, 1, 2, 3], 'what was due first comes first'
-
-
-def test_more_delayed_jobs_than_one_turn_moves_from_the_outbox_hold_none_up(running_jobs, monkeypatch):
-    jobs, notes = running_jobs
-    monkeypatch.setattr(todol, 'OUTBOX_ROWS', 10)
-    gevent.sleep(0.05)          # until it sleeps
-    jobs._outbox.transact(lambda: (enqueue_many(jobs, 'note', range(10), delay_seconds=60), jobs.enqueue('note')))
-    eventually(lambda: notes == [{}], 2)
+    assert [note['n'] for note in notes] == list(range(14)), 'what was due first comes first'
 
 
 def test_queues_are_served_by_weight_and_none_starves(jobs):
@@ -3414,7 +3365,7 @@ NO_SECONDS = (math.nan, math.inf, -math.inf, -1e-9, -1, todol.MAX_DELAY_SECONDS 
 NO_KEYS = ('', 'k' * (todol.MAX_JOB_KEY_CHARS + 1), 1, b'k', 1.5, True, ('k', 1), '\ud800', 'a\0b', 'a\nb')
 NO_QUEUES = ('slow', '', 1, b'low', ['low'], True)
 NO_JSON = ({1}, b'x', object(), math.nan, -math.inf, 1j, 10**5000, len, range(3), {(1, 2): 3}, [[{'a': {1}}]])
-REFUSED = [         # (task, arguments), options
+REFUSED_JOBS = [         # (task, arguments), options
     *(((name, {}), {}) for name in (None, '', 'nobody', 'Note', 5, b'note', [1], {}, len)),
     *((('note', arguments), {}) for arguments in ([1], 'text', 5, {1: 2}, {None: 1}, {b'a': 1}, ((1, 2),), True)),
     *((('note', {'a': value}), {}) for value in NO_JSON),
@@ -3428,8 +3379,8 @@ REFUSED = [         # (task, arguments), options
 def test_what_can_not_run_is_refused_at_the_call_and_an_ordinary_job_runs_after_it(running_jobs, enqueue):
     jobs, notes = running_jobs
     jobs.task()(named('strict', lambda a, b: None))
-    for arguments, options in REFUSED:
-        assert refused(enqueue, jobs, *arguments, **options), (arguments, options)
+    for arguments, options in REFUSED_JOBS:
+        assert job_refused(enqueue, jobs, *arguments, **options), (arguments, options)
     assert jobs.stats()['waiting'] == 0 and not jobs._outbox.execute('SELECT 1 FROM outbox')
     assert works(jobs, notes) and notes == [{}] and not jobs.failed()
 
@@ -3445,7 +3396,7 @@ def no_functions():
     def generator():
         yield
 
-    return [coroutine, async_generator, generator, lambda: None, JobClock(), JobClock, functools.partial(print), len,
+    return [coroutine, async_generator, generator, lambda: None, Clock(), Clock, functools.partial(print), len,
             'note', None]
 
 
@@ -3457,17 +3408,17 @@ def test_what_can_not_be_a_task_is_refused_when_it_is_registered_and_leaves_noth
         *({name: seconds} for name in ('retry_seconds', 'timeout_seconds') for seconds in (*NO_SECONDS, None))]
     for decorator in decorators:
         for function in no_functions():
-            assert refused(decorator(), function)
+            assert job_refused(decorator(), function)
         for options in no_options:
-            assert refused(lambda: decorator(**options)(named('work', lambda: None))), options
+            assert job_refused(lambda: decorator(**options)(named('work', lambda: None))), options
     for decorator in decorators[1:]:
-        assert 'arguments of work' in refused(decorator(), named('work', lambda user: None)), 'nobody would give them'
+        assert 'arguments of work' in job_refused(decorator(), named('work', lambda user: None)), 'nobody gives them'
     for seconds in (0, 0.5, -60, *NO_SECONDS, None):
-        assert refused(jobs.every, seconds)
+        assert job_refused(jobs.every, seconds)
     assert jobs.names() == set() and not jobs._recurring
     notes = noted(jobs)
     for decorator in decorators:
-        assert 'two tasks note' in refused(decorator(), named('note', lambda **arguments: notes.append('second')))
+        assert 'two tasks note' in job_refused(decorator(), named('note', lambda **arguments: notes.append('second')))
     jobs.open(1)
     assert works(jobs, notes) and notes == [{}], 'the first stays'
 
@@ -3483,11 +3434,9 @@ BAD_ROWS = ['{"uid"', '', '5', 'null', '[1, 2]', '{}', 'a\0b', '[' * 50_000, 5, 
         'run_at': [None, 'soon', '', math.nan, math.inf, 2**70, [1], 10**400]}.items() for value in values)]
 
 
-@pytest.mark.parametrize('opened', [True, False], ids=['running', 'at the start'])
-def test_a_row_of_the_outbox_that_is_no_job_becomes_a_failed_one_and_the_others_go_on(jobs, opened):
+def test_a_row_of_the_outbox_that_is_no_job_becomes_a_failed_one_and_the_others_go_on(jobs):
     notes = noted(jobs, attempts=1)
-    if opened:
-        jobs.open(2)
+    jobs.open(2)
 
     def insert():
         for n, bad in enumerate(BAD_ROWS):
@@ -3498,8 +3447,6 @@ def test_a_row_of_the_outbox_that_is_no_job_becomes_a_failed_one_and_the_others_
             'order_key': 'k', 'run_at': 0.0}),))
 
     jobs._outbox.transact(insert)
-    if not opened:
-        jobs.open(2)
     all_done(jobs, 5)
     assert [note['n'] for note in notes] == [*range(len(BAD_ROWS)), 'old']
     assert works(jobs, notes) and len(jobs.failed()) == len(BAD_ROWS) and len(jobs.failed(limit=1)) == 1
@@ -3528,7 +3475,7 @@ def test_a_job_is_found_in_each_of_its_states(jobs, job_clock):
     assert [job.id for job in jobs.failed()] == [failed]
     for refuse in (jobs.retry, jobs.discard):
         for id in (scheduled, running, blocked):
-            assert 'no failed job' in refused(refuse, id)
+            assert 'no failed job' in job_refused(refuse, id)
     in_outbox = in_transaction(jobs, 'hold', delay_seconds=60)
     assert [jobs.cancel(id) for id in (running, failed, in_outbox, scheduled)] == [False, False, True, True]
     goes_on.set()
@@ -3536,15 +3483,15 @@ def test_a_job_is_found_in_each_of_its_states(jobs, job_clock):
     assert sorted(numbers) == [2, 3, 4]
 
 
-def test_an_id_that_nobody_has_finds_nothing_and_changes_nothing_and_what_is_no_text_is_refused(jobs):
+def test_an_id_that_nobody_has_finds_nothing_and_changes_nothing_and_what_is_no_text_is_job_refused(jobs):
     noted(jobs)
     kept = jobs.enqueue('note', delay_seconds=60)
     for id in ('', 'x', '1', str(10**30), '٣', "' OR 1", 'a\0b', '\ud800'):
         assert jobs.find(id) is None and jobs.cancel(id) is False
-        assert 'no failed job' in refused(jobs.retry, id) and 'no failed job' in refused(jobs.discard, id)
+        assert 'no failed job' in job_refused(jobs.retry, id) and 'no failed job' in job_refused(jobs.discard, id)
     for id in (None, 1, 1.5, b'1', [], {}, True):
         for verb in (jobs.find, jobs.cancel, jobs.retry, jobs.discard):
-            assert 'is text' in refused(verb, id)
+            assert 'is text' in job_refused(verb, id)
     assert states(jobs, kept) == ['scheduled']
 
 
@@ -3667,60 +3614,52 @@ def test_an_idle_dispatcher_sleeps_and_writes_nothing(jobs, monkeypatch, busy):
 
 # Cron
 
-def cron_fits(part, value, low, high, names=()):
-    """Whether a value is one of a field of a crontab, by a reading of its own of crontab(5)."""
-    def number(text):
-        return low + names.index(text) if text in names else int(text)
-
-    for item in part.lower().split(','):
-        span, _, step = item.partition('/')
-        first, _, last = (f'{low}-{high}' if span == '*' else span).partition('-')
-        if (number(first) <= value <= (number(last) if last else high if step else number(first))
-                and (value - number(first)) % int(step or 1) == 0):
-            return True
-    return False
-
-
 MONTHS, WEEKDAYS = (names for *_, names in todol.Cron.FIELDS[3:])
 
 
-def cron_times(fields, zone, start, end):
-    """All times of a crontab from start to end, by a look at each minute."""
-    minutes, hours, days, months, weekdays = fields.split()
+def cron_values(part, low, high, names=()):
+    """The values of a field of a crontab, by a reading of its own of crontab(5)."""
+    def number(text):
+        return low + names.index(text) if text in names else int(text)
 
-    def fits(at):
-        if not (cron_fits(minutes, at.minute, 0, 59) and cron_fits(hours, at.hour, 0, 23)
-                and cron_fits(months, at.month, 1, 12, MONTHS)):
-            return False
-        day = cron_fits(days, at.day, 1, 31)
-        weekday = any(cron_fits(weekdays, each, 0, max(each, 6), WEEKDAYS)
-                      for each in {at.isoweekday() % 7, at.isoweekday()})
-        return day and weekday if '*' in (days[0], weekdays[0]) else day or weekday
+    values = set()
+    for item in part.lower().split(','):
+        span, _, step = item.partition('/')
+        first, _, last = (f'{low}-{high}' if span == '*' else span).partition('-')
+        end = number(last) if last else high if step else number(first)
+        values.update(range(number(first), end + 1, int(step or 1)))
+    return values
 
-    zone, minute = todol.zoneinfo.ZoneInfo(zone), todol.datetime.timedelta(minutes=1)
+
+def cron_times(fields, minutes_shown):
+    """All times of a crontab, by a look at each minute."""
+    parts = fields.split()
+    minutes, hours, days, months, weekdays = map(cron_values, parts, (0, 0, 1, 1, 0), (59, 23, 31, 12, 7),
+                                                 ((), (), (), MONTHS, WEEKDAYS))
+
+    def fits(wall):
+        day, weekday = wall.day in days, bool({wall.isoweekday(), wall.isoweekday() % 7} & weekdays)
+        return (wall.minute in minutes and wall.hour in hours and wall.month in months
+                and (day and weekday if '*' in (parts[2][0], parts[4][0]) else day or weekday))
+
+    return [at for at, walls in minutes_shown if any(map(fits, walls))]
+
+
+def look_at_each_minute(zone, start, end):
+    """(Unix time, the times that a clock on the wall shows then for the first time, or skipped before), ..."""
+    zone, minute, shown = todol.zoneinfo.ZoneInfo(zone), todol.datetime.timedelta(minutes=1), []
     before = todol.datetime.datetime.fromtimestamp(start - 60, zone).replace(tzinfo=None)
-    times = []
     for at in range(start, end, 60):
         local = todol.datetime.datetime.fromtimestamp(at, zone)
         wall = local.replace(tzinfo=None, fold=0)
         skipped = [before + minute * n for n in range(1, (wall - before) // minute)]
-        if any(fits(each) for each in skipped) or local.fold == 0 and fits(wall):
-            times.append(at)
+        shown.append((at, skipped + [wall] * (local.fold == 0)))
         before = wall
-    return times
+    return shown
 
 
-def unix(text, zone='UTC'):
-    return int(todol.datetime.datetime.fromisoformat(text).replace(tzinfo=todol.zoneinfo.ZoneInfo(zone)).timestamp())
-
-
-def assert_same_times(fields, zone, start, end):
-    """after() says what a look at each minute does, also right before, at and right after a time."""
-    cron, times = todol.Cron(fields, zone), cron_times(fields, zone, start, end)
-    looks = sorted({start - 1, *(at + more for at in times for more in (-1, 0, 0.5))})
-    for at in random.Random(fields).sample(looks, min(len(looks), 25)):
-        expected, found = next((each for each in times if each > at), None), cron.after(at)
-        assert found == expected or expected is None and (found is None or found >= end), (fields, zone, at)
+def unix(text):
+    return int(todol.datetime.datetime.fromisoformat(f'{text}+00:00').timestamp())
 
 
 CRONS = '''* * * * *; */15 * * * *; 0 3 * * *; 30 2 * * *; 0,30 1-3 * * *; 5-59/20 */2 * * *; 10/25 0,2 * * *
@@ -3734,14 +3673,16 @@ CRONS = '''* * * * *; */15 * * * *; 0 3 * * *; 30 2 * * *; 0,30 1-3 * * *; 5-59/
     ('Australia/Lord_Howe', '2026-10-02'), ('America/Sao_Paulo', '2018-11-02'), ('Asia/Kathmandu', '2026-12-30'),
     ('Pacific/Apia', '2011-12-28'), ('Africa/Casablanca', '2026-02-13')])
 def test_the_times_of_a_cron_are_those_of_a_look_at_each_minute(zone, start):
-    start = unix(start, zone) // 60 * 60
+    """Also right before, at and right after each of them."""
+    start = unix(start)
+    end = start + 3 * 86400
+    shown = look_at_each_minute(zone, start, end)
     for fields in re.split('[;\n] *', CRONS):
-        assert_same_times(fields, zone, start, start + 3 * 86400)
-
-
-def test_a_cron_looks_eight_years_ahead():
-    assert todol.Cron('0 0 29 2 *').after(unix('2096-02-29')) == unix('2104-02-29')
-    assert todol.Cron('0 0 31 * *').after(unix('2026-01-31')) == unix('2026-03-31')
+        cron, times = todol.Cron(fields, zone), cron_times(fields, shown)
+        looks = sorted({start - 1, *(at + more for at in times for more in (-1, 0, 0.5))})
+        for at in random.Random(fields).sample(looks, min(len(looks), 25)):
+            expected, found = next((each for each in times if each > at), None), cron.after(at)
+            assert found == expected or expected is None and (found is None or found >= end), (fields, zone, at)
 
 
 NO_CRONS = '''; *; * * * *; * * * * * *; 60 * * * *; -1 * * * *; * 24 * * *; * * 0 * *; * * 32 * *; * * * 0 *
@@ -3750,11 +3691,12 @@ NO_CRONS = '''; *; * * * *; * * * * * *; 60 * * * *; -1 * * * *; * 24 * * *; * *
 @daily; ? * * * *; 0 0 30 2 *; 0 0 31 4,6,9,11 *; 0 0 * * 5-1; 0 0 L * *; \ud800 * * * *; 1/100 * * * *'''
 
 
-def test_a_cron_or_a_time_zone_that_is_none_is_refused_in_a_sentence(jobs):
+def test_a_cron_that_never_comes_or_is_none_is_refused_in_a_sentence_and_so_is_no_time_zone(jobs):
+    assert todol.Cron('0 0 29 2 *').after(unix('2096-02-29')) == unix('2104-02-29'), 'it looks eight years ahead'
     for fields in (*re.split('[;\n] *', NO_CRONS), '9' * 5000 + ' * * * *', None, 5, b'* * * * *', ['*'] * 5):
-        assert re.search('cron |never comes', refused(jobs.cron, fields)), fields
+        assert re.search('cron |never comes', job_refused(jobs.cron, fields)), fields
     for zone in ('', 'Mars/Olympus', '../../etc/passwd', '/etc/localtime', 'Europe', 'a\0b', '\ud800', None, 5, b'UTC'):
-        assert 'time zone' in refused(jobs.cron, '* * * * *', timezone=zone)
+        assert 'time zone' in job_refused(jobs.cron, '* * * * *', timezone=zone)
 
 
 # Workers that die, stand still, or stop
@@ -3787,9 +3729,10 @@ def die(*_):
 
 if 'never polls' in todo:
     todol.POLL_SECONDS = 600
+todol.Jobs.close.__defaults__ = 0.2,        # seconds, instead of STOP_SECONDS
 stopping = gevent.event.Event()
 gevent.signal_handler(signal.SIGTERM, stopping.set)
-settings = {'TODOL_DATA': directory, 'TODOL_ENV': 'test', 'TODOL_JOB_WORKERS': '1' if 'one worker' in todo else '5'}
+settings = {'TODOL_DATA': directory, 'TODOL_ENV': 'test', 'TODOL_JOB_WORKERS': '2' if 'two workers' in todo else '5'}
 with todol.open_stack(settings, run_jobs=True):
     if 'die after commit' in todo:
         todol.app_db.transact(todol.jobs.enqueue, 'work')
@@ -3797,7 +3740,7 @@ with todol.open_stack(settings, run_jobs=True):
     if 'die before the outbox is emptied' in todo:
         todol.jobs._empty_outbox = lambda: todol.jobs._relayed and die()
         todol.app_db.transact(todol.jobs.enqueue, 'work')
-        gevent.sleep(3)
+        gevent.sleep(1.5)
         die()       # the neighbour was faster
     print('open', flush=True)
     stopping.wait()
@@ -3872,15 +3815,6 @@ def test_the_jobs_of_killed_processes_run_again_in_a_few_seconds(job_process, on
         assert not list((tmp_path / 'db').glob(f'*.{ran_in}-*')), 'its files are left'
 
 
-def test_a_job_whose_process_always_died_while_it_ran_has_failed_after_its_attempts(jobs):
-    notes = noted(jobs, attempts=2)
-    id = jobs.enqueue('note')
-    jobs._db.execute('UPDATE jobs SET attempt = 2')
-    jobs.open(1)
-    all_done(jobs)
-    assert 'its process died 2 times' in jobs.find(id).error and not notes
-
-
 @pytest.mark.parametrize('file, due, state', [
     ('locked', -60, 'running'), ('unlocked', 5, None), (None, 5, 'running'), (None, -0.1, None),
     (None, todol.LEASE_SECONDS + 60, None)])
@@ -3903,25 +3837,6 @@ def test_a_lease_ends_with_its_process_and_where_nobody_knows_of_that_in_time(jo
     all_done(jobs)
 
 
-def test_the_jobs_of_a_dead_process_are_freed_though_the_first_try_to_do_so_failed(jobs, monkeypatch):
-    monkeypatch.setattr(todol, 'RESTART_SECONDS', 0.01)
-    monkeypatch.setattr(todol, 'POLL_SECONDS', 0.2)
-    notes, tick, failures = noted(jobs), jobs._tick_recurring, []
-    jobs.enqueue('note')
-    jobs._db.execute("UPDATE jobs SET worker = '7-dead', due_at = now_s() + 10, attempt = 1")
-    todol.make_private(os.path.join(todol.settings.data, 'test.process.7-dead'))
-
-    def fail_once():            # after the leases were freed, in the same transaction
-        failures.append(1)
-        monkeypatch.setattr(jobs, '_tick_recurring', tick)
-        raise todol.StorageError('the disk is full')
-
-    monkeypatch.setattr(jobs, '_tick_recurring', fail_once)
-    jobs.open(5)
-    eventually(lambda: notes, 3, 'the run')
-    assert failures
-
-
 @pytest.mark.parametrize('fence', ["worker = 'another'", 'attempt = attempt + 1', 'run_at = run_at - 1'])
 def test_who_finishes_after_its_lease_went_to_another_changes_nothing(jobs, fence):
     """The other may be this process too, a second time, or run a newer job with the same number."""
@@ -3940,49 +3855,41 @@ def test_who_finishes_after_its_lease_went_to_another_changes_nothing(jobs, fenc
     assert jobs._db.execute(row) == before
 
 
-@pytest.mark.parametrize('same_key', [True, False])
-def test_order_holds_over_two_processes_and_each_takes_part(job_process, onlooker, same_key, tmp_path):
-    processes = [job_process('one worker') for _ in range(2)]
+def test_jobs_of_an_order_key_run_in_order_and_one_at_a_time_though_two_processes_take_part(job_process, onlooker,
+                                                                                           tmp_path):
+    processes = [job_process('two workers') for _ in range(2)]
     for n in range(60):
-        onlooker.enqueue('work', {'kind': 'pause', 'n': n}, order_key='k' if same_key else None)
+        onlooker.enqueue('work', {'kind': 'pause', 'n': n}, order_key='abc'[n % 3])
     eventually(lambda: files_are_done(tmp_path), 20)
     runs = job_process.notes()
-    numbers, twice = [n for _, _, n in runs], [n for n in range(60) for _ in ('pause', 'end')]
-    assert (numbers if same_key else sorted(numbers)) == twice, 'each once'
-    pids = {pid for pid, _, _ in runs}
-    assert pids <= {process.pid for process in processes} and (same_key or len(pids) == 2)
+    assert {pid for pid, _, _ in runs} == {process.pid for process in processes}
+    numbers = [n for _, _, n in runs]
+    assert numbers != sorted(numbers), 'the keys waited for each other'
+    for key in range(3):
+        assert [n for n in numbers if n % 3 == key] == [n for n in range(key, 60, 3) for _ in ('pause', 'end')]
 
 
 def test_each_tick_runs_in_one_process_of_several(job_process):
-    for _ in range(3):
+    for _ in range(2):
         job_process('tick')
-    eventually(lambda: len(job_process.notes()) >= 4)
+    eventually(lambda: len(job_process.notes()) >= 3)
     ticks = [second for _, _, second in job_process.notes()]
     assert ticks == list(range(ticks[0], ticks[0] + len(ticks)))
 
 
-def test_a_stack_that_runs_no_jobs_wakes_a_server_at_once(job_process, onlooker):
-    process = job_process('never polls')
-    for n in range(6):
-        gevent.sleep(0.05)          # until it sleeps
-        if n % 2:
-            todol.app_db.transact(onlooker.enqueue, 'work', {'n': n})
-        else:
-            onlooker.enqueue('work', {'n': n})
-        eventually(lambda: (process.pid, 'short', n) in job_process.notes(), 1, 'the run')
-
-
-def test_jobs_that_a_stop_gives_back_run_at_once_in_the_next_process(job_process, onlooker):
+def test_a_server_is_woken_at_once_by_a_stack_that_runs_no_jobs_and_by_what_a_stop_gives_back(job_process, onlooker):
     first = job_process()
     id = onlooker.enqueue('work', {'kind': 'stuck'})
     eventually(job_process.notes)
-    second = job_process()
-    started = time.monotonic()
+    second = job_process('never polls')
     first.terminate()
-    eventually(lambda: len(job_process.notes()) == 2, todol.STOP_SECONDS + 2, 'the second run')
-    assert first.wait(5) == 0 and time.monotonic() - started > todol.STOP_SECONDS - 1
-    assert job_process.notes()[1][0] == second.pid
-    eventually(lambda: onlooker.find(id) is None)
+    eventually(lambda: (second.pid, 'stuck', 0) in job_process.notes(), 2, 'the second run')
+    assert first.wait(5) == 0 and onlooker.find(id) is None
+    for n in range(4):
+        gevent.sleep(0.05)          # until it sleeps
+        enqueue = in_transaction if n % 2 else todol.Jobs.enqueue
+        enqueue(onlooker, 'work', {'n': n})
+        eventually(lambda: (second.pid, 'short', n) in job_process.notes(), 1, 'the run')
 
 
 def test_a_stop_lets_a_running_job_end_gives_back_one_that_does_not_and_takes_no_more(new_jobs):
@@ -4079,32 +3986,26 @@ def test_a_batch_task_is_called_once_for_all_that_start_together_and_takes_one_w
     assert jobs.stats()['running'] == 5
 
 
-def test_each_job_of_a_batch_that_fails_runs_alone_and_only_the_bad_one_is_tried_again(jobs, job_clock):
+def test_each_job_of_a_failed_batch_and_one_that_was_tried_before_run_alone(jobs, job_clock):
     notes = batched(jobs, attempts=2)
+    enqueue_many(jobs, 'batch', ['old', 'dead'])
+    jobs._db.execute('UPDATE jobs SET attempt = id')
+    enqueue_many(jobs, 'batch', [1, 'bad', 2])
     jobs.open(10)
-    jobs._outbox.transact(enqueue_many, jobs, 'batch', [1, 'bad', 2])
+    eventually(lambda: jobs.stats() == {'waiting': 1, 'running': 0, 'failed': 1})
     assert settled(jobs, 1) > job_clock.now
-    eventually(lambda: jobs.stats() == {'waiting': 1, 'running': 0, 'failed': 0})
-    assert notes == [[1, 'bad', 2], [1], ['bad'], [2]] and not jobs._running
+    assert notes == [['old'], [1, 'bad', 2], [1], ['bad'], [2]] and not jobs._running
+    dead, = jobs.failed()
+    assert dead.arguments == {'n': 'dead'} and 'its process died 2 times' in dead.error
     pass_time(jobs, job_clock, 3)
     all_done(jobs)
-    assert notes[4:] == [['bad']] and [job.arguments for job in jobs.failed()] == [{'n': 'bad'}]
-
-
-def test_a_job_that_was_tried_before_joins_no_batch(jobs):
-    notes = batched(jobs)
-    enqueue_many(jobs, 'batch', range(4))
-    jobs._db.execute('UPDATE jobs SET attempt = 1 WHERE id < 3')
-    jobs.open(10)
-    all_done(jobs)
-    assert sorted(notes) == [[0], [1], [2, 3]]
+    assert notes[5:] == [['bad']] and len(jobs.failed()) == 2
 
 
 # The tasks of the stack itself
 
 def test_the_hourly_job_prunes_the_cache_and_old_failures(stack):
-    stack.cache.set('short', 1, ttl=-1)
-    stack.cache._flush()
+    stack.cache.add('short', 1, ttl=-1)
     assert stack.cache.stats()['entries'] == 1
     for name, age in (('old', 1), ('young', -60)):
         stack.job_db.execute("INSERT INTO jobs (name, arguments, queue, run_at, enqueued_at, failed_at) "
@@ -7197,7 +7098,7 @@ def assert_refused(result, sentence=''):
     assert status == 1 and not output and re.fullmatch('Error: .*\n', errors) and sentence in errors, result
 
 
-def refused(function, *arguments):
+def refusal(function, *arguments):
     """The one sentence with which backup() or restore() refuses to do it."""
     with pytest.raises((todol.BackupError, todol.StorageError, todol.MigrationError)) as raised:
         function(*arguments)
@@ -7218,6 +7119,12 @@ def titles_of(directory, user='u'):
         return [todo.title for todo in todol.list_todos(user)]
 
 
+def execute_on(path, statement):
+    """Execute a statement on a database file that nobody has open."""
+    with contextlib.closing(sqlite3.connect(path)) as file, file:
+        return file.execute(statement).fetchall()
+
+
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """A data directory in which the user u has the todo `kept`, and the cache a counter; no process runs on it. There
@@ -7234,12 +7141,11 @@ def data(tmp_path, monkeypatch):
     todol.load_settings({})
 
 
-ARCHIVES = ['copy.tar.gz', 'copy.tgz', 'copy.tar', 'copy.zip']
 FILES = ['test.sqlite3', 'test_cache.sqlite3', 'test_job.sqlite3']
 
 
-@pytest.mark.parametrize('name', ['copy', 'copy.tar.gz'])
-def test_a_backup_made_under_load_restores_what_was_acknowledged_before_it(start_server, tmp_path, name):
+def test_a_backup_under_load_has_what_was_acknowledged_before_it_and_a_copy_by_hand_after_a_kill_has_all(start_server,
+                                                                                                         tmp_path):
     server = start_server(TODOL_WRITES_PER_MINUTE=1_000_000)
     client, stop, sure = server.client(), threading.Event(), []
 
@@ -7253,16 +7159,18 @@ def test_a_backup_made_under_load_restores_what_was_acknowledged_before_it(start
     try:
         eventually(lambda: len(sure) > 30)
         before = len(sure)
-        assert command(tmp_path, 'backup', str(tmp_path / name))[0] == 0
+        assert command(tmp_path, 'backup', 'copy.tar.gz')[0] == 0
         eventually(lambda: len(sure) > before + 10)
     finally:
         stop.set()
         writer.join()
     server.kill()
-    assert command(tmp_path, 'restore', name, '--force')[::2] == (0, '')
-    assert command(tmp_path, 'check') == (0, 'ok\n', '')
-    titles = titles_of(tmp_path, session(client).split('.')[0])
-    assert len(titles) >= before and titles == [f'todo {number}' for number in range(len(titles))]
+    assert (tmp_path / 'db' / 'test.sqlite3-wal').stat().st_size
+    shutil.copytree(tmp_path / 'db', tmp_path / 'by hand', ignore=shutil.ignore_patterns('*.bell.*', '*-shm'))
+    for copy, least in (('copy.tar.gz', before), ('by hand', len(sure))):
+        assert command(tmp_path, 'restore', copy, '--force')[::2] == (0, '')
+        titles = titles_of(tmp_path, session(client).split('.')[0])
+        assert len(titles) >= least and titles == [f'todo {number}' for number in range(len(titles))]
 
 
 def test_the_name_of_a_backup_says_what_it_is_or_is_refused_with_the_endings(data, tmp_path):
@@ -7276,7 +7184,7 @@ def test_the_name_of_a_backup_says_what_it_is_or_is_refused_with_the_endings(dat
         todol.restore(name, force=True)
         assert titles_of(tmp_path) == ['kept', 'later']
     for ending in ('gz', 'tar.bz2', 'tar.xz', '7z', 'RAR'):
-        assert '.tar.gz, .tgz, .tar, .zip' in refused(todol.backup, f'other.{ending}')
+        assert '.tar.gz, .tgz, .tar, .zip' in refusal(todol.backup, f'other.{ending}')
     assert not list(tmp_path.glob('other*'))
 
 
@@ -7292,29 +7200,18 @@ def test_a_place_where_no_backup_can_be_is_refused_in_a_sentence_and_nothing_is_
     for place in ('db', 'db/', './db/../db', 'link', 'db/inside', 'link/inside', 'db/copy.zip', '.', 'db/test.sqlite3',
                   '..', '/'):
         for verb in (todol.backup, todol.restore):
-            assert 'in one another' in refused(verb, place), place
+            assert 'in one another' in refusal(verb, place), place
     for place in ('', 'file', 'file/below', 'file/below/copy.zip', '/proc/no/place', 'gone/copy.tar', 'x' * 300):
-        assert refused(todol.backup, place)
+        assert refusal(todol.backup, place)
     for place, sentence in (('', 'can not be a backup'), ('gone', 'has no test.sqlite3'), ('copy/test.sqlite3', ''),
                             ('gone.zip', 'gone.zip: No such file'), ('gone.tar.gz', 'gone.tar.gz: No such file'),
                             ('empty', 'has no test.sqlite3'), ('x' * 300, ''), ('empty.zip', 'can not be unpacked'),
                             ('directory.tar', '')):
-        assert sentence in refused(todol.restore, place, True), place
-    assert '--force' in refused(todol.restore, 'copy')
+        assert sentence in refusal(todol.restore, place, True), place
+    assert '--force' in refusal(todol.restore, 'copy')
     assert table_contents(tmp_path) == before and not os.path.exists('gone')
     assert_refused(command(tmp_path, 'backup', 'db/inside'), 'in one another')
     assert_refused(command(tmp_path, 'restore', 'copy'), '--force')
-
-
-def test_what_an_app_left_without_a_stop_is_all_in_a_copy_made_by_hand(start_server, tmp_path):
-    server = start_server()
-    server.client().create('in the log alone')
-    server.kill()
-    assert (tmp_path / 'db' / 'test.sqlite3-wal').stat().st_size
-    shutil.copytree(tmp_path / 'db', tmp_path / 'by hand', ignore=shutil.ignore_patterns('*.bell.*', '*-shm'))
-    assert command(tmp_path, 'restore', 'by hand', TODOL_DATA=str(tmp_path / 'new'))[0] == 0
-    with contextlib.closing(sqlite3.connect(tmp_path / 'new' / 'test.sqlite3')) as file:
-        assert file.execute('SELECT title FROM todos').fetchall() == [('in the log alone',)]
 
 
 def test_a_restore_brings_back_counters_makes_open_tabs_load_the_page_and_leaves_nothing_beside(data, tmp_path):
@@ -7346,58 +7243,58 @@ def test_a_restore_does_not_touch_a_running_app_whatever_was_deleted_by_hand(sta
     assert client.todos() == [(title, False) for title in ('kept', 'later', 'last')]
     assert server.stop() == 0
     with todol.open_stack(environment_of(tmp_path)):        # nor what a script has open
-        assert 'an app runs on' in refused(todol.restore, str(tmp_path / 'copy'), True)
+        assert 'an app runs on' in refusal(todol.restore, str(tmp_path / 'copy'), True)
     assert titles_of(tmp_path, session(client).split('.')[0]) == ['kept', 'later', 'last']
     assert command(tmp_path, 'restore', 'copy', '--force')[0] == 0
 
 
 def test_a_start_waits_for_a_restore_and_does_not_open_what_one_that_died_left(data, tmp_path):
-    with contextlib.ExitStack() as restoring:
-        assert todol.lock_directory(str(data), todol.fcntl.LOCK_EX, restoring)
-        assert 'an app runs on' in refused(todol.restore, 'copy', True)
-        waiting = gevent.spawn(titles_of, tmp_path)
-        gevent.sleep(0.1)
-        assert not waiting.ready()
-    assert waiting.get(timeout=10) == ['kept', 'later']
-    with contextlib.ExitStack() as restoring:
-        assert todol.lock_directory(str(data), todol.fcntl.LOCK_EX, restoring)
-        waiting = gevent.spawn(titles_of, tmp_path)
-        gevent.sleep(0.1)
-        (data / 'test.sqlite3.restoring').touch()
+    def start_during_a_restore(meanwhile):
+        with contextlib.ExitStack() as restoring:
+            assert todol.lock_directory(str(data), todol.fcntl.LOCK_EX, restoring)
+            waiting = gevent.spawn(titles_of, tmp_path)
+            gevent.sleep(0.1)
+            assert not waiting.ready()
+            meanwhile()
+        return waiting.get(timeout=10)
+
+    titles = start_during_a_restore(lambda: refusal(todol.restore, 'copy', True).index('an app runs on'))
+    assert titles == ['kept', 'later']
     with pytest.raises(todol.StorageError, match='did not come to its end; run it again, with --force'):
-        waiting.get(timeout=10)
+        start_during_a_restore((data / 'test.sqlite3.restoring').touch)
 
 
-RESTORE_UNTIL = '''
-import os, sys; sys.path.insert(0, {here!r})
-import todol
-left = int(sys.argv[1])
-def dying(function):
-    def call(*arguments, **options):
-        global left
-        left -= 1
-        if left < 0:
-            os._exit(9)
-        return function(*arguments, **options)
-    return call
-for name in ('replace', 'fsync', 'unlink', 'rename'):
-    setattr(os, name, dying(getattr(os, name)))
-sys.exit(todol.main(sys.argv[2:]))
-'''
+def restore_until(step):
+    """Restore the copy in a process that dies at such a step, of those that change files; gives its exit status."""
+    def dying(function):
+        def call(*arguments, **options):
+            nonlocal step
+            step -= 1
+            if step < 0:
+                os._exit(9)
+            return function(*arguments, **options)
+        return call
+
+    child = os.fork()
+    if not child:
+        try:
+            for name in ('replace', 'fsync', 'unlink', 'rename'):
+                setattr(os, name, dying(getattr(os, name)))
+            todol.restore('copy', force=True)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_restore_that_dies_at_any_step_leaves_all_or_is_run_again(data, tmp_path):
     """After each step that changes files: the old data are there, or nothing starts until the restore is run again."""
-    program = tmp_path / 'dying.py'
-    program.write_text(RESTORE_UNTIL.format(here=str(HERE)))
     shutil.copytree(data, 'before')
     seen, status, step = [], 9, 0
     while status == 9:
         shutil.rmtree(data)
         shutil.copytree('before', data)
-        status = subprocess.run([sys.executable, program, str(step), 'restore', 'copy', '--force'], cwd=tmp_path,
-                                env=environment_with(**environment_of(tmp_path)), capture_output=True,
-                                timeout=60).returncode
+        status = restore_until(step)
         assert status in (0, 9)
         try:
             seen.append(titles_of(tmp_path))
@@ -7408,7 +7305,7 @@ def test_a_restore_that_dies_at_any_step_leaves_all_or_is_run_again(data, tmp_pa
         if status == 9:
             todol.restore('copy', force=True)
             assert sorted(table_contents(data)) == FILES, step
-        assert titles_of(tmp_path) == ['kept']
+            assert execute_on(data / 'test.sqlite3', 'SELECT title FROM todos') == [('kept',)]
         step += 1
     assert [each for each, before in zip(seen, [None, *seen]) if each != before] == [
         ['kept', 'later'], 'refused', ['kept']], seen
@@ -7458,37 +7355,33 @@ def test_a_backup_that_fails_at_any_step_leaves_whole_files_and_nothing_beside(d
 def test_a_backup_of_a_damaged_file_leaves_the_old_one_whole(data):
     before = table_contents('copy')
     (data / 'test_job.sqlite3').write_bytes(b'not a database at all')
-    assert 'test_job.sqlite3' in refused(todol.backup, 'copy')
+    assert 'test_job.sqlite3' in refusal(todol.backup, 'copy')
     (data / 'test_job.sqlite3').unlink()
-    assert 'there is no' in refused(todol.backup, 'copy') and 'there is no' in refused(todol.backup, 'new')
+    assert 'there is no' in refusal(todol.backup, 'copy') and 'there is no' in refusal(todol.backup, 'new')
     assert table_contents('copy') == before and not os.path.exists('new')
 
 
 # Damaged and hostile backups
 
-def spoil(what, file):
-    """Make something else of a file."""
-    content = file.read_bytes()
-    file.unlink()
-    if what in ('newer', 'of another program'):
-        file.write_bytes(content if what == 'newer' else b'')
-        with contextlib.closing(sqlite3.connect(file)) as database, database:
-            database.execute("INSERT INTO schema_migrations VALUES ('999 of the future', 0)" if what == 'newer' else
-                             'CREATE TABLE songs (title)')
-    elif what in ('a directory', 'a fifo', 'a link to itself'):
-        make = {'a directory': os.mkdir, 'a fifo': os.mkfifo, 'a link to itself': lambda path: os.symlink(path, path)}
-        make[what](file)
-    elif what != 'missing':
-        file.write_bytes({'no database': b'not a database at all', 'short': content[:5000], 'empty': b'',
-                          'torn': content[:4096] + os.urandom(len(content) - 4096)}[what])
+SPOILED = {         # what becomes of a file
+    'no database': lambda file: file.write_bytes(b'not a database at all'),
+    'short': lambda file: os.truncate(file, 5000),
+    'empty': lambda file: os.truncate(file, 0),
+    'torn': lambda file: file.write_bytes(file.read_bytes()[:4096] + os.urandom(file.stat().st_size - 4096)),
+    'newer': lambda file: execute_on(file, "INSERT INTO schema_migrations VALUES ('999 of the future', 0)"),
+    'of another program': lambda file: (os.truncate(file, 0), execute_on(file, 'CREATE TABLE songs (title)')),
+    'missing': os.unlink,
+    'a directory': lambda file: (file.unlink(), file.mkdir()),
+    'a fifo': lambda file: (file.unlink(), os.mkfifo(file)),
+    'a link to itself': lambda file: (file.unlink(), file.symlink_to(file))}
 
 
-@pytest.mark.parametrize('what', ['no database', 'newer', 'of another program', 'torn', 'short', 'empty', 'missing',
-                                  'a directory', 'a fifo', 'a link to itself'])
-def test_a_restore_from_a_damaged_backup_changes_nothing(data, tmp_path, what):
-    spoil(what, tmp_path / 'copy' / 'test_job.sqlite3')
+def test_a_restore_from_a_damaged_backup_changes_nothing(data):
     before = table_contents(data)
-    assert 'test_job.sqlite3' in refused(todol.restore, 'copy', True)
+    for number, (what, spoil) in enumerate(SPOILED.items()):
+        copy = pathlib.Path(shutil.copytree('copy', f'copy {number}'))
+        spoil(copy / 'test_job.sqlite3')
+        assert 'test_job.sqlite3' in refusal(todol.restore, str(copy), True), what
     assert table_contents(data) == before and todol.run_checks() == []
 
 
@@ -7546,7 +7439,7 @@ def test_a_hostile_archive_writes_nowhere_else(data, tmp_path, monkeypatch, make
             shutil.rmtree(data)
             shutil.copytree(outside / 'live', data)
         else:
-            assert refused(todol.restore, str(path), True) and table_contents(data) == live, members
+            assert refusal(todol.restore, str(path), True) and table_contents(data) == live, members
         assert table_contents(outside) == elsewhere and sorted(os.listdir(tmp_path)) == beside
         assert not list(unpacked.iterdir())
     assert not os.path.exists('/tmp/evil') and not (tmp_path.parent / 'evil').exists()
@@ -7572,11 +7465,11 @@ def test_an_archive_that_was_changed_or_that_nobody_can_unpack_is_refused_in_a_s
             for match in re.finditer(re.escape(signature), content):
                 changed[match.start() + at:match.start() + at + 2] = value
         pathlib.Path('changed.zip').write_bytes(changed)
-        assert 'changed.zip can not be unpacked' in refused(todol.restore, 'changed.zip', True)
+        assert 'changed.zip can not be unpacked' in refusal(todol.restore, 'changed.zip', True)
     for kind in ('zip', 'tar.gz'):          # one letter of a title: nothing but the checksum tells
         content = pathlib.Path(f'packed.{kind}').read_bytes()
         pathlib.Path(f'changed.{kind}').write_bytes(content.replace(b'kept', b'kePt'))
-        assert re.search('can not be unpacked|CRC', refused(todol.restore, f'changed.{kind}', True))
+        assert re.search('can not be unpacked|CRC', refusal(todol.restore, f'changed.{kind}', True))
     assert packed.is_there()
 
 
@@ -7594,9 +7487,8 @@ def test_a_spoiled_archive_is_refused_in_a_sentence_or_what_was_saved_comes_back
     except (todol.BackupError, todol.StorageError, todol.MigrationError) as error:
         assert '\n' not in str(error) and packed.is_there()
     else:
-        with contextlib.closing(sqlite3.connect('db/test.sqlite3')) as file:
-            titles = file.execute('SELECT title FROM todos').fetchall()
-            assert file.execute('PRAGMA integrity_check').fetchall() == [('ok',)]
+        assert execute_on('db/test.sqlite3', 'PRAGMA integrity_check') == [('ok',)]
+        titles = execute_on('db/test.sqlite3', 'SELECT title FROM todos')
         assert titles == [('kept',)] or kind == 'tar', 'a plain tar has no checksum'
         todol.restore('copy', force=True)
 
@@ -7612,7 +7504,7 @@ def test_every_file_that_is_made_can_be_read_by_its_owner_alone(start_server, tm
         for path in [*tmp_path.glob('db/*'), *tmp_path.glob('pub/**/*'), *tmp_path.glob('other/*')]:
             about = path.stat()
             mode = 0o700 if path.is_dir() else 0o600
-            seen[f'{path.parent.name}/{path.name}'] = (about.st_mode & 0o777 == mode, about.st_uid == about.st_gid == uid)
+            seen[f'{path.parent.name}/{path.name}'] = about.st_mode & 0o777 == mode, about.st_uid == about.st_gid == uid
 
     for directory in ('db', 'pub', 'other'):
         (tmp_path / directory).mkdir()
@@ -7624,7 +7516,7 @@ def test_every_file_that_is_made_can_be_read_by_its_owner_alone(start_server, tm
         look()
         server = start_server()
         get_session(server)
-        for target in ('pub', 'pub/deeper', *(f'pub/{name}' for name in ARCHIVES)):
+        for target in ('pub', 'pub/deeper', *(f'pub/copy.{kind}' for kind in ('tgz', 'tar', 'zip'))):
             assert command(tmp_path, 'backup', target)[0] == 0
         look()
         server.kill()
@@ -7651,8 +7543,7 @@ def test_a_check_finds_planted_damage_and_what_an_app_says_is_wrong(data, tmp_pa
             ('test_job', insert.format('order_key'), 'which nobody serves'),
             ('test_job', insert.format('failed_at'), '1 jobs of 1 have failed'),
             ('test_cable', "INSERT INTO schema_migrations VALUES ('999 of the future', 0)", 'newer')):
-        with contextlib.closing(sqlite3.connect(data / f'{file}.sqlite3')) as database, database:
-            database.execute(statement)
+        execute_on(data / f'{file}.sqlite3', statement)
         problem, = todol.run_checks()
         assert complaint in problem, complaint
         shutil.rmtree(data)
@@ -7663,8 +7554,7 @@ def test_a_check_finds_planted_damage_and_what_an_app_says_is_wrong(data, tmp_pa
     with todol.open_stack(environment_of(tmp_path)):
         todol.app_db.transact(lambda: [todol.create_todo('u', f'{number} ' * 100) for number in range(100)])
     path = data / 'test.sqlite3'
-    with contextlib.closing(sqlite3.connect(path)) as file:
-        page, = file.execute("SELECT rootpage FROM sqlite_master WHERE name = 'todos_by_user'").fetchone()
+    (page,), = execute_on(path, "SELECT rootpage FROM sqlite_master WHERE name = 'todos_by_user'")
     content = bytearray(path.read_bytes())
     content[4096 * (page - 1):4096 * page] = b'\xff' * 4096
     path.write_bytes(content)
