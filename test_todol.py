@@ -3892,7 +3892,7 @@ def batched(jobs, goes_on=None, **options):
 
 
 def test_a_batch_task_is_called_once_for_all_that_start_together_and_takes_one_worker(jobs):
-    (numbers, goes_on), others = held(jobs), noted(jobs)
+    goes_on = gevent.event.Event()
     notes = batched(jobs, goes_on)
     jobs.open(2)
     jobs._outbox.transact(enqueue_many, jobs, 'batch', range(5))
