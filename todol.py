@@ -611,7 +611,8 @@ class Database:
         unknown = applied - {name for name, _ in self.migrations}
         if unknown:
             raise MigrationError(f'{self.path}: the migration {min(unknown)!r} is unknown here; '
-                                 f'the file is from a newer version, or of another app')
+                                 f'the file is from a newer version or of another app, or somebody '
+                                 f'renamed it. Delete the file if nothing in it matters')
         return [(name, statement) for name, statement in self.migrations if name not in applied]
 
     def _migrate(self):
@@ -663,7 +664,8 @@ def refuse_in_transaction(what):
     """Raises MisuseError inside a transaction: what can not be undone with it."""
     if Database.current is not None:
         raise MisuseError(f'{what} can not be a part of a transaction of the '
-                          f'{Database.current.name} database; enqueue a job in it, which does that')
+                          f'{Database.current.name} database: call it after the commit, or enqueue '
+                          f'a job that does it')
 
 
 def _refuse_to_switch():
@@ -1645,9 +1647,9 @@ class Jobs:
 
     # Registering
 
-    def task(self, queue='default', attempts=5, retry_seconds=2.0, timeout_seconds=300.0,
-             batch=False):
-        """A decorator: register the function under its name; gives a Task.
+    def task(self, function=None, /, *, queue='default', attempts=5, retry_seconds=2.0,
+             timeout_seconds=300.0, batch=False):
+        """A decorator, bare or with options: register the function under its name; gives a Task.
 
         It is called with the job's arguments as keywords, possibly more than once. A failure is
         tried again after retry_seconds, twice that, and so on, with some jitter; after so many
@@ -1674,7 +1676,7 @@ class Jobs:
                 raise JobError(f'there are two tasks {task.name}')
             self._tasks[task.name] = task
             return task
-        return register
+        return register if function is None else register(function)
 
     def every(self, seconds, catch_up=True, **options):
         """A decorator: register a task and run it when the Unix time is a multiple of so many
@@ -1750,6 +1752,7 @@ class Jobs:
 
     def cancel(self, id):
         """Delete a job that has not started, and say whether it was there."""
+        refuse_in_transaction('jobs.cancel()')
         self._relay()
         gone = self._db.execute('DELETE FROM jobs WHERE uid = ? AND worker IS NULL '
                                 'AND failed_at IS NULL RETURNING id', (_check_id(id),))
@@ -1767,6 +1770,7 @@ class Jobs:
             'DELETE FROM jobs WHERE uid = ? AND failed_at IS NOT NULL RETURNING id', id)
 
     def _change_failed(self, statement, id):
+        refuse_in_transaction('a change of a job')
         if not self._db.execute(statement, (_check_id(id),)):
             raise JobError(f'there is no failed job {_shown(id)}')
 
@@ -2617,17 +2621,21 @@ def fields():
     return environ['stack.fields']
 
 
-def respond(streams='', data=None, back='/', status=200):
-    """The answer to a change, as the client wants it: Turbo Streams, data as JSON, or the way back
-    to a page. streams: HTML, or a function that gives it."""
+def respond(streams='', data=None, back=None, status=200):
+    """The answer to a change, as the client wants it: JSON for programs, Turbo Streams for the
+    script, a redirect for the rest.
+
+    data: what JSON has, sent with the status. streams: HTML, or a function that gives it; without
+    any the script goes back too, if it is said where. back: a path; unset, '/'.
+    """
     kind = wanted()
     if kind == 'json':
         return as_json({} if data is None else data, status)
-    if kind == 'turbo':
+    if kind == 'turbo' and (streams or back is None):
         bottle.response.content_type = f'{TURBO_STREAM}; charset=UTF-8'
         return streams() if callable(streams) else streams
     bottle.response.status = 303
-    bottle.response.set_header('Location', back)
+    bottle.response.set_header('Location', back or '/')
     return ''
 
 
@@ -2644,12 +2652,19 @@ def turbo_stream(action, target, html='', morph=False):
     """A <turbo-stream> element. target: the id of an element. html: the content, as HTML. morph:
     keep what is alike, with its focus. Source: turbo.hotwired.dev/reference/streams"""
     method = ' method="morph"' if morph else ''
-    template = f'<template>{html}</template>' if html else ''
+    template = '' if action in ('remove', 'refresh') else f'<template>{html}</template>'
     return (f'<turbo-stream action="{action}"{method} target="{bottle.html_escape(target)}">'
             f'{template}</turbo-stream>\n')
 
 
 REFRESH = '<turbo-stream action="refresh"></turbo-stream>\n'      # "load the page again"
+
+
+def came_from():
+    """The path of the page of this host from which the request came; '/' if it is not told."""
+    environ = bottle.request.environ
+    referer = re.match('https?://([^/?#]*)(/[^?#]*)', environ.get('HTTP_REFERER', ''))
+    return referer[2] if referer and referer[1].lower() == host_of(environ) else '/'
 
 
 def stream_source(stream):
@@ -2670,13 +2685,14 @@ TEMPLATES = {       # name: source, in bottle's syntax. {{value}} is escaped, {{
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
 <title>{{status}}</title>
 <h1>{{status}}</h1>
 <p>{{message}}</p>
 % if details:
 <pre>{{details}}</pre>
 % end
-<p><a href="/">Back</a></p>
+<p><a href="{{back}}">Back</a></p>
 </html>
 ''',
 }
@@ -2823,7 +2839,8 @@ def error_answer(error):
         shown = turbo_stream('update', expected.target, bottle.html_escape(message))
         return (shown + expected.streams).encode(errors='replace')
     bottle.response.content_type = 'text/html; charset=UTF-8'
-    page = render('error', status=error.status_code, message=message, details=details)
+    page = render('error', status=error.status_code, message=message, details=details,
+                  back=came_from())
     return page.encode(errors='replace')
 
 
@@ -3690,9 +3707,11 @@ LIVE_SCRIPT = r'''
 // out by fetch, in order; Turbo Streams, those of answers and those of each
 // <turbo-cable-stream-source>, change the page; links with data-visit and a refresh
 // morph it. Optional: #notice for errors, [data-connection] for the state of the line.
-// Left alone: data-turbo="false" and, by morph, elements with data-turbo-permanent.
+// Left alone: data-turbo="false", forms with files or a target and, by morph, elements
+// with data-turbo-permanent. Text fields are reset when their form is sent.
 // Beside the real Turbo, which then defines the elements.
 const TURBO_STREAM = 'text/vnd.turbo-stream.html', SOURCE = 'turbo-cable-stream-source';
+const ACCEPT = `${TURBO_STREAM}, text/html;q=0.9`;      // where a redirect leads, there is a page
 const FORMS = `form[method=post i]:not([target], [enctype^=multipart i],
   [data-turbo=false], [data-turbo=false] *)`;
 const HIDDEN_MS = 60_000, STALE_MS = 8_000, ANSWER_MS = 20_000;
@@ -3819,7 +3838,9 @@ class StreamElement extends HTMLElement {
     if (action === 'remove' && target && !version) versions.set(target, Infinity);
     if (held(id) || outdated(id, version)) return;
     const all = targets ? $$(targets) : [byId(target)], morphs = get('method') === 'morph';
-    for (const each of all) if (each) actions[action]?.(each, content?.cloneNode(true), morphs);
+    for (const each of all.filter(Boolean)) {
+      actions[action]?.(each, content?.cloneNode(true) ?? new DocumentFragment(), morphs);
+    }
   }
 }
 function renderStreams(html, fromCable) {
@@ -3841,14 +3862,17 @@ function overtaken(page) {
     $$('[data-version]', page).some(({ id, dataset: { version } }) =>
       version < known(id) && known(id) < Infinity);
 }
+// The styles and scripts of a page: one with others can't be morphed in.
+const files = root => $$('link[rel=stylesheet], script[src]', root)
+  .map(each => each.getAttribute('href') ?? each.getAttribute('src')).join();
 let visiting, epoch;
-async function visit(url = location.href, push = false, pause = 100) {
+async function visit(url = location.href, push = false, pause = 100, given) {
   const current = visiting = {};
   let page;
   try {
-    const answer = await fetch(url, { headers: { Accept: 'text/html' },
+    const answer = given?.answer ?? await fetch(url, { headers: { Accept: 'text/html' },
       signal: AbortSignal.timeout(ANSWER_MS) });
-    const html = await answer.text();
+    const html = given?.html ?? await answer.text();
     if (visiting !== current) return;
     if (answer.ok && answer.headers.get('Content-Type')?.startsWith('text/html')) {
       page = new DOMParser().parseFromString(html, 'text/html');
@@ -3867,6 +3891,7 @@ async function visit(url = location.href, push = false, pause = 100) {
     await wait(pause);
     return visiting === current && visit(url, push, Math.min(pause * 2, 15_000));
   }
+  if (push && files(page) !== files(document)) return location.assign(url);
   if (push) history.pushState(null, '', url);
   morph(document.body, page.body);
   document.title = page.title;
@@ -3911,7 +3936,7 @@ async function deliver() {
     const { path } = changes[0], body = new URLSearchParams(changes[0].body);
     let answer, html;
     try {
-      answer = await fetch(path, { method: 'POST', body, headers: { Accept: TURBO_STREAM },
+      answer = await fetch(path, { method: 'POST', body, headers: { Accept: ACCEPT },
         signal: AbortSignal.timeout(ANSWER_MS) });
       html = await answer.text();
     } catch { answer = null; }
@@ -3939,7 +3964,7 @@ function settle(done, answer, html) {
   if (streams) renderStreams(html);
   else if (!answer.ok) tell(`That was not done: the server answered ${answer.status}.`);
   else if (!answer.redirected || done.page !== location.href) visit();
-  else visit(answer.url, answer.url !== location.href);
+  else visit(answer.url, answer.url !== location.href, 100, { answer, html });
 }
 function tell(text) {
   const notice = byId('notice');
@@ -5209,7 +5234,7 @@ def edit(id):
     if wanted() == 'html':
         return page_with(user, editing=todo.id, text=todo.title)
     return respond(lambda: turbo_stream('replace', f'todo_{todo.id}', render_editor(
-        todo, came_from(), todo.title)), public(todo))
+        todo, filter_of_page(), todo.title)), public(todo))
 
 
 @app.patch(f'/todos/{ID}')
@@ -5276,7 +5301,7 @@ def public(todo):
 def changed(user, ids, data, status=200):
     """The answer to a change of the todos of these ids."""
     return respond(lambda: render_changes(user, ids if len(ids) <= BROADCAST_ROWS else None), data,
-                   PATHS[came_from()], status)
+                   PATHS[filter_of_page()], status)
 
 
 @contextlib.contextmanager
@@ -5289,19 +5314,18 @@ def shown_as_gone(id):
         raise
 
 
-def came_from():
+def filter_of_page():
     """The filter of the page that the request came from: a form that stands at another URL says it
     itself."""
-    named = fields().get('showing')
+    named, page = fields().get('showing'), came_from()
     if named in [*PATHS]:       # from JSON it may be anything
         return named
-    referer = re.match(r'https?://[^/?#]*([^?#]*)', bottle.request.get_header('Referer', ''))
-    return next((name for name, path in PATHS.items() if referer and path == referer[1]), 'all')
+    return next((name for name, path in PATHS.items() if path == page), 'all')
 
 
 def page_with(user, **values):
     """The page that the request came from, with something in it."""
-    showing = came_from()
+    showing = filter_of_page()
     todos = list_todos(user, showing)
     if values.get('editing') and values['editing'] not in {todo.id for todo in todos}:
         showing, todos = 'all', list_todos(user)
