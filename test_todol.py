@@ -312,17 +312,6 @@ def server(start_server):
     return start_server()
 
 
-def frame_of(payload=b'', opcode=1, final=True, masked=True, reserved=0, declared=None):
-    """The bytes of a frame of a client. declared: a length other than the payload's."""
-    size = len(payload) if declared is None else declared
-    short = size if size < 126 else 126 if size < 65_536 else 127
-    length = b'' if short < 126 else struct.pack('!H' if short == 126 else '!Q', size)
-    mask = b'\x11\x22\x33\x44' if masked else b''
-    if masked:
-        payload = bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
-    return bytes([0x80 * final | reserved | opcode, 0x80 * masked | short]) + length + mask + payload
-
-
 class CableClient:
     """A WebSocket client of its own, that can also send what no library would. Source: RFC 6455."""
 
@@ -342,9 +331,16 @@ class CableClient:
             self.headers[name.lower()] = value.strip()
         self.close_code = self.close_reason = None
 
-    def send_frame(self, *payload, **options):
-        """Send one frame; see frame_of()."""
-        self.socket.sendall(frame_of(*payload, **options))
+    def send_frame(self, payload=b'', opcode=1, final=True, masked=True, reserved=0, declared=None):
+        """Send one frame. declared: a length other than the payload's."""
+        size = len(payload) if declared is None else declared
+        short = size if size < 126 else 126 if size < 65_536 else 127
+        length = b'' if short < 126 else struct.pack('!H' if short == 126 else '!Q', size)
+        mask = b'\x11\x22\x33\x44' if masked else b''
+        if masked:
+            payload = bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
+        head = bytes([0x80 * final | reserved | opcode, 0x80 * masked | short])
+        self.socket.sendall(head + length + mask + payload)
 
     def command(self, command, identifier=None, **fields):
         """Send a command of Action Cable."""
@@ -416,8 +412,6 @@ def need_front_end():
     return FRONT_END
 
 
-# Chromium
-
 @pytest.fixture(scope='session')
 def browser():
     """Debian's Chromium, driven by Playwright. One for the whole run: a second one in this thread is refused."""
@@ -451,10 +445,8 @@ def new_page(browser):
         yield open_page
 
 
-# The unmodified clients, from npm
-
 CLIENTS = {
-    # name: an entry script; each leaves its library in a global
+    # name, as in npm: an entry script; each leaves its library in a global
     'turbo-rails': '''
         import {Turbo, cable} from '@hotwired/turbo-rails'
         window.Turbo = Turbo; window.cable = cable''',
@@ -495,8 +487,6 @@ def serve_script(page, name, script):
     page.route(f'**/assets/*/{name}', lambda route: route.fulfill(body=script, content_type='text/javascript'))
 
 
-# axe
-
 AXE_RUN = '''async () => {
     // A colour in the middle of a transition has the wrong contrast: let everything that moves come to rest first.
     await Promise.allSettled(document.getAnimations().filter(
@@ -512,8 +502,6 @@ def assert_no_violations(page):
         page.evaluate((need_front_end() / 'node_modules/axe-core/axe.min.js').read_text(encoding='utf-8'))
     assert page.evaluate(AXE_RUN) == []
 
-
-# Linters: one node process for many texts
 
 LINT = '''
 import {readFileSync} from 'node:fs'
@@ -652,11 +640,6 @@ def script_metadata(path):
     return dict(re.fullmatch(r'([\w-]+)(?:\[\w+\])?(.*)', each).groups() for each in dependencies)
 
 
-def sections(path):
-    """The names of the sections of a file, in its order."""
-    return SECTION.findall(path.read_text())
-
-
 @pytest.mark.parametrize('missing, options', [('geventwebsocket', []), ('bottle', ['-S'])], ids=['one', 'all'])
 def test_a_missing_package_gives_a_sentence_with_the_command_that_installs_it(tmp_path, missing, options):
     if not options:
@@ -671,14 +654,6 @@ def test_an_importer_of_the_file_gets_the_import_error_itself(tmp_path):
     (tmp_path / 'bottle.py').write_text('raise ModuleNotFoundError("gone", name="bottle")')
     assert python('try: import todol\nexcept ModuleNotFoundError as error: print(error)',
                   PYTHONPATH=f'{tmp_path}{os.pathsep}{HERE}') == 'gone\n'
-
-
-def test_the_file_alone_serves_from_any_directory(start_server, tmp_path):
-    (tmp_path / 'some where').mkdir()
-    server = start_server(program=shutil.copy(PROGRAM, tmp_path / 'some where/todol.py'))
-    client = server.client()
-    assert client.create('first') and client.todos() == [('first', False)]
-    assert server.stop() == 0 and 'Traceback' not in server.log
 
 
 def test_an_import_does_nothing_but_define(tmp_path):
@@ -741,8 +716,8 @@ def test_what_is_too_old_is_named_before_anything_is_made_and_nothing_else_is_re
 def test_the_sections_have_banners_of_one_form_and_the_order_of_the_design_in_both_files():
     banners = [line for line in PROGRAM.read_text().splitlines() if line.startswith('# ===')]
     assert all(len(line) <= 100 and SECTION.match(line) for line in banners), banners
-    assert [name for name in sections(PROGRAM) if name in SECTIONS] == SECTIONS
-    here = [name for name in sections(pathlib.Path(__file__)) if name in SECTIONS]
+    assert [name for name in SECTION.findall(PROGRAM.read_text()) if name in SECTIONS] == SECTIONS
+    here = [name for name in SECTION.findall(pathlib.Path(__file__).read_text()) if name in SECTIONS]
     assert here == sorted(set(here), key=SECTIONS.index) and 'Processes' in here
 
 
@@ -8232,7 +8207,11 @@ def open_tab(new_page, visitor):
         url = f'http://127.0.0.1:{client.port}'
         page.context.add_cookies([{'name': name, 'value': value, 'url': url} for name, value in client.cookies.items()])
         if constants:
-            serve_script(page, 'live.js', script_with(**constants))
+            live_script = todol.LIVE_SCRIPT
+            for name, value in constants.items():
+                live_script, count = re.subn(rf'\b{name} = [\d_]+', f'{name} = {value}', live_script)
+                assert count == 1, name
+            serve_script(page, 'live.js', live_script)
         if clock:
             page.clock.install()
         page.add_init_script(script)
@@ -8245,15 +8224,6 @@ def open_tab(new_page, visitor):
     for page in tabs:
         unexpected = [each for each in page.complaints if not (page.expected and re.search(page.expected, each))]
         assert not unexpected, unexpected
-
-
-def script_with(**constants):
-    """live.js with other values of its constants."""
-    script = todol.LIVE_SCRIPT
-    for name, value in constants.items():
-        script, count = re.subn(rf'\b{name} = [\d_]+', f'{name} = {value}', script)
-        assert count == 1, name
-    return script
 
 
 def becomes(page, look, expected, seconds=15):
@@ -8362,8 +8332,6 @@ def hold(page, path='**/todos'):
     return asked
 
 
-# The TodoMVC app spec
-
 def test_enter_makes_trimmed_todos_at_the_end_which_are_counted_and_announced(open_tab, visitor):
     page = open_tab()
     assert focused(page) == 'new-todo' and page.title() == 'todol' and page.locator('.empty').is_visible()
@@ -8443,8 +8411,6 @@ def test_filters_show_their_todos_and_are_kept_on_reload_and_in_the_history(open
     becomes(page, titles, [])
     page.locator('.nothing').wait_for()
 
-
-# Two tabs
 
 def test_every_change_in_one_tab_shows_in_the_others_whatever_their_filter(open_tab):
     page = open_tab()
@@ -8637,39 +8603,28 @@ def test_a_todo_on_its_way_is_not_among_the_completed(open_tab):
     page.click('.filters >> text=Active')
     becomes(page, pending, ['milk'])
     assert not page.locator('.nothing').is_visible()
-    page.click('.filters >> text=Completed')
-    becomes(page, pending, [])
-    asked(0).continue_()
-    becomes(page, counter, '1 item left')
-    becomes(page, lambda page: page.locator('#todos > li').count(), 0)
 
-
-@pytest.mark.parametrize('motion', ['no-preference', 'reduce', 'offline'])
-def test_a_todo_long_on_its_way_says_so_by_its_look_and_one_made_offline_without_delay(open_tab, motion):
-    page = open_tab(expected=CONNECTION_LOST, reduced_motion='no-preference' if motion == 'offline' else motion)
-    unfreeze = freeze(page)
-    if motion == 'offline':
-        page.context.set_offline(True)
-    else:
-        hold(page)
-    add(page, 'milk')
-    assert pending(page) == ['milk'] and not page.locator('.empty').is_visible()        # the first of an empty list
-
+@pytest.mark.parametrize('motion, offline', [('no-preference', False), ('reduce', False), ('no-preference', True)])
+def test_a_todo_long_on_its_way_says_so_by_its_look_and_one_made_offline_without_delay(open_tab, motion, offline):
     def border(page):
         return page.locator('.pending .toggle').evaluate("box => getComputedStyle(box, '::before').borderStyle")
 
-    if motion != 'offline':
-        assert border(page) == 'solid'
-        unfreeze()
-    becomes(page, border, 'dashed')
-    if motion == 'offline':
+    page = open_tab(expected=CONNECTION_LOST, reduced_motion=motion)
+    unfreeze = freeze(page)
+    page.context.set_offline(offline) if offline else hold(page)
+    add(page, 'milk')
+    assert pending(page) == ['milk'] and not page.locator('.empty').is_visible()        # the first of an empty list
+    if offline:
+        becomes(page, border, 'dashed')
         becomes(page, connection, 'offline, 1 change waiting')
         page.context.set_offline(False)
         becomes(page, titles, ['milk'])
         becomes(page, connection, 'live')
+    else:
+        assert border(page) == 'solid'
+        unfreeze()
+        becomes(page, border, 'dashed')
 
-
-# Answers late, twice, wrong, or never
 
 def test_an_answer_older_than_the_last_click_and_a_refresh_do_not_undo_what_is_on_its_way(open_tab, visitor):
     page = open_tab('one', 'two')
@@ -8714,17 +8669,16 @@ def test_rapid_toggles_end_as_last_clicked(open_tab, visitor, path, selector, cl
     assert rows(page) == [('one', done)] == visitor.todos() and page.locator('.toggle-all').is_checked() == done
 
 
-@pytest.mark.parametrize('since', ['', ' more'])
-def test_a_title_too_long_comes_back_to_the_field_with_the_reason_before_what_was_typed_since(open_tab, since):
+def test_a_title_too_long_comes_back_to_the_field_with_the_reason_before_what_was_typed_since(open_tab):
     page = open_tab(expected=STATUS + '422')
     asked = hold(page)
     add(page, 'x' * 501)
     assert asked(0) and pending(page) == ['x' * 501]
-    page.fill('.new-todo', since.strip())
+    page.fill('.new-todo', 'more')
     asked(0).continue_()
     becomes(page, text_of('#new-todo-error'), 'That title has 501 characters; at most 500 fit.')
     refresh(page)       # the message stays
-    assert page.locator('#new-todo-error').is_visible() and page.input_value('.new-todo') == 'x' * 501 + since
+    assert page.locator('#new-todo-error').is_visible() and page.input_value('.new-todo') == 'x' * 501 + ' more'
     assert page.get_attribute('.new-todo', 'aria-describedby') == 'new-todo-error'
     assert page.locator('#todos > li').count() == 0
     page.unroute('**/todos')
@@ -8780,8 +8734,6 @@ def test_a_server_that_hangs_is_asked_again_and_makes_one_todo(open_tab, visitor
     assert unsent(page) == '[]' and visitor.todos() == [('one', False)]
 
 
-# Offline
-
 def test_after_a_crash_tabs_find_back_by_themselves_and_changes_survive_a_reload_and_are_made_once(open_tab, server):
     visitor = new_visitor(server)
     page, other = (open_tab(*todos, client=visitor, expected=CONNECTION_LOST + '|' + STATUS)
@@ -8828,8 +8780,6 @@ def test_an_open_tab_shows_a_new_database_as_it_is(new_page, start_server, tmp_p
     assert len(asked) < 30, 'it hammers'
 
 
-# Asleep, and awake
-
 HIDE = '''window.hide = hidden => {
     Object.defineProperty(document, 'hidden', {get: () => hidden, configurable: true});
     document.dispatchEvent(new Event('visibilitychange', {bubbles: true})); };
@@ -8842,7 +8792,7 @@ def sockets(page):
     return page.evaluate('[sockets.filter(({readyState}) => readyState < 2).length, sockets.length]')
 
 
-def test_a_tab_hidden_for_long_lets_go_of_its_socket_and_catches_up_when_shown(open_tab, visitor):
+def test_a_tab_long_hidden_or_idle_lets_go_of_its_socket_and_catches_up_when_shown_or_used(open_tab, visitor):
     page = open_tab(script=HIDE, clock=True, constants={'STALE_MS': 10**7})
     page.evaluate('hide(true)')
     page.clock.fast_forward(30_000)
@@ -8860,22 +8810,18 @@ def test_a_tab_hidden_for_long_lets_go_of_its_socket_and_catches_up_when_shown(o
     page.evaluate('hide(false)')
     becomes(page, titles, ['one', 'two'])
     assert sockets(page) == [1, 2]
-
-
-def test_an_idle_tab_lets_go_of_its_socket_and_the_next_sign_of_life_brings_it_back(open_tab):
-    page = open_tab(script=HIDE, clock=True, constants={'STALE_MS': 10**7})
     page.evaluate("document.querySelector('[data-idle-seconds]').dataset.idleSeconds = 600")
     for step in range(3):
         page.mouse.move(step, step)
         page.clock.fast_forward(500_000)
-        assert sockets(page) == [1, 1]
+        assert sockets(page) == [1, 2]
     page.clock.fast_forward(103_000)
-    becomes(page, sockets, [0, 1])
+    becomes(page, sockets, [0, 2])
     assert connection(page) == 'paused'
     add(page, 'awake')
-    becomes(page, titles, ['awake'])
+    becomes(page, titles, ['one', 'two', 'awake'])
     becomes(page, connection, 'live')
-    assert sockets(page) == [1, 2]
+    assert sockets(page) == [1, 3]
 
 
 def test_a_socket_without_a_word_is_given_up(open_tab):
@@ -8887,8 +8833,6 @@ def test_a_socket_without_a_word_is_given_up(open_tab):
     becomes(page, connection, 'live')
 
 
-# Turbo Streams
-
 STREAMS = [     # action, target, id of what comes, ids of the children of #box afterwards: before, a and b
     ('append', 'box', 'new', 'a b new'), ('append', 'box', 'a', 'b a'), ('prepend', 'box', 'new', 'new a b'),
     ('update', 'box', 'new', 'new'), ('before', 'a', 'new', 'new a b'), ('after', 'a', 'new', 'a new b'),
@@ -8896,41 +8840,34 @@ STREAMS = [     # action, target, id of what comes, ids of the children of #box 
     ('explode', 'box', 'new', 'a b'), ('append', 'nobody', 'new', 'a b')]
 
 
-@pytest.fixture(scope='module')
-def stream_page(browser, page_server):
-    """One page with an element #box outside the list, for all tests that put streams into it."""
-    page = browser.new_page()
-    page.goto(page_server.url)
-    page.evaluate('''document.querySelector('.info').insertAdjacentHTML('afterend', '<div id="box"></div>')''')
-    yield page
-    page.close()
-
-
 def fill_box(page, html):
-    page.evaluate("html => { document.querySelector('#box').innerHTML = html; }", html)
+    """Give the page an element #box outside the list that holds this and no more."""
+    page.evaluate('''html => { document.querySelector('#box')?.remove();
+        document.querySelector('.info').insertAdjacentHTML('afterend', `<div id="box">${html}</div>`); }''', html)
 
 
-@pytest.mark.parametrize('targets', ['target="{}"', 'targets="#{}"'])
-@pytest.mark.parametrize('action, target, id, expected', STREAMS)
-def test_a_turbo_stream(stream_page, targets, action, target, id, expected):
-    fill_box(stream_page, '<p id="a"></p><p id="b"></p>')
-    stream(stream_page, f'<turbo-stream action="{action}" {targets.format(target)}>'
-                        f'<template><p id="{id}">it</p></template></turbo-stream>')
-    found = stream_page.evaluate("[...document.querySelectorAll('#box > *')].map(each => [each.id, each.textContent])")
-    assert ' '.join(id for id, _ in found) == expected and stream_page.locator('turbo-stream').count() == 0
-    assert [text for each, text in found if each == id] == ['it'] * expected.split().count(id)
+def test_a_turbo_stream_does_what_its_action_says_to_what_its_target_or_targets_name(open_tab):
+    page = open_tab()
+    for targets in ('target="{}"', 'targets="#{}"'):
+        for action, target, id, expected in STREAMS:
+            fill_box(page, '<p id="a"></p><p id="b"></p>')
+            stream(page, f'<turbo-stream action="{action}" {targets.format(target)}>'
+                         f'<template><p id="{id}">it</p></template></turbo-stream>')
+            found = page.evaluate("[...document.querySelectorAll('#box > *')].map(each => [each.id, each.textContent])")
+            assert ' '.join(each for each, _ in found) == expected, (targets, action, target, id)
+            assert [text for each, text in found if each == id] == ['it'] * expected.split().count(id)
+            assert page.locator('turbo-stream').count() == 0
 
 
 @pytest.mark.parametrize('action', ['replace', 'update'])
-def test_a_morph_keeps_focus_typed_text_and_elements(stream_page, action):
-    page = stream_page
+def test_a_morph_keeps_focus_typed_text_and_elements(open_tab, action):
+    page = open_tab()
     fill_box(page, '<div id="m"><input id="i" class="old"><p id="gone"></p><b id="stays">x</b></div>')
     page.fill('#i', 'typed')
     page.evaluate("document.querySelector('#stays').mark = document.querySelector('#i').mark = 1")
     new = '<b id="stays" class="c">y</b><i id="added"></i><input id="i" class="new">'
-    content = f'<div id="m">{new}</div>' if action == 'replace' else new
-    stream(page, todol.turbo_stream(action, 'm', content, morph=True))
-    assert page.inner_html('#m') == new and page.input_value('#i') == 'typed'
+    stream(page, todol.turbo_stream(action, 'm', f'<div id="m">{new}</div>' if action == 'replace' else new, morph=True))
+    assert (page.inner_html('#m'), page.input_value('#i'), focused(page)) == (new, 'typed', 'i')
     assert page.evaluate("[document.querySelector('#stays').mark, document.querySelector('#i').mark]") == [1, 1]
 
 
@@ -8953,8 +8890,6 @@ def test_an_older_message_does_not_undo_a_newer_one_nor_bring_back_what_was_remo
     assert titles(page) == [*'1234567'], 'each comes into its place'
 
 
-# What titles may hold
-
 STRANGE_TITLES = [
     '<b>bold</b> & "quoted" \'more\'', '🧑‍👩‍👧 🇫🇷 𝒳', 'שלום עולם', 'مرحبا 123', '{{7*7}} % for', 'a  b',
     '</template></turbo-stream>', '<img src=x onerror=alert(1)>', '"><script>alert(1)</script>',
@@ -8976,24 +8911,6 @@ def test_strange_titles_are_shown_verbatim_and_run_nothing(open_tab):
     hebrew = row(page, STRANGE_TITLES[2]).locator('label')
     assert hebrew.evaluate('label => getComputedStyle(label).direction') == 'rtl'
 
-
-def test_a_thousand_todos_can_be_shown_toggled_and_added_to(open_tab, visitor, page_server):
-    id = visitor.create('first')
-    with contextlib.closing(page_server.database()) as database, database:
-        (user,), = database.execute('SELECT user_id FROM todos WHERE id = ?', (id,))
-        database.executemany('INSERT INTO todos (user_id, title, version, created_at) VALUES (?, ?, 1, 0)',
-                             [(user, f'todo {number}') for number in range(999)])
-        database.execute('UPDATE lists SET active = 1000 WHERE user_id = ?', (user,))
-    page, other = open_tab(), open_tab()
-    add(page, 'last')
-    becomes(other, counter, '1001 items left')
-    page.click('.toggle-all')
-    for each in (page, other):
-        becomes(each, counter, '0 items left', 30)
-        becomes(each, lambda page: rows(page) == visitor.todos(), True)
-
-
-# Without script
 
 def test_without_script_todos_are_created_toggled_cleared_renamed_and_deleted_by_forms(open_tab, visitor):
     for title in ('one', 'two', 'three'):
@@ -9023,8 +8940,6 @@ def test_without_script_todos_are_created_toggled_cleared_renamed_and_deleted_by
     add(page, 'x' * 501)
     assert (page.input_value('.new-todo'), page.locator('#new-todo-error').is_visible()) == ('x' * 501, True)
 
-
-# Keyboard and focus
 
 def test_every_control_is_reached_by_tab_in_the_order_of_the_page_and_seen_when_focused(open_tab, visitor):
     elsewhere(visitor, visitor.create('one'), completed=True)
@@ -9100,8 +9015,6 @@ def test_a_link_for_a_new_tab_is_left_to_the_browser_and_the_edit_page_works_wit
     assert path_shown(page) == '/' and titles(page) == ['tea']
 
 
-# The look
-
 def show_three(page):
     add(page, 'Buy milk', 'Water the plants', 'Call Jo')
     becomes(page, lambda page: len(titles(page)), 3)
@@ -9109,45 +9022,39 @@ def show_three(page):
     page.locator('.clear-completed').wait_for()
 
 
-def go_offline(page):
-    page.context.set_offline(True)
-    add(page, 'Buy bread', 'Mend the bike')
-
-
-def show_nothing(page):
-    toggle(page, 'Water the plants')
-    page.click('.filters >> text=Completed')
-
-
-LOOKS = {       # name: (how to get there, what to wait for)
-    'empty': ((), '.empty'),
-    'editing': ((show_three, lambda page: start_edit(page, 'Buy milk', 'Buy oat milk')), '.edit'),
-    'nothing': ((show_three, show_nothing), '.nothing'),
-    'error': ((lambda page: add(page, 'x' * 501),), '#new-todo-error'),
-    'edit error': ((show_three, lambda page: rename(page, 'Buy milk', 'x' * 501)), '#edit-error'),
-    'offline': ((show_three, go_offline), '.pending >> nth=1'),
-    'hundred': ((), '#todos > li >> nth=99')}
-
-
-@pytest.mark.parametrize('look', LOOKS)
-def test_axe_finds_nothing_and_nothing_scrolls_sideways(open_tab, visitor, look):
-    if look == 'hundred':
-        for title in [*STRANGE_TITLES, *('A title that goes on ' * (1 + number % 5) for number in range(85))]:
-            visitor.create(title)
-    page = open_tab(expected=STATUS + '422|' + CONNECTION_LOST)
-    steps, shown = LOOKS[look]
-    for step in steps:
-        step(page)
+def assert_looks_well(page, shown):
+    """Wait for what is to be shown; axe finds nothing in either scheme, and no narrow page scrolls sideways."""
     page.locator(shown).wait_for()
     for scheme in ('light', 'dark'):
         page.emulate_media(color_scheme=scheme)
-        for width in (1280, 768, 360):
+        for width in (1280, 360):
             page.set_viewport_size({'width': width, 'height': 800})
             assert_no_violations(page)
     page.set_viewport_size({'width': 320, 'height': 640})
-    assert page.evaluate('document.documentElement.scrollWidth') == 320
-    page.evaluate("document.documentElement.style.fontSize = '200%'")
-    assert page.evaluate('document.documentElement.scrollWidth') == 320
+    for size in ('200%', ''):
+        page.evaluate('size => { document.documentElement.style.fontSize = size; }', size)
+        assert page.evaluate('document.documentElement.scrollWidth') == 320
+
+
+def test_axe_finds_nothing_and_nothing_scrolls_sideways_whatever_the_page_shows(open_tab):
+    page = open_tab(expected=STATUS + '422|' + CONNECTION_LOST)
+    assert_looks_well(page, '.empty')
+    add(page, 'x' * 501)
+    assert_looks_well(page, '#new-todo-error')
+    show_three(page)
+    rename(page, 'Buy milk', 'x' * 501)
+    assert_looks_well(page, '#edit-error')
+    page.press('.edit', 'Escape')
+    page.context.set_offline(True)
+    add(page, 'Buy bread', 'Mend the bike')
+    assert_looks_well(page, '.pending >> nth=1')
+    page.context.set_offline(False)
+    becomes(page, counter, '4 items left')
+    toggle(page, 'Water the plants')
+    page.click('.filters >> text=Completed')
+    assert_looks_well(page, '.nothing')
+    many = [*STRANGE_TITLES, *('A title that goes on ' * (1 + number % 5) for number in range(85))]
+    assert_looks_well(open_tab(*many), '#todos > li >> nth=99')
 
 
 def test_axe_finds_nothing_in_a_page_without_script_nor_in_an_error_page(open_tab, visitor):
@@ -9210,8 +9117,6 @@ def test_nothing_moves_for_those_who_asked_for_that_and_paper_has_nothing_to_pre
         assert not page.locator(selector).first.is_visible(), selector
     assert page.evaluate('getComputedStyle(document.body).backgroundColor') in ('rgb(255, 255, 255)', '#fff')
 
-
-# Beside another script
 
 def test_beside_the_real_turbo_both_do_their_part_and_nobody_else_is_asked(open_tab, visitor):
     page, other = open_tab(live=False, expected='inline style'), open_tab()     # of Turbo's progress bar: CSP blocks it
