@@ -400,11 +400,6 @@ def stream_identifier(client, since=True, **extra):
 
 # === Front end: Chromium, the clients from npm, axe, linters =========================================================
 
-# The flags after the sandbox's keep Chromium from calling home: on a closed network each such call fails, slowly.
-CHROMIUM_FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-                  '--disable-component-update', '--disable-sync']
-
-
 def need_front_end():
     """The directory that holds node_modules."""
     need(shutil.which('node'), 'node is not installed: apt-get install nodejs npm')
@@ -422,7 +417,10 @@ def browser():
     chromium = shutil.which('chromium') or shutil.which('chromium-browser')
     need(chromium, 'chromium is not installed: apt-get install chromium')
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        # The flags after --no-first-run keep it from calling home: on a closed network each such call fails, slowly.
+        running = playwright.chromium.launch(executable_path=chromium, args=[
+            '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+            '--disable-component-update', '--disable-sync'])
         yield running
         running.close()
 
@@ -487,20 +485,16 @@ def serve_script(page, name, script):
     page.route(f'**/assets/*/{name}', lambda route: route.fulfill(body=script, content_type='text/javascript'))
 
 
-AXE_RUN = '''async () => {
-    // A colour in the middle of a transition has the wrong contrast: let everything that moves come to rest first.
-    await Promise.allSettled(document.getAnimations().filter(
-        ({effect}) => effect.getComputedTiming().endTime !== Infinity).map(({finished}) => finished))
-    const {violations} = await axe.run(document, {resultTypes: ['violations']})
-    return violations.map(({id, help, nodes}) => [id, help, nodes.map(({html, failureSummary}) => [html, failureSummary])])
-}'''
-
-
 def assert_no_violations(page):
     """axe-core finds nothing in the open page."""
     if not page.evaluate('Boolean(window.axe)'):    # through the debugger: it is not subject to the CSP
         page.evaluate((need_front_end() / 'node_modules/axe-core/axe.min.js').read_text(encoding='utf-8'))
-    assert page.evaluate(AXE_RUN) == []
+    # A colour in the middle of a transition has the wrong contrast: let everything that moves come to rest first.
+    assert page.evaluate('''async () => {
+        await Promise.allSettled(document.getAnimations().filter(
+            ({effect}) => effect.getComputedTiming().endTime !== Infinity).map(({finished}) => finished))
+        return (await axe.run(document, {resultTypes: ['violations']})).violations.map(({id, help, nodes}) =>
+            [id, help, nodes.map(({html, failureSummary}) => [html, failureSummary])]); }''') == []
 
 
 LINT = '''
@@ -8175,16 +8169,12 @@ def page_server(tmp_path_factory):
     assert server.stop() == 0
 
 
-def new_visitor(server):
-    """A client with a session, whose todos the tabs show."""
-    client = server.client()
-    client.get('/')
-    return client
-
-
 @pytest.fixture
 def visitor(page_server):
-    return new_visitor(page_server)
+    """A client with a session, whose todos the tabs show."""
+    client = page_server.client()
+    client.get('/')
+    return client
 
 
 @pytest.fixture
@@ -8316,11 +8306,6 @@ def stream(page, *elements):
                   ''.join(elements))
 
 
-def refresh(page):
-    """Do what a refresh does, to its end."""
-    page.evaluate('live.visit()')
-
-
 def hold(page, path='**/todos'):
     """Hold back the requests for a path: asked(0) waits for the first of them, and gives its route."""
     routes = []
@@ -8450,7 +8435,7 @@ def test_a_change_elsewhere_keeps_what_is_typed_and_edited_here_and_where_the_pa
     elsewhere(visitor, ids[30], title='renamed elsewhere', completed=True)
     elsewhere(visitor, ids[31], title='neighbour')
     becomes(page, lambda page: titles(page)[30:32], ['renamed elsewhere', 'neighbour'])
-    refresh(page)
+    page.evaluate('live.visit()')
     where = '[document.activeElement.className, document.querySelector(".edit").selectionStart, scrollY]'
     assert page.evaluate(where) == ['edit', 2, before]
     assert (page.input_value('.edit'), page.input_value('.new-todo')) == ('half edited', 'half typ')
@@ -8497,23 +8482,6 @@ def test_what_is_done_to_a_todo_deleted_elsewhere_is_refused_and_the_text_of_an_
     page.locator('#notice', has_text='no such todo').wait_for()
 
 
-FLASHES = '''addEventListener('animationstart', ({animationName, target}) => animationName === 'flash'
-    && (window.flashed ??= []).push(target.querySelector('label').textContent))'''
-
-
-def test_a_change_from_elsewhere_flashes_and_ones_own_does_not(open_tab):
-    page, other = (open_tab(script=FLASHES) for _ in range(2))
-    add(page, 'one')
-    becomes(other, lambda page: page.evaluate('window.flashed'), ['one'])
-    other.evaluate('() => Promise.all(document.getAnimations().map(({finished}) => finished))')
-    becomes(other, lambda page: page.locator('.flash').count(), 0)
-    toggle(page, 'one')
-    becomes(other, lambda page: page.evaluate('window.flashed.length'), 2)
-    assert page.evaluate('window.flashed') is None
-
-
-# A todo on its way: its row is there at once, and becomes the real one
-
 WATCH = '''title => {
     window.seen = [];       // every other sight of the row, frame by frame: place, height, opacity, of two if there are
     (function look() {
@@ -8554,8 +8522,11 @@ def test_a_new_todo_is_there_before_its_answer_and_looks_as_it_will(open_tab):
     assert pending(page) == [] and page.locator('#todos').screenshot() == before and seen_once(page) is True
 
 
-def test_a_row_from_cable_or_page_takes_the_place_of_the_one_on_its_way_and_the_answer_adds_none(open_tab, visitor):
-    page = open_tab(script=FLASHES)
+def test_a_row_from_cable_or_page_takes_the_place_of_the_one_on_its_way_and_flashes_in_other_tabs_alone(
+        open_tab, visitor):
+    flashes = '''addEventListener('animationstart', ({animationName, target}) => animationName === 'flash'
+        && (window.flashed ??= []).push(target.querySelector('label').textContent))'''
+    page, other = (open_tab(script=flashes) for _ in range(2))
     asked = hold(page)
     page.evaluate(WATCH, 'milk')
     add(page, 'milk')
@@ -8564,6 +8535,10 @@ def test_a_row_from_cable_or_page_takes_the_place_of_the_one_on_its_way_and_the_
     assert pending(page) == [] and seen_once(page) is True
     asked(0).fulfill(response=answer)
     becomes(page, unsent, '[]')
+    becomes(other, lambda page: page.evaluate('window.flashed'), ['milk'])
+    becomes(other, lambda page: page.locator('.flash').count(), 0)
+    toggle(page, 'milk')
+    becomes(other, lambda page: page.evaluate('window.flashed.length'), 2)
     assert seen_once(page) is True and page.evaluate('window.flashed') is None
     add(page, 'tea')
     asked(1).fetch()
@@ -8571,7 +8546,7 @@ def test_a_row_from_cable_or_page_takes_the_place_of_the_one_on_its_way_and_the_
     assert asked(2) and titles(page) == ['milk', 'tea'] and pending(page) == []
     asked(2).continue_()
     becomes(page, unsent, '[]')
-    assert page.locator('#todos > li').count() == 2 and visitor.todos() == [('milk', False), ('tea', False)]
+    assert page.locator('#todos > li').count() == 2 and visitor.todos() == [('milk', True), ('tea', False)]
 
 
 def test_a_todo_on_its_way_gives_its_place_to_no_other_and_stays_when_all_are_toggled(open_tab, visitor):
@@ -8594,16 +8569,6 @@ def test_a_todo_on_its_way_gives_its_place_to_no_other_and_stays_when_all_are_to
     becomes(page, rows, [(title, True) for title in ('tea', 'beer', 'milk', 'milk', 'bread')])
 
 
-def test_a_todo_on_its_way_is_not_among_the_completed(open_tab):
-    page = open_tab(path='/completed')
-    asked = hold(page)
-    add(page, 'milk')
-    assert asked(0) and page.locator('.pending').count() == 1 and pending(page) == []
-    assert page.locator('.nothing').is_visible() and not page.locator('.empty').is_visible()
-    page.click('.filters >> text=Active')
-    becomes(page, pending, ['milk'])
-    assert not page.locator('.nothing').is_visible()
-
 @pytest.mark.parametrize('motion, offline', [('no-preference', False), ('reduce', False), ('no-preference', True)])
 def test_a_todo_long_on_its_way_says_so_by_its_look_and_one_made_offline_without_delay(open_tab, motion, offline):
     def border(page):
@@ -8624,6 +8589,9 @@ def test_a_todo_long_on_its_way_says_so_by_its_look_and_one_made_offline_without
         assert border(page) == 'solid'
         unfreeze()
         becomes(page, border, 'dashed')
+        page.click('.filters >> text=Completed')
+        becomes(page, path_shown, '/completed')
+        assert pending(page) == [] and page.locator('.nothing').is_visible()
 
 
 def test_an_answer_older_than_the_last_click_and_a_refresh_do_not_undo_what_is_on_its_way(open_tab, visitor):
@@ -8631,7 +8599,7 @@ def test_an_answer_older_than_the_last_click_and_a_refresh_do_not_undo_what_is_o
     asked = hold(page, '**/todos/*')
     toggle(page, 'one')
     assert asked(0)
-    refresh(page)
+    page.evaluate('live.visit()')
     assert rows(page) == [('one', True), ('two', False)]
     toggle(page, 'one')
     assert rows(page) == [('one', False), ('two', False)]
@@ -8669,7 +8637,7 @@ def test_rapid_toggles_end_as_last_clicked(open_tab, visitor, path, selector, cl
     assert rows(page) == [('one', done)] == visitor.todos() and page.locator('.toggle-all').is_checked() == done
 
 
-def test_a_title_too_long_comes_back_to_the_field_with_the_reason_before_what_was_typed_since(open_tab):
+def test_what_is_too_long_comes_back_with_the_reason_before_what_was_typed_since_or_to_its_editor(open_tab, visitor):
     page = open_tab(expected=STATUS + '422')
     asked = hold(page)
     add(page, 'x' * 501)
@@ -8677,7 +8645,7 @@ def test_a_title_too_long_comes_back_to_the_field_with_the_reason_before_what_wa
     page.fill('.new-todo', 'more')
     asked(0).continue_()
     becomes(page, text_of('#new-todo-error'), 'That title has 501 characters; at most 500 fit.')
-    refresh(page)       # the message stays
+    page.evaluate('live.visit()')       # the message stays
     assert page.locator('#new-todo-error').is_visible() and page.input_value('.new-todo') == 'x' * 501 + ' more'
     assert page.get_attribute('.new-todo', 'aria-describedby') == 'new-todo-error'
     assert page.locator('#todos > li').count() == 0
@@ -8685,11 +8653,7 @@ def test_a_title_too_long_comes_back_to_the_field_with_the_reason_before_what_wa
     add(page, 'short')
     becomes(page, titles, ['short'])
     assert not page.locator('#new-todo-error').is_visible()
-
-
-def test_an_edit_too_long_opens_again_and_escape_gives_the_old_title(open_tab, visitor):
-    page = open_tab('milk', expected=STATUS + '422')
-    rename(page, 'milk', 'x' * 501)
+    rename(page, 'short', 'x' * 501)
     page.locator('#edit-error', has_text='501 characters').wait_for()
     assert (page.input_value('.edit'), page.get_attribute('.edit', 'aria-describedby')) == ('x' * 501, 'edit-error')
     assert page.evaluate('document.activeElement.className') == 'edit'
@@ -8697,8 +8661,8 @@ def test_an_edit_too_long_opens_again_and_escape_gives_the_old_title(open_tab, v
         page.press('.edit', 'Enter')            # as it is: still a change of the title that there is
     page.locator('#edit-error', has_text='501').wait_for()
     page.press('.edit', 'Escape')
-    assert titles(page) == ['milk']
-    rename(page, 'milk', 'tea')
+    assert titles(page) == ['short']
+    rename(page, 'short', 'tea')
     becomes(page, lambda _: visitor.todos(), [('tea', False)])
 
 
@@ -8735,14 +8699,13 @@ def test_a_server_that_hangs_is_asked_again_and_makes_one_todo(open_tab, visitor
 
 
 def test_after_a_crash_tabs_find_back_by_themselves_and_changes_survive_a_reload_and_are_made_once(open_tab, server):
-    visitor = new_visitor(server)
+    visitor = server.client()
+    visitor.get('/')
     page, other = (open_tab(*todos, client=visitor, expected=CONNECTION_LOST + '|' + STATUS)
                    for todos in (['milk', 'tea', 'beer'], []))
-    status = other.locator('#connection[role=status]')
-    assert status.text_content() == 'live'
     server.kill()
     becomes(other, connection, 'reconnecting')
-    assert status.is_visible() and status.evaluate('element => getComputedStyle(element).position') == 'fixed'
+    assert other.locator('#connection[role=status]').is_visible()
     add(page, 'one', 'two')
     toggle(page, 'milk')
     rename(page, 'tea', 'green tea')
@@ -8833,23 +8796,21 @@ def test_a_socket_without_a_word_is_given_up(open_tab):
     becomes(page, connection, 'live')
 
 
-STREAMS = [     # action, target, id of what comes, ids of the children of #box afterwards: before, a and b
-    ('append', 'box', 'new', 'a b new'), ('append', 'box', 'a', 'b a'), ('prepend', 'box', 'new', 'new a b'),
-    ('update', 'box', 'new', 'new'), ('before', 'a', 'new', 'new a b'), ('after', 'a', 'new', 'a new b'),
-    ('after', 'b', 'a', 'b a'), ('replace', 'a', 'new', 'new b'), ('remove', 'a', 'new', 'b'),
-    ('explode', 'box', 'new', 'a b'), ('append', 'nobody', 'new', 'a b')]
-
-
 def fill_box(page, html):
     """Give the page an element #box outside the list that holds this and no more."""
     page.evaluate('''html => { document.querySelector('#box')?.remove();
         document.querySelector('.info').insertAdjacentHTML('afterend', `<div id="box">${html}</div>`); }''', html)
 
 
-def test_a_turbo_stream_does_what_its_action_says_to_what_its_target_or_targets_name(open_tab):
+def test_a_turbo_stream_does_what_its_action_says_and_a_morph_keeps_focus_typed_text_and_elements(open_tab):
     page = open_tab()
+    cases = [   # action, target, id of what comes, ids of the children of #box afterwards: before, a and b
+        ('append', 'box', 'new', 'a b new'), ('append', 'box', 'a', 'b a'), ('prepend', 'box', 'new', 'new a b'),
+        ('update', 'box', 'new', 'new'), ('before', 'a', 'new', 'new a b'), ('after', 'a', 'new', 'a new b'),
+        ('after', 'b', 'a', 'b a'), ('replace', 'a', 'new', 'new b'), ('remove', 'a', 'new', 'b'),
+        ('explode', 'box', 'new', 'a b'), ('append', 'nobody', 'new', 'a b')]
     for targets in ('target="{}"', 'targets="#{}"'):
-        for action, target, id, expected in STREAMS:
+        for action, target, id, expected in cases:
             fill_box(page, '<p id="a"></p><p id="b"></p>')
             stream(page, f'<turbo-stream action="{action}" {targets.format(target)}>'
                          f'<template><p id="{id}">it</p></template></turbo-stream>')
@@ -8857,18 +8818,14 @@ def test_a_turbo_stream_does_what_its_action_says_to_what_its_target_or_targets_
             assert ' '.join(each for each, _ in found) == expected, (targets, action, target, id)
             assert [text for each, text in found if each == id] == ['it'] * expected.split().count(id)
             assert page.locator('turbo-stream').count() == 0
-
-
-@pytest.mark.parametrize('action', ['replace', 'update'])
-def test_a_morph_keeps_focus_typed_text_and_elements(open_tab, action):
-    page = open_tab()
-    fill_box(page, '<div id="m"><input id="i" class="old"><p id="gone"></p><b id="stays">x</b></div>')
-    page.fill('#i', 'typed')
-    page.evaluate("document.querySelector('#stays').mark = document.querySelector('#i').mark = 1")
     new = '<b id="stays" class="c">y</b><i id="added"></i><input id="i" class="new">'
-    stream(page, todol.turbo_stream(action, 'm', f'<div id="m">{new}</div>' if action == 'replace' else new, morph=True))
-    assert (page.inner_html('#m'), page.input_value('#i'), focused(page)) == (new, 'typed', 'i')
-    assert page.evaluate("[document.querySelector('#stays').mark, document.querySelector('#i').mark]") == [1, 1]
+    for action, content in (('replace', f'<div id="m">{new}</div>'), ('update', new)):
+        fill_box(page, '<div id="m"><input id="i" class="old"><p id="gone"></p><b id="stays">x</b></div>')
+        page.fill('#i', 'typed')
+        page.evaluate("document.querySelector('#stays').mark = document.querySelector('#i').mark = 1")
+        stream(page, todol.turbo_stream(action, 'm', content, morph=True))
+        assert (page.inner_html('#m'), page.input_value('#i'), focused(page)) == (new, 'typed', 'i')
+        assert page.evaluate("[document.querySelector('#stays').mark, document.querySelector('#i').mark]") == [1, 1]
 
 
 def test_an_older_message_does_not_undo_a_newer_one_nor_bring_back_what_was_removed(open_tab, visitor):
@@ -9007,7 +8964,7 @@ def test_a_link_for_a_new_tab_is_left_to_the_browser_and_the_edit_page_works_wit
     assert path_shown(opened.value) == '/' and path_shown(page) == '/active'
     page = open_tab(path=f'/todos/{id}/edit')
     assert (focused(page), page.input_value('.edit')) == ('edit milk', 'milk')
-    refresh(page)
+    page.evaluate('live.visit()')
     assert page.locator('.edit').count() == 1
     page.fill('.edit', 'tea')
     page.press('.edit', 'Enter')
@@ -9084,22 +9041,16 @@ def test_everything_to_press_is_large_enough_for_a_finger(open_tab):
     assert page.evaluate(OPACITY) == '1'
 
 
-def test_the_remove_button_waits_for_the_pointer_or_the_focus_and_a_title_does_not_move_when_edited(open_tab):
+def test_the_remove_button_waits_for_the_pointer_or_the_focus(open_tab):
     page = open_tab('milk')
     for act, opacity in ((lambda: None, '0'), (lambda: page.hover('#todos > li'), '1'),
                          (lambda: page.hover('h1'), '0'), (lambda: page.focus('.toggle'), '1')):
         act()
         becomes(page, lambda page: page.evaluate(OPACITY), opacity)
-    text_at = '''element => { const box = element.getBoundingClientRect(), style = getComputedStyle(element);
-        return [box.left + parseFloat(style.paddingLeft), box.top, box.height, parseFloat(style.fontSize),
-                element.closest('li').offsetHeight]; }'''
-    before = page.locator('#todos label').evaluate(text_at)
-    start_edit(page, 'milk')
-    assert page.locator('.edit').evaluate(text_at) == pytest.approx(before, abs=0.6)
 
 
-def test_nothing_moves_for_those_who_asked_for_that_and_paper_has_nothing_to_press(open_tab):
-    page = open_tab(color_scheme='dark')
+def test_nothing_moves_for_those_who_asked_for_that(open_tab):
+    page = open_tab()
     show_three(page)
     durations = '''() => [...['flash', 'leaving'].map(name => {
         const row = document.querySelector('#todos > li');
@@ -9111,11 +9062,6 @@ def test_nothing_moves_for_those_who_asked_for_that_and_paper_has_nothing_to_pre
     assert page.evaluate(durations) == ['0.001s', '0.001s', '0s']
     remove(page, 'Call Jo')
     becomes(page, lambda page: page.locator('#todos > li').count(), 2)
-    page.emulate_media(media='print')
-    assert page.locator('.view label').first.is_visible() and page.locator('.toggle').first.is_visible()
-    for selector in ('.new', '.filters', '.clear-completed', '.info', '.destroy', '.rename'):
-        assert not page.locator(selector).first.is_visible(), selector
-    assert page.evaluate('getComputedStyle(document.body).backgroundColor') in ('rgb(255, 255, 255)', '#fff')
 
 
 def test_beside_the_real_turbo_both_do_their_part_and_nobody_else_is_asked(open_tab, visitor):
@@ -9134,12 +9080,8 @@ def test_beside_the_real_turbo_both_do_their_part_and_nobody_else_is_asked(open_
     page.evaluate('window.mark = 1')
     page.click('.filters >> text=Active')
     becomes(page, titles, ['zwei'])
-    add(other, 'three')
-    becomes(page, titles, ['zwei', 'three'])
-    remove(page, 'zwei')
-    becomes(other, titles, ['one', 'three'])
     page.go_back()
-    becomes(page, titles, ['one', 'three'])
+    becomes(page, titles, ['one', 'zwei'])
     assert page.evaluate('window.mark') == 1 and unsent(page) == '[]'
     assert asked <= {f'127.0.0.1:{visitor.port}', 'data'}
 
