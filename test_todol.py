@@ -9,7 +9,6 @@
 Real files, real sockets, real processes, a real browser. What a machine lacks (Chromium, Node.js and the packages of
 .ci/package.json) is skipped with a sentence; with TODOL_TEST_REQUIRE_ALL set it fails instead.
 """
-import ast
 import base64
 import collections
 import contextlib
