@@ -9,6 +9,7 @@
 Real files, real sockets, real processes, a real browser. What a machine lacks (Chromium, Node.js and the packages of
 .ci/package.json) is skipped with a sentence; with TODOL_TEST_REQUIRE_ALL set it fails instead.
 """
+import ast
 import base64
 import collections
 import contextlib
@@ -311,6 +312,24 @@ def server(start_server):
     return start_server()
 
 
+def frame_of(payload=b'', opcode=1, final=True, masked=True, reserved=0, declared=None):
+    """The bytes of a frame of a client. declared: a length other than the payload's."""
+    size = len(payload) if declared is None else declared
+    short = size if size < 126 else 126 if size < 65_536 else 127
+    length = b'' if short < 126 else struct.pack('!H' if short == 126 else '!Q', size)
+    mask = b'\x11\x22\x33\x44' if masked else b''
+    if masked:
+        payload = bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
+    return bytes([0x80 * final | reserved | opcode, 0x80 * masked | short]) + length + mask + payload
+
+
+def new_visitor(server):
+    """A client with a session, whose todos the tabs show."""
+    client = server.client()
+    client.get('/')
+    return client
+
+
 class CableClient:
     """A WebSocket client of its own, that can also send what no library would. Source: RFC 6455."""
 
@@ -330,16 +349,9 @@ class CableClient:
             self.headers[name.lower()] = value.strip()
         self.close_code = self.close_reason = None
 
-    def send_frame(self, payload=b'', opcode=1, final=True, masked=True, reserved=0, declared=None):
-        """Send one frame. declared: a length other than the payload's."""
-        size = len(payload) if declared is None else declared
-        short = size if size < 126 else 126 if size < 65_536 else 127
-        length = b'' if short < 126 else struct.pack('!H' if short == 126 else '!Q', size)
-        mask = b'\x11\x22\x33\x44' if masked else b''
-        if masked:
-            payload = bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
-        head = bytes([0x80 * final | reserved | opcode, 0x80 * masked | short])
-        self.socket.sendall(head + length + mask + payload)
+    def send_frame(self, *arguments, **options):
+        """Send one frame: see frame_of()."""
+        self.socket.sendall(frame_of(*arguments, **options))
 
     def command(self, command, identifier=None, **fields):
         """Send a command of Action Cable."""
@@ -649,6 +661,14 @@ def test_an_importer_of_the_file_gets_the_import_error_itself(tmp_path):
                   PYTHONPATH=f'{tmp_path}{os.pathsep}{HERE}') == 'gone\n'
 
 
+def test_the_file_alone_serves_from_any_directory(start_server, tmp_path):
+    (tmp_path / 'some where').mkdir()
+    server = start_server(program=shutil.copy(PROGRAM, tmp_path / 'some where/todol.py'))
+    client = server.client()
+    assert client.create('first') and client.todos() == [('first', False)]
+    assert server.stop() == 0 and 'Traceback' not in server.log
+
+
 def test_an_import_does_nothing_but_define(tmp_path):
     python('''if True:
         import logging, signal, threading, os
@@ -715,7 +735,7 @@ def test_the_sections_have_banners_of_one_form_and_the_order_of_the_design_in_bo
 
 
 def test_functions_and_classes_use_only_sections_above_them():
-    text, names, defined = PROGRAM.read_text(), ['head', *sections(PROGRAM)], {}
+    text, names, defined = PROGRAM.read_text(), ['head', *SECTION.findall(PROGRAM.read_text())], {}
     starts = [text.count('\n', 0, found.start()) + 1 for found in SECTION.finditer(text)]
 
     def section(line):
