@@ -1359,24 +1359,19 @@ def damaged_file(start, junk=b'\xa5'):
     return make
 
 
-NEWER = "INSERT INTO schema_migrations VALUES ('999 later', 0)"
-DAMAGED_FILES = {
-    'text': lambda path, role: path.write_text('dear diary\n' * 1000),
-    'short': lambda path, role: path.write_bytes(b'x'),
-    'header only': lambda path, role: path.write_bytes(b'SQLite format 3\0' + b'\xff' * 5000),
-    'junk inside': damaged_file(100), 'junk behind the schema': damaged_file(4096), 'cut': damaged_file(3000, junk=b''),
-}
 WRONG_FILES = {
-    **{kind: (make, todol.DamagedError, 'is damaged') for kind, make in DAMAGED_FILES.items()},
+    'text': (lambda path, role: path.write_text('dear diary\n' * 1000), todol.DamagedError, 'is damaged'),
+    'short': (lambda path, role: path.write_bytes(b'x'), todol.DamagedError, 'is damaged'),
+    'junk inside': (damaged_file(100), todol.DamagedError, 'is damaged'),
+    'junk behind the schema': (damaged_file(4096), todol.DamagedError, 'is damaged'),
+    'cut': (damaged_file(3000, junk=b''), todol.DamagedError, 'is damaged'),
     'directory': (lambda path, role: path.mkdir(), todol.StorageError, 'can not be used: Is a directory'),
-    'foreign': (plain_file('CREATE TABLE diary (day)'), todol.MigrationError, "another program .*has a table 'diary'"),
-    'foreign in WAL mode': (plain_file('PRAGMA journal_mode = WAL', 'CREATE TABLE diary (day)'), todol.MigrationError,
-                            'another program'),
+    'foreign': (plain_file('PRAGMA journal_mode = WAL', 'CREATE TABLE diary (day)'), todol.MigrationError,
+                "another program .*has a table 'diary'"),
     'of Rails': (plain_file('CREATE TABLE schema_migrations (version)', 'INSERT INTO schema_migrations VALUES (2024)'),
                  todol.MigrationError, 'another program'),
-    'newer': (own_file(NEWER), todol.MigrationError, "'999 later'.*newer"),
-    'newer, of version 1': (own_file(NEWER, 'PRAGMA application_id = 0x746f646f'), todol.MigrationError,
-                            "'999 later'.*newer"),
+    'newer': (own_file("INSERT INTO schema_migrations VALUES ('999 later', 0)"), todol.MigrationError,
+              "'999 later'.*newer"),
     'another role': (own_file(of='job'), todol.MigrationError, 'of another app'),
 }
 
@@ -1422,48 +1417,25 @@ def test_a_file_that_was_damaged_while_in_use_is_set_aside_at_the_close_if_it_ma
     assert contents(pathlib.Path(database.path)) == before and 'set aside' not in logged.text
 
 
-def test_the_name_of_a_file_may_have_any_characters_and_tables_of_litestream_are_tolerated(open_database, tmp_path):
-    for name in ('with space', 'per%cent', 'question?mark', 'hash#sign', 'ümlaut', "quo'te", 'not\udce9utf-8',
-                 'empty'):
-        path = tmp_path / name
-        if name == 'empty':
-            path.touch()
-        else:
-            plain_file('CREATE TABLE _litestream_seq (id)', 'CREATE TABLE _litestream_lock (id)')(path, 'app')
-        keep(open_database('app', path), 'a')
-        assert kept(open_database('app', path)) == ['a'] and path.exists()
-
-
-def test_every_file_is_readable_by_its_owner_alone_and_belongs_to_who_owns_the_directory(open_stack, tmp_path):
-    (tmp_path / 'db').mkdir()
-    (tmp_path / 'db').chmod(0o755)
-    if os.geteuid() == 0:
-        os.chown(tmp_path / 'db', 65534, 65533)
-    umask = os.umask(0o022)
-    try:
-        open_stack()
-        todol.create_todo('u', 'x'), todol.cache.add('a', 1), todol.cable.broadcast('s', 1)
-        files = {file.name: file.stat() for file in (tmp_path / 'db').iterdir()}
-    finally:
-        os.umask(umask)
-    owner = (tmp_path / 'db').stat()
-    assert len(files) >= 4 * 3 + 3, sorted(files)       # with -wal, -shm, -stamps, and those of the process
-    assert not {name for name, file in files.items() if file.st_mode & 0o077 or
-                (file.st_uid, file.st_gid) != (owner.st_uid, owner.st_gid)}
+@pytest.mark.parametrize('statements', [[], ['CREATE TABLE _litestream_seq (id)', 'CREATE TABLE _litestream_lock (id)']],
+                         ids=['empty', 'of Litestream'])
+def test_a_file_with_nothing_of_anybody_in_it_is_taken_whatever_its_name(open_database, tmp_path, statements):
+    path = tmp_path / "per%cent ?question #sign 'quote ümlaut not\udce9utf-8"
+    path.touch()
+    plain_file(*statements)(path, 'app')
+    keep(open_database('app', path), 'a')
+    assert kept(open_database('app', path)) == ['a'] and list(tmp_path.glob('per*8')) == [path]
 
 
 @pytest.mark.parametrize('changes, synchronous, checkpoints', [
-    ({}, [1, 1, 1, 1], 'here here here here'), ({'TODOL_SYNC': 'FULL'}, [2, 1, 1, 1], 'here here here here'),
-    ({'TODOL_LITESTREAM': 'on'}, [1, 1, 1, 1], 'there there there here')])
+    ({}, [1, 1, 1, 1], [4000] * 4), ({'TODOL_SYNC': 'FULL', 'TODOL_LITESTREAM': 'on'}, [2, 1, 1, 1], [0, 0, 0, 4000])])
 def test_every_file_is_synced_and_in_wal_mode_and_checkpoints_are_left_to_litestream(
         open_stack, changes, synchronous, checkpoints):
     open_stack(**changes)
     databases = (todol.app_db, todol.cache_db, todol.job_db, todol.cable_db)
-    for name, values in (('synchronous', synchronous), ('journal_mode', ['wal'] * 4), ('foreign_keys', [1] * 4),
-                         ('busy_timeout', [0] * 4)):
+    for name, values in (('synchronous', synchronous), ('wal_autocheckpoint', checkpoints),
+                         ('journal_mode', ['wal'] * 4), ('foreign_keys', [1] * 4), ('busy_timeout', [0] * 4)):
         assert [each.execute(f'PRAGMA {name}')[0][0] for each in databases] == values, name
-    assert ['here' if each.execute('PRAGMA wal_autocheckpoint')[0][0] else 'there'
-            for each in databases] == checkpoints.split()
 
 
 def test_a_file_that_is_open_for_reading_can_not_be_changed_or_made(database, tmp_path):
@@ -1481,28 +1453,23 @@ def test_a_file_that_is_open_for_reading_can_not_be_changed_or_made(database, tm
     assert kept(database) == ['a'] and not (tmp_path / 'nowhere').exists()
 
 
-def without_root():
-    """A prefix of a command that takes root's right to write everywhere."""
-    if os.geteuid() != 0:
-        return ()
-    return need(shutil.which('setpriv'), 'setpriv is not installed'), '--bounding-set=-all', '--inh-caps=-all'
+def test_a_directory_or_a_file_without_the_right_to_write_is_told_and_left_as_it_is(tmp_path):
+    python = [sys.executable]
+    if os.geteuid() == 0:       # who may write everywhere
+        python[:0] = need(shutil.which('setpriv'), 'setpriv is not installed'), '--bounding-set=-all', '--inh-caps=-all'
 
+    def said():
+        return assert_one_sentence(run('migrate', python=python, cwd=tmp_path, TODOL_ENV='test'))
 
-def test_a_directory_without_the_right_to_write_is_told(tmp_path):
-    (tmp_path / 'db').mkdir(mode=0o500)
-    said = assert_one_sentence(run(python=(*without_root(), sys.executable), cwd=tmp_path, PORT='0'))
-    assert re.search(r'/db\b.* can not be .*Permission denied', said) and not list((tmp_path / 'db').iterdir())
-
-
-def test_a_file_without_the_right_to_write_is_told_and_left_as_it_is(tmp_path):
-    assert run('migrate', cwd=tmp_path, TODOL_ENV='test').returncode == 0
     file = tmp_path / 'db/test.sqlite3'
+    file.parent.mkdir(mode=0o500)
+    assert re.search(r'/db\b.* can not be .*Permission denied', said()) and not list(file.parent.iterdir())
+    file.parent.chmod(0o700)
+    assert run('migrate', cwd=tmp_path, TODOL_ENV='test').returncode == 0
     before = contents(file)
     for mode in (0o000, 0o400):
         file.chmod(mode)
-        done = run('migrate', python=(*without_root(), sys.executable), cwd=tmp_path, TODOL_ENV='test')
-        said = assert_one_sentence(done)
-        assert re.search(r'(test.sqlite3|the app database) can not be', said)
+        assert re.search(r'(test.sqlite3|the app database) can not be', said())
     file.chmod(0o600)
     assert contents(file) == before
 
@@ -1515,11 +1482,9 @@ def other_writes():
     row = "INSERT INTO messages (stream, payload, created_at) VALUES ('s', '1', 1)"
     return {
         'transact': lambda: todol.cable_db.transact(lambda: None), 'decorated': todol.job_db.transaction(lambda: None),
-        'insert': lambda: todol.cable_db.execute(row),
         'insert, returning': lambda: todol.cable_db.execute(f'{row} RETURNING id'),
         'comment first': lambda: todol.cable_db.execute(f'-- a comment\n{row}'),
         'with': lambda: todol.cable_db.execute(f'WITH a AS (SELECT 1) {row}'),
-        'delete of nothing': lambda: todol.job_db.execute('DELETE FROM jobs WHERE id = -1'),
         'drop': lambda: todol.cache_db.execute('DROP TABLE entries'),
         'executemany': lambda: todol.cable_db.executemany('DELETE FROM messages WHERE id = ?', [(1,)]),
         'cache.set': lambda: cache.set('a', 1), 'cache.set_many': lambda: cache.set_many({'a': 1}),
@@ -1548,47 +1513,6 @@ def reads():
     }
 
 
-def contents_of(*databases):
-    """All rows of all tables."""
-    return [each.execute(f'SELECT * FROM {name}') for each in databases
-            for name, in each.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-
-
-@pytest.mark.parametrize('crowd', ['', 'yz'], ids=['alone', 'in a group'])
-def test_a_write_to_another_database_is_refused_in_a_transaction_and_a_read_is_free(open_stack, crowd):
-    open_stack(run_jobs=False)
-    database, others = todol.app_db, (todol.cable_db, todol.job_db, todol.cache_db)
-    todol.cache.set('front', 1)
-    todol.cache._flush()
-    assert todol.cache.get('front') == 1
-    before = contents_of(*others)
-    for name, write in other_writes().items():
-        error, *neighbours = at_once(lambda: database.transact(lambda: (keep(database, 'bad'), write())),
-                                     *writers(database, [f'{name} {letter}' for letter in crowd]))
-        assert type(error) is todol.MisuseError, (name, error)
-        assert re.search('a transaction of the app database; enqueue a job in it|executemany', str(error)), name
-        assert neighbours == [f'{name} {letter}' for letter in crowd], name
-    for name, read in reads().items():
-        expected = outcome(read)
-        assert not isinstance(expected, Exception) and database.transact(read) == expected, (name, expected)
-    assert contents_of(*others) == before and 'bad' not in kept(database)
-    assert todol.cable.broadcast('s', 1) and todol.cache.incr('n') == 1, 'and outside they are as before'
-
-
-def test_a_job_can_be_enqueued_in_a_transaction_of_the_app_database_and_no_other(open_stack):
-    open_stack(run_jobs=False)
-
-    def enqueue():
-        return todol.jobs.enqueue('tidy_up')
-
-    for other in (todol.cable_db, todol.job_db, todol.cache_db):
-        with pytest.raises(todol.MisuseError, match=f'a transaction of the {other.name} database'):
-            other.transact(enqueue)
-        assert other.transact(lambda: todol.app_db.execute('SELECT 1')) == [(1,)]
-    assert todol.jobs.stats()['waiting'] == 0
-    assert todol.jobs.find(todol.app_db.transact(enqueue)).state == 'ready'
-
-
 def all_verbs():
     own = {'execute': lambda: todol.app_db.execute('SELECT 1'), 'transact': lambda: todol.app_db.transact(int),
            'executemany of the app': lambda: todol.app_db.executemany('SELECT ?', [(1,)]),
@@ -1596,19 +1520,54 @@ def all_verbs():
     return {**own, **reads(), **other_writes()}
 
 
-def test_from_another_thread_every_verb_raises_with_a_sentence_and_changes_nothing(open_stack):
+def contents_of(*databases):
+    """All rows of all tables."""
+    return [each.execute(f'SELECT * FROM {name}') for each in databases
+            for name, in each.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+
+
+@pytest.fixture
+def idle_stack(open_stack):
+    """The stack, which runs no jobs, and has a value in the front of the cache."""
     open_stack(run_jobs=False)
     todol.cache.set('front', 1)
     todol.cache._flush()
     assert todol.cache.get('front') == 1
-    databases = tuple(todol.databases.values())
-    before, found = contents_of(*databases), {}
-    for name, verb in all_verbs().items():
-        found[name] = todol.in_thread(outcome, verb)
-    wrong = {name: error for name, error in found.items()
-             if type(error) is not todol.MisuseError or 'another thread' not in str(error)}
-    assert not wrong, wrong
-    assert contents_of(*databases) == before
+    return todol
+
+
+def test_a_write_to_another_database_is_refused_in_a_transaction_and_a_read_is_free(idle_stack):
+    database, others = todol.app_db, (todol.cable_db, todol.job_db, todol.cache_db)
+    before = contents_of(*others)
+    for name, write in other_writes().items():
+        error, *neighbours = at_once(lambda: database.transact(lambda: (keep(database, 'bad'), write())),
+                                     *writers(database, [f'{name} y', f'{name} z']))
+        assert type(error) is todol.MisuseError, (name, error)
+        assert re.search('a transaction of the app database; enqueue a job in it|executemany', str(error)), name
+        assert neighbours == [f'{name} y', f'{name} z']
+    for name, read in reads().items():
+        expected = outcome(read)
+        assert not isinstance(expected, Exception) and database.transact(read) == expected, (name, expected)
+    for other in others:
+        with pytest.raises(todol.MisuseError, match=f'a transaction of the {other.name} database'):
+            other.transact(todol.jobs.enqueue, 'tidy_up')
+        assert other.transact(lambda: todol.app_db.execute('SELECT 1')) == [(1,)]
+    assert contents_of(*others) == before and 'bad' not in kept(database) and todol.jobs.stats()['waiting'] == 0
+    assert todol.cable.broadcast('s', 1) and todol.cache.incr('n') == 1, 'and outside they are as before'
+    assert todol.jobs.find(database.transact(todol.jobs.enqueue, 'tidy_up')).state == 'ready'
+
+
+def wrong_answers(call, said):
+    """What each verb raises or returns that is no MisuseError with these words."""
+    found = {name: call(outcome, verb) for name, verb in all_verbs().items()}
+    return {name: error for name, error in found.items()
+            if type(error) is not todol.MisuseError or said not in str(error)}
+
+
+def test_from_another_thread_every_verb_raises_with_a_sentence_and_changes_nothing(idle_stack):
+    databases = todol.databases.values()
+    before = contents_of(*databases)
+    assert wrong_answers(todol.in_thread, 'another thread') == {} and contents_of(*databases) == before
     assert todol.cache.get('front') == 1 and not any(stamp & 1 for stamp in todol.cache._stamps._stamps)
 
 
@@ -1617,10 +1576,7 @@ def test_without_an_open_stack_every_verb_raises_with_a_sentence(open_stack, whe
     if when == 'closed':
         open_stack()
         open_stack.close()
-    found = {name: outcome(verb) for name, verb in all_verbs().items() if name != 'cable.since'}
-    wrong = {name: error for name, error in found.items()
-             if type(error) is not todol.MisuseError or 'open_stack()' not in str(error)}
-    assert not wrong, wrong
+    assert set(wrong_answers(lambda function, verb: function(verb), 'open_stack()')) <= {'cable.since'}
 
 
 def test_what_blocks_runs_in_a_thread_while_others_run():
