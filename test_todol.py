@@ -1016,8 +1016,8 @@ def test_a_step_that_fails_leaves_the_file_as_it_was(open_database, monkeypatch)
 
 
 def test_openers_of_one_moment_do_each_step_once(open_database):
-    databases = at_once(*[lambda: open_database('app')] * 3)
-    assert all(steps(each) == [name for name, _ in todol.app_db.migrations] for each in databases), databases
+    for each in at_once(*[lambda: open_database('app')] * 3):
+        assert isinstance(each, todol.Database) and steps(each) == [name for name, _ in todol.app_db.migrations], each
 
 
 # Transactions
