@@ -1754,9 +1754,11 @@ def test_a_newcomer_wakes_everybody_so_that_nobody_takes_itself_for_alone(join_p
     assert first.patience() == todol.LONELY_POLL_SECONDS
     os.mkfifo(tmp_path / 'data/test.bell.1-dead')
     assert first.patience() == todol.LONELY_POLL_SECONDS, 'a pipe that nobody reads is no neighbour'
-    for bell in (tmp_path / 'data').glob('*.bell.*'):
-        bell.unlink()
+    away = (tmp_path / 'data').rename(tmp_path / 'away')
     assert first.patience() == todol.POLL_SECONDS, 'nobody can wake it any more'
+    for bell in away.rename(tmp_path / 'data').glob('*.bell.*'):
+        bell.unlink()
+    assert first.patience() == todol.POLL_SECONDS
 
 
 def test_what_a_neighbour_rings_for_wakes_the_jobs_or_the_cable_and_not_both(stack, join_processes):
@@ -1770,7 +1772,11 @@ def test_what_a_neighbour_rings_for_wakes_the_jobs_or_the_cable_and_not_both(sta
         neighbour.ring(byte)
         eventually(lambda: any(ran))
         assert [bool(each) for each in ran] == looks
+    heard = gevent.event.Event()
+    neighbour.wakes(heard, b'c')
     rung.clear()
+    stack.cable.broadcast('stream', 1)
+    assert heard.wait(10) and not rung.is_set()
     stack.jobs.close()
     assert rung.wait(10), 'who gives its jobs back rings for the others'
     stack.jobs.open(1)
