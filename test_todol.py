@@ -1543,7 +1543,7 @@ def test_a_write_to_another_database_is_refused_in_a_transaction_and_a_read_is_f
         error, *neighbours = at_once(lambda: database.transact(lambda: (keep(database, 'bad'), write())),
                                      *writers(database, [f'{name} y', f'{name} z']))
         assert type(error) is todol.MisuseError, (name, error)
-        assert re.search('a transaction of the app database; enqueue a job in it|executemany', str(error)), name
+        assert re.search('a transaction of the app database: call it after|executemany', str(error)), name
         assert neighbours == [f'{name} y', f'{name} z']
     for name, read in reads().items():
         expected = outcome(read)
@@ -2757,7 +2757,12 @@ def test_a_task_is_called_as_its_function_is_and_run_later_by_itself_or_by_its_n
            jobs._outbox.transact(work.later, a=5)}
     all_done(jobs)
     assert len(ids) == 5 and sorted(notes[2:]) == [(1, 2, 3), (2, 2, 4), (3, 2, 3), (4, 2, 3), (5, 2, 3)]
-    assert jobs.names() == {'work'}
+    bare = jobs.task(bare_task)
+    assert jobs.names() == {'work', bare.name} and (bare.queue, bare()) == ('default', 'called')
+
+
+def bare_task():
+    return 'called'
 
 
 def test_never_more_jobs_run_at_once_than_there_are_workers_however_they_are_enqueued(jobs):
@@ -4697,6 +4702,7 @@ def test_the_answer_to_a_change_is_the_way_back_or_data_or_streams(client, route
     calls = []
     route('/own', lambda: todol.respond(lambda: calls.append(1) or '<p>ä</p>', [1], '/there', 202), 'POST')
     route('/text', lambda: todol.respond('<p>ä</p>', status=202), 'POST')
+    route('/elsewhere', lambda: todol.respond(back='/there'), 'POST')
     answer = client.post('/own', accept=accept)
     assert (answer.status, answer.headers['content-type'], answer.body) == (status, kind, body)
     assert answer.headers.get('location') == ('/there' if status == 303 else None)
@@ -4704,6 +4710,8 @@ def test_the_answer_to_a_change_is_the_way_back_or_data_or_streams(client, route
     answer = client.post('/text', accept=accept)
     assert (answer.status, answer.body) == (status, b'{}' if accept == JSON else body)
     assert answer.headers.get('location') == ('/' if status == 303 else None)
+    answer = client.post('/elsewhere', accept=accept)
+    assert (answer.status, answer.headers.get('location')) == ((200, None) if accept == JSON else (303, '/there'))
 
 
 @pytest.mark.parametrize('target', ['row', '"><script>alert(1)</script>', "' onload='x", '&amp;', 'ä 🩷'])
@@ -4714,6 +4722,7 @@ def test_a_turbo_stream_is_an_element_whatever_its_target_is_named(target):
         assert stream.attributes == {'action': 'replace', 'target': target, **({'method': 'morph'} if morph else {})}
         assert shown.one('p', within=shown.one('template', within=stream)).text == 'x' and len(shown.elements) == 3
     assert [each.tag for each in Page(todol.turbo_stream('remove', target)).elements] == ['turbo-stream']
+    assert [each.tag for each in Page(todol.turbo_stream('update', target)).elements] == ['turbo-stream', 'template']
     assert Page(todol.REFRESH).one('turbo-stream').attributes == {'action': 'refresh'}
 
 

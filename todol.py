@@ -4696,9 +4696,10 @@ button { border: 0; background: var(--accent); color: var(--paper); }
 }
 """, 'text/css; charset=UTF-8')
 add_asset('room.js', """\
-// A form that was sent is reset; the name stays in its field.
-const field = document.querySelector('[name=name]');
-field.addEventListener('change', () => { field.defaultValue = field.value; });
+// Text fields are reset when their form is sent; the name stays in its field.
+addEventListener('change', ({ target }) => {
+  if (target.name === 'name') target.defaultValue = target.value;
+});
 """, 'text/javascript; charset=UTF-8')
 
 
