@@ -582,14 +582,6 @@ def html_validate(*documents):
             for problem in problems]
 
 
-def css_problems(css):
-    return lint(css=[css])['css'][0]
-
-
-def js_problems(js, module=False):
-    return lint(js=[(js, module)])['js'][0]
-
-
 # === Set-up: one file, three packages ================================================================================
 
 SECTION = re.compile(r'^# === ([A-Z][A-Za-z -]*?)(?:: .*?)? =+$', re.MULTILINE)
@@ -3837,6 +3829,8 @@ def test_who_comes_back_with_a_position_gets_what_was_missed_in_order(cable):
     assert payloads(missed) == [0, 2, 3] and [message.id for message in missed] == [ids[0], ids[2], ids[3]]
     assert payloads(cable.since('b', position)) == [1, 4] and cable.since('a', cable.position()) == []
     assert todol.offset_of(position) + 5 == ids[-1] == todol.offset_of(cable.position())
+    with pytest.raises(todol.MisuseError, match='open_stack'):
+        todol.Cable(todol.Database('cable', declared=False)).position()
     for text in ('', ':', '1', 'x' * 10**6, f'{cable.epoch}x:1', f'{cable.epoch}', f':{cable.epoch}:1', 'deadbeef:1'):
         assert_lost('is not a position', cable.since, 'a', text)
     for id in ('7', '-1', '1.0', '', ' 1', '\u0661', '9' * 18, '9' * 30):
@@ -3859,25 +3853,21 @@ def test_a_replay_and_a_subscription_together_have_no_gap_and_no_double(cable):
     assert [message.id for message in replayed + received] == list(range(1, 52))
 
 
-def test_more_missed_messages_than_are_worth_a_replay_are_a_lost_position(cable, cache_clock):
+def test_messages_are_given_from_a_time_on_and_more_than_are_worth_a_replay_are_a_lost_position(cable, cache_clock):
+    for n in range(5):
+        cache_clock.now += 10
+        broadcast_many(cable, 'b', [n])
+    assert payloads(cable.since_time('b', cache_clock.now - 20)) == [2, 3, 4]
+    assert payloads(cable.since_time('b', cache_clock.now - 19)) == [3, 4]
+    assert cable.since_time('b', cache_clock.now + 1) == [] == cable.since_time('a', cache_clock.now - 50)
+    for at in (cache_clock.now - todol.KEEP_MESSAGES_SECONDS - 1, float('nan'), -float('inf')):
+        assert_lost('seconds', cable.since_time, 'b', at)
     position = cable.position()
     broadcast_many(cable, 'a', range(todol.REPLAY_MESSAGES))
-    broadcast_many(cable, 'other', range(3))
     assert len(cable.since('a', position)) == len(cable.since_time('a', cache_clock.now)) == todol.REPLAY_MESSAGES
     broadcast_many(cable, 'a', ['one more'])
     assert_lost('missed', cable.since, 'a', position)
     assert_lost('missed', cable.since_time, 'a', cache_clock.now)
-
-
-def test_messages_are_given_from_a_time_on(cable, cache_clock):
-    for n in range(5):
-        cache_clock.now += 10
-        broadcast_many(cable, 'a', [n])
-    assert payloads(cable.since_time('a', cache_clock.now - 20)) == [2, 3, 4]
-    assert payloads(cable.since_time('a', cache_clock.now - 19)) == [3, 4]
-    assert cable.since_time('a', cache_clock.now + 1) == [] == cable.since_time('b', cache_clock.now - 50)
-    for at in (cache_clock.now - todol.KEEP_MESSAGES_SECONDS - 1, float('nan'), -float('inf')):
-        assert_lost('seconds', cable.since_time, 'a', at)
 
 
 def test_the_log_is_bounded_in_time_and_number_and_tells_who_comes_back_too_late(cable, cache_clock, monkeypatch):
@@ -3970,60 +3960,11 @@ def test_a_stream_that_is_no_short_text_is_refused_by_every_call_and_any_other_i
         assert payloads(received) == [1] == payloads(cable.since(stream, position))
 
 
-CABLE_VERBS = {
-    'broadcast': lambda cable, note: cable.broadcast('a', note),
-    'broadcast_all': lambda cable, note: cable.broadcast_all([('a', 1), ('a', note)]),
-    'prune': lambda cable, note: cable.prune(),
-    'subscribe': lambda cable, note: cable.subscribe('b', note),
-    'position': lambda cable, note: cable.position(),
-    'since': lambda cable, note: cable.since('a', f'{cable.epoch}:0'),
-    'since_time': lambda cable, note: cable.since_time('a', todol.now()),
-}
-
-
-def test_inside_a_transaction_of_another_database_broadcasts_are_refused_at_once(cable, open_database):
-    database, called = open_database('app'), []
-    database.execute('CREATE TABLE kept (n INTEGER)')
-
-    def write(n):
-        database.execute('INSERT INTO kept VALUES (?)', (n,))
-        for verb in ('broadcast', 'broadcast_all', 'prune'):
-            with pytest.raises(todol.MisuseError, match='enqueue a job'):
-                CABLE_VERBS[verb](cable, lambda: called.append(1))
-        assert cable.since('a', cable.position()) == cable.since_time('a', todol.now()) == [], 'reads are free'
-
-    all_together(*(functools.partial(database.transact, write, n) for n in range(3)))
-    assert database.execute('SELECT count(*) FROM kept') == [(3,)] and not called and not log_ids(cable)
-    assert broadcast_many(cable, 'a', [1]) == [1]
-
-
-def test_from_another_thread_or_before_the_stack_is_open_every_verb_of_the_cable_says_what_to_do(cable):
-    called, received = [], listen_to(cable, 'a')
-    closed = todol.Cable(todol.Database('cable', declared=False))
-    for verb, call in CABLE_VERBS.items():
-        note = called.append if verb == 'subscribe' else lambda: called.append(1)
-        error = from_a_thread(lambda: call(cable, note))
-        assert isinstance(error, todol.MisuseError) and 'in_thread' in str(error), (verb, error)
-        with pytest.raises(todol.MisuseError, match='open_stack'):
-            call(closed, note)
-    assert not called and not log_ids(cable) and list(cable._subscribers) == ['a']
-    broadcast_many(cable, 'a', [1])
-    assert payloads(received) == [1]
-
-
 # Processes
-
-def test_an_idle_cable_reads_nothing(stack):
-    statements = []
-    gevent.sleep(0.1)       # it has just started
-    stack.cable_db._connection.set_trace_callback(statements.append)
-    gevent.sleep(0.3)
-    assert not statements
-
 
 CABLE_PROCESS = '''
 import sys, gevent, todol
-todol.POLL_SECONDS = float(sys.argv[2])
+todol.POLL_SECONDS = 600
 with todol.open_stack({'TODOL_DATA': sys.argv[1], 'TODOL_ENV': 'test'}):
     todol.cable.subscribe('a', lambda message: print(message.id, message.payload, flush=True))
     print('open', flush=True)
@@ -4033,48 +3974,35 @@ with todol.open_stack({'TODOL_DATA': sys.argv[1], 'TODOL_ENV': 'test'}):
 '''
 
 
-@pytest.fixture
-def neighbour(stack, start_script, tmp_path, monkeypatch):
-    """neighbour(poll_seconds) starts a process on the files of the stack that prints what is broadcast on stream a."""
-    def start(poll_seconds=600):
-        monkeypatch.setattr(todol, 'POLL_SECONDS', 600)
-        process = start_script(CABLE_PROCESS, tmp_path / 'db', poll_seconds)
-        assert read_line(process) == 'open'
-        return process
-    return start
+def test_two_processes_get_each_others_broadcasts_in_one_order_without_polling(
+        stack, start_script, tmp_path, monkeypatch):
+    def heard(count):
+        """The next messages that the other process got: (id, payload)."""
+        lines = (read_line(process).partition(' ') for _ in range(count))
+        return [(int(id), json.loads(payload)) for id, _, payload in lines]
 
-
-def read_messages(process, count):
-    """The next messages that a neighbour got: (id, payload)."""
-    lines = (read_line(process).partition(' ') for _ in range(count))
-    return [(int(id), json.loads(payload)) for id, _, payload in lines]
-
-
-def test_two_processes_get_each_others_broadcasts_in_one_order_without_polling(stack, neighbour):
-    received, process = listen_to(stack.cable, 'a'), neighbour()
+    monkeypatch.setattr(todol, 'POLL_SECONDS', 600)
+    received, process = listen_to(stack.cable, 'a'), start_script(CABLE_PROCESS, tmp_path / 'db')
+    assert read_line(process) == 'open'
     process.stdin.write(b'100\n')
     for n in range(100):
         stack.cable.broadcast('a', ['ours', n])
         gevent.sleep(0.001)
-    there = read_messages(process, 200)
+    there = heard(200)
     eventually(lambda: len(received) == 200, what='the broadcasts of the neighbour')
     assert [(message.id, json.loads(message.payload)) for message in received] == there
     assert [id for id, _ in there] == list(range(1, 201))
     for name in ('ours', 'theirs'):
         assert [payload for _, payload in there if payload[0] == name] == [[name, n] for n in range(100)]
+    gevent.sleep(0.05)          # the last bell has been answered
+    read = statements(stack.cable_db)
+    gevent.sleep(0.2)
+    assert not read, 'it reads while it is idle'
     process.send_signal(signal.SIGSTOP)
     for n in range(1000):
         stack.cable.broadcast('a', n)
     process.send_signal(signal.SIGCONT)
-    assert [payload for _, payload in read_messages(process, 1000)] == list(range(1000)), 'suspended, it missed some'
-
-
-def test_messages_that_no_bell_announced_arrive_by_polling(stack, neighbour):
-    process = neighbour(0.05)
-    for bell in pathlib.Path(todol.settings.data).glob('*.bell.*'):
-        bell.unlink()
-    assert stack.cable.broadcast_all([('a', 1), ('a', 2)]) == [1, 2]
-    assert [payload for _, payload in read_messages(process, 2)] == [1, 2]
+    assert [payload for _, payload in heard(1000)] == list(range(1000)), 'suspended, it missed some'
 
 
 # === Sessions: who is asking, without a row for it ====================================================================
@@ -7939,9 +7867,8 @@ def test_the_theme_colors_are_said_alike_in_page_styles_and_manifest(client):
 # === Script: todos on top of the live script ==========================================================================
 
 def test_the_styles_and_the_scripts_are_clean():
-    assert not css_problems(asset_text('todol.css'))
-    assert not js_problems(asset_text('live.js'), module=True)
-    assert not js_problems(asset_text('todol.js'), module=True)
+    found = lint(css=[asset_text('todol.css')], js=[(asset_text(name), True) for name in ('live.js', 'todol.js')])
+    assert not any(map(any, found.values())), found
 
 
 def test_nothing_is_fetched_from_elsewhere(client):
