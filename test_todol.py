@@ -6649,6 +6649,12 @@ def command(directory, *arguments, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
+def assert_refused(result, sentence=''):
+    """A command() ended with status 1 and one sentence, with this in it."""
+    status, output, errors = result
+    assert status == 1 and not output and re.fullmatch('Error: .*\n', errors) and sentence in errors, result
+
+
 def refusal(function, *arguments):
     """The one sentence with which backup() or restore() refuses to do it."""
     with pytest.raises((todol.BackupError, todol.StorageError, todol.MigrationError)) as raised:
@@ -8821,15 +8827,16 @@ def upload():
 def download(name):
     return static_file(name, FILES)
 '''
-LIVE_APP = r'''# === The app: two pages for everything that the live script can meet ======================
+LIVE_APP = r'''# === The app: some pages for everything that the live script can meet ======================
 from bottle import redirect, request, response
 
 ROWS = []
-ANSWERS = ('stream', 'back', 'away', 'nothing', 'page', 'refused', 'broken', 'quiet')
+ANSWERS = ('stream', 'back', 'away', 'led', 'styled', 'nothing', 'page', 'refused', 'broken', 'quiet')
+PATHS = {'back': '/a', 'away': '/b', 'styled': '/c'}
 LEFT = ('target="_self"', 'enctype="multipart/form-data"', 'data-turbo="false"')
 
 
-@app.get('/<name:re:[ab]>')
+@app.get('/<name:re:[abc]>')
 def show(name):
     names = 'ab' if name == 'b' else 'a'            # b listens to both
     return render('page', name=name, rows=ROWS, answers=ANSWERS, left=LEFT,
@@ -8846,8 +8853,10 @@ def answer(how):
     ROWS.append(text)
     if how == 'stream':
         return respond(turbo_stream('append', 'list', f'<li>{text}</li>'), back='/a')
-    if how in ('back', 'away'):
-        redirect('/a' if how == 'back' else '/b', 303)
+    if how in PATHS:
+        redirect(PATHS[how], 303)
+    if how == 'led':
+        return respond(back='/b')
     if how == 'nothing':
         response.status = 204
     return '<p id="thanks">thanks</p>' if how == 'page' else respond()
@@ -8869,7 +8878,11 @@ TEMPLATES['page'] = """\
 <!DOCTYPE html>
 <html lang="en">
 <head><title>{{name}} {{len(rows)}}</title><link rel="icon" href="data:,">
-<script type="module" src="{{asset('live.js')}}"></script></head>
+<script type="module" src="{{asset('live.js')}}"></script>
+% if name == 'c':
+<link rel="stylesheet" href="{{asset('c.css')}}">
+% end
+</head>
 <body>{{!''.join(sources)}}<p id="notice"></p><p data-connection hidden></p>
 <a href="/b" data-visit>b</a> <a href="/text" data-visit>text</a> <a href="/gone" data-visit>gone</a>
 <ul id="list">
@@ -8888,6 +8901,7 @@ TEMPLATES['page'] = """\
 % end
 <p id="kept" data-turbo-permanent>server's</p><p id="other">server's</p></body></html>
 """
+add_asset('c.css', 'li { color: rgb(1, 2, 3); }', 'text/css')
 '''
 APP_END = "\n\nif __name__ == '__main__':\n    sys.exit(main())\n"
 MESSAGES = '#messages p'
@@ -9265,9 +9279,10 @@ def pages(start_app, open_tab_of):
 def test_what_a_form_is_answered_is_shown_without_a_new_page(pages):
     for how, added, path, notice, left in (
             *[(how, ['x'], '/a', '', '') for how in ('stream', 'back', 'nothing', 'page')],
-            ('away', ['x'], '/b', '', ''), ('quiet', [], '/a', '', ''), ('refused', [], '/a', 'Not that.', 'x'),
+            ('away', ['x'], '/b', '', ''), ('led', ['x'], '/b', '', ''), ('quiet', [], '/a', '', ''), ('refused', [], '/a', 'Not that.', 'x'),
             ('broken', [], '/a', 'Something went wrong here. It is in the log.', 'x')):
-        page = pages(expected='status of')
+        page, got = pages(expected='status of'), []
+        page.on('request', lambda request, got=got: got.append((request.method, urllib.parse.urlsplit(request.url).path)))
         rows = page.locator('#list li').all_text_contents() + added
         page.evaluate("window.mark = 1; for (const id of ['kept', 'other']) live.byId(id).textContent = 'mine'")
         with page.expect_request(lambda request: request.method == 'POST') as asked:
@@ -9279,10 +9294,11 @@ def test_what_a_form_is_answered_is_shown_without_a_new_page(pages):
         becomes(page, lambda page: page.evaluate('live.changes.length'), 0)
         assert path_shown(page) == path and page.evaluate('window.mark') == 1, how
         assert page.input_value('[name=text]') == left, how
-        if how in ('back', 'nothing', 'page', 'away'):      # visited, and so morphed
+        if how in ('back', 'nothing', 'page', 'away', 'led'):       # visited, and so morphed
             shows(page, '#kept, #other', ['mine', "server's"])
             assert page.title() == f'{path[1:]} {len(rows)}'
-        if how == 'away':
+        if path == '/b':
+            assert got.count(('GET', '/b')) == 1, 'the page to which the redirect led is not asked for again'
             page.go_back()
             becomes(page, lambda page: page.title(), f'a {len(rows)}')
         if left:                                            # and corrected
@@ -9317,7 +9333,7 @@ def test_a_link_morphs_the_page_once_the_server_has_it_and_what_is_no_page_is_le
     for link, text in (('text', 'just text'), ('gone', 'There is nothing here.')):
         page.click(f'a >> text={link}')
         page.locator(f'text={text}').wait_for()
-        assert path_shown(page) == f'/{link}'
+        assert path_shown(page) == f'/{link}' and (link == 'text' or page.get_attribute('text=Back', 'href') == '/b')
         page.go_back()
         becomes(page, lambda page: page.evaluate('[document.title, Boolean(window.live)]'), ['b 0', True])
 
@@ -9342,6 +9358,16 @@ def test_a_page_follows_the_streams_that_it_shows_and_no_others(pages):
     pages.client.post('/answer/quiet', {'text': 'five'})
     pages.client.post('/tell/a')                        # a refresh
     shows((page, other), '#list li', ['five'])
+    pages.client.post('/tell/a', {'html': todol.turbo_stream('update', 'list')})
+    shows((page, other), '#list', [''])
+
+
+def test_a_page_of_other_styles_is_loaded_as_a_whole(pages):
+    page = pages()
+    page.fill('[name=text]', 'x')
+    page.click('button >> text=styled')
+    page.wait_for_url('**/c')
+    becomes(page, lambda page: page.evaluate("getComputedStyle(document.querySelector('li')).color"), 'rgb(1, 2, 3)')
 
 
 def test_a_browser_without_storage_sends_its_forms_all_the_same(pages):
