@@ -1641,7 +1641,7 @@ class Jobs:
         self._settled = []              # (Claim, outcome, error) since the last exchange
         self._relayed = set()           # ids of outbox rows that are in the job database
         self._looked_at = -math.inf     # at the leases
-        self._clock_offset = 0          # of the wall clock to the monotonic one
+        self._clock_offset = None       # of the wall clock to the monotonic one, when last seen
         self._greenlets = []
         self._loop = None
 
@@ -1822,8 +1822,8 @@ class Jobs:
 
     def _wake(self):
         """Have the dispatcher look: ours, or else every other process's."""
-        # The next look notices if the clock was ahead only for this moment.
-        self._clock_offset = max(self._clock_offset, now() - time.monotonic())
+        if self._clock_offset is not None:      # so that a clock ahead for a moment is noticed
+            self._clock_offset = max(self._clock_offset, now() - time.monotonic())
         self._bell.set()
         if not self._workers:
             processes.ring(b'j')
@@ -1952,7 +1952,7 @@ class Jobs:
         """When the clock was set, see to it that nothing recurs later than its period, and that
         nothing waits for a time that was the present."""
         offset = now() - time.monotonic()
-        if abs(offset - self._clock_offset) > 1:
+        if self._clock_offset is None or abs(offset - self._clock_offset) > 1:
             self._clock_offset = offset
             self._db.execute(RUN_FROM_FUTURE)
             self._start_recurring()
@@ -1963,7 +1963,8 @@ class Jobs:
         self._db.execute(RENEW_LEASES, (LEASE_SECONDS, processes.name))
         known = {claim.id for claims in self._running.values() for claim in claims}
         known.update(claim.id for claim, *_ in self._settled)
-        leased = self._db.execute('SELECT id FROM jobs WHERE worker = ?', (processes.name,))
+        leased = self._db.execute('SELECT id FROM jobs WHERE worker = ? AND due_at IS NOT NULL',
+                                  (processes.name,))
         self._db.executemany('UPDATE jobs SET due_at = now_s(), worker = NULL WHERE id = ?',
                              [(id,) for id, in leased if id not in known])
 
