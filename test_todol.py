@@ -23,6 +23,7 @@ import http.client
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -41,6 +42,7 @@ import sys
 import tarfile
 import threading
 import time
+import traceback
 import types
 import urllib.parse
 import wsgiref.util
@@ -7158,6 +7160,358 @@ def test_what_is_wrong_with_the_data_is_a_sentence_of_every_command_that_reads_i
     assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
+# === Faults: what holds, whatever goes wrong between two steps ========================================================
+# The steps are found, not listed: every call of SQLite, of the files and bells, of the shared stamps, each turn and each
+# wait of a loop. Before and after each of them something is made to go wrong, once, while every kind of change is under
+# way; then everything acknowledged must be there, and an ordinary change must work. All of it runs in child processes.
+
+class Steps:
+    """Watches what the stack calls, and lets one fault happen at one step."""
+
+    def __init__(self):
+        self.passed = collections.Counter()         # step -> how often
+        self.fault = self.step = None               # to happen at that step, once
+        steps = self
+
+        class Connection(sqlite3.Connection):
+            def __init__(self, path, *arguments, **options):
+                self.file = re.search(r'(_[a-z]+)?\.sqlite3', path)[0]
+                super().__init__(path, *arguments, **options)
+
+            def named(self, statement):
+                return f'{" ".join(statement.split())[:50]} of {self.file}'
+
+            def execute(self, statement, *parameters):
+                def run():
+                    cursor = super(Connection, self).execute(statement, *parameters)
+                    return types.SimpleNamespace(fetchall=lambda rows=cursor.fetchall(): rows)
+                return steps.around(self.named(statement), run, self)
+
+            def executemany(self, statement, rows):
+                return steps.around(self.named(statement), lambda: super(Connection, self).executemany(statement, rows), self)
+
+        todol.sqlite3.connect = functools.partial(sqlite3.connect, factory=Connection)
+        for owner, names in ((os, ('read', 'write', 'stat', 'listdir', 'open', 'unlink', 'rename')),
+                             (gevent, ('sleep', 'spawn')), (todol.VersionStamps, ('get', 'changing'))):
+            for name in names:
+                setattr(owner, name, self.watched(name, getattr(owner, name)))
+        run = todol.Loop._run
+
+        def run_watched(loop):
+            turn, name = loop._turn, loop.name
+
+            def watched_turn():
+                wait = self.around(f'turn of {name}', turn)
+                return wait and (lambda: self.around(f'wait of {name}', wait))
+            loop._turn = watched_turn
+            run(loop)
+        todol.Loop._run = run_watched
+
+    def watched(self, name, function):
+        @functools.wraps(function)
+        def call(*arguments, **options):
+            return self.around(name, lambda: function(*arguments, **options))
+        return call
+
+    def around(self, name, call, connection=None):
+        """Call it, with a step before and one after, if the stack asked for it."""
+        frame, callers = sys._getframe(2), []
+        while frame and len(callers) < 3:
+            if frame.f_code.co_filename == todol.__file__:
+                callers.append(frame.f_code.co_name)
+            frame = frame.f_back
+        if not callers:
+            return call()
+        where = f'{name} in {" < ".join(callers)}'
+        self.pass_(f'before {where}', connection)
+        value = call()
+        self.pass_(f'after {where}', connection)
+        return value
+
+    def pass_(self, step, connection):
+        self.passed[step] += 1
+        if step == self.step and self.fault:
+            fault, self.fault = self.fault, None
+            fault(connection)
+
+
+class Changes:
+    """Changes of every kind, and what is known of them."""
+
+    def __init__(self):
+        self.number = 0
+        self.acknowledged, self.heard, self.running = set(), set(), {}
+        self.runs = collections.Counter()
+        self.wrong = []
+        todol.app_db.migrations += [('900 create notes', 'CREATE TABLE notes (number INTEGER PRIMARY KEY)')]
+
+        @todol.jobs.task(queue='urgent', attempts=50, retry_seconds=0.01)
+        def note(number, key):
+            self.run_note(number, key)
+        self.note = note
+
+    def run_note(self, number, key):
+        if number in self.running or key in self.running.values():
+            self.wrong.append(f'{number} of {key} runs beside {self.running}')
+        self.running[number] = key
+        try:
+            gevent.sleep(0.001)
+            todol.cable.broadcast('notes', number)
+            self.runs[number] += 1
+        finally:
+            self.running.pop(number, None)
+
+    def make(self):
+        """Several at once; each that returns without an error counts as acknowledged."""
+        self.number += 3
+        ways = [(self.write, self.number), (self.write, self.number + 1), (self.enqueue, self.number + 2), (self.use_others, 0)]
+        greenlets = [gevent.spawn(self.acknowledge, *way) for way in ways]
+        gevent.joinall(greenlets, timeout=5)
+        if not all(greenlet.ready() for greenlet in greenlets):
+            self.wrong.append('a call does not return')
+
+    def acknowledge(self, change, number):
+        with contextlib.suppress(BaseException):
+            change(number)
+            self.acknowledged.add(number)
+
+    def write(self, number, key='key'):
+        def change():
+            todol.app_db.execute('INSERT INTO notes VALUES (?)', (number,))
+            self.enqueue(number, key)
+        todol.app_db.transact(change)
+
+    def enqueue(self, number, key='key'):
+        todol.jobs.enqueue(self.note, {'number': number, 'key': key}, order_key=key)
+
+    def use_others(self, _):
+        cache = todol.cache
+        with contextlib.suppress(BaseException):
+            cache.set('value', 1)
+            cache.incr('count')
+            cache.fetch('computed', 5, lambda: 2)
+            cache.delete('value')
+        todol.cable.broadcast('notes', 0)
+        self.runs[0] += 1
+
+    def missing(self):
+        """What does not hold now."""
+        written = {number for number, in todol.app_db.execute('SELECT number FROM notes')}
+        facts = {'acknowledged and never run': self.acknowledged - set(self.runs),
+                 'written and never run': written - set(self.runs), 'run and never heard': set(self.runs) - self.heard,
+                 'left': todol.job_db.execute('SELECT id, worker, due_at, error FROM jobs'),
+                 'in the outbox': todol.app_db.execute('SELECT id FROM outbox'),
+                 'failing': [name for name, loop in todol.loops.items() if not loop.alive], 'wrong': self.wrong}
+        return {fact: what for fact, what in facts.items() if what}
+
+    def settle(self, seconds):
+        """Wait until all holds, and give what does not."""
+        deadline = time.monotonic() + seconds
+        while (missing := self.missing()) and time.monotonic() < deadline:
+            gevent.sleep(0.005)
+        return missing
+
+    def ordinary(self):
+        """What is wrong with an ordinary change of each kind, which has a second."""
+        self.number += 3
+        began = time.monotonic()
+        try:
+            self.write(self.number, 'ordinary')
+            todol.cache.set('ordinary', self.number)
+            kept = todol.cache.get('ordinary') == self.number and todol.cache.incr('sum') > 0
+        except Exception as error:
+            return repr(error)
+        while self.number not in self.heard and time.monotonic() < began + 1:
+            gevent.sleep(0.002)
+        return None if kept and self.number in self.heard else 'an ordinary change is not kept, or not heard'
+
+
+def sqlite_fault(code, text, rolls_back=False):
+    """As SQLite fails; where no SQL runs, as the system does."""
+    def fault(connection):
+        if connection is None:
+            raise OSError(errno.ENOSPC, text)
+        if rolls_back and connection.in_transaction:
+            sqlite3.Connection.execute(connection, 'ROLLBACK')
+        error = sqlite3.OperationalError(text)
+        error.sqlite_errorcode = code
+        raise error
+    return fault
+
+
+def raising(kind):
+    def fault(connection):
+        raise kind()
+    return fault
+
+
+CLOCK = types.SimpleNamespace(offset=0)
+FAULTS = {kind.__name__: raising(kind) for kind in (MemoryError, gevent.GreenletExit, SystemExit)} | {
+    'locked': sqlite_fault(5, 'database is locked'), 'full': sqlite_fault(13, 'database or disk is full', rolls_back=True),
+    'I/O error': sqlite_fault(10, 'disk I/O error')} | {
+    f'clock {seconds:+}': lambda connection, seconds=seconds: setattr(CLOCK, 'offset', seconds)
+    for seconds in (-86400, 3600)}
+
+
+def prepare_for_faults():
+    """What all child processes of this section begin with."""
+    logging.getLogger('todol').setLevel(logging.CRITICAL)
+    todol.RESTART_SECONDS = todol.MAX_RESTART_SECONDS = todol.REST_SECONDS = 0.01
+    todol.LEASE_SECONDS, todol.BUSY_SECONDS = 1, 0.3
+    todol.now = lambda: time.time() + CLOCK.offset
+
+
+def raise_at_every_step(data):
+    """Each fault at each step, in one process that goes on; prints what was tried and what broke, as JSON."""
+    prepare_for_faults()
+    steps, changes, tried, broken = Steps(), Changes(), 0, []
+    with todol.open_stack({'TODOL_DATA': data, 'TODOL_JOB_WORKERS': '4'}, run_jobs=True):
+        todol.cable.subscribe('notes', lambda message: changes.heard.add(json.loads(message.payload)))
+        for _ in range(5):
+            changes.make()
+            changes.settle(5)
+        open_files, found = len(os.listdir('/proc/self/fd')), sorted(steps.passed)
+        for step, (name, fault) in itertools.product(found, FAULTS.items()):
+            if step.startswith('after') and name in ('locked', 'full', 'I/O error'):
+                continue            # SQLite fails in a statement, not behind it
+            steps.step, steps.fault = step, fault
+            changes.make()
+            hit, steps.fault, CLOCK.offset = steps.fault is None, None, 0
+            wrong = [changes.settle(5) or None, changes.ordinary()]
+            tried += hit
+            if any(wrong):
+                broken.append([step, name, str(wrong)])
+                changes.wrong.clear()
+                if len(broken) == 20:
+                    break
+        files = len(os.listdir('/proc/self/fd')) - open_files
+    print(json.dumps({'steps': len(found), 'tried': tried, 'broken': broken, 'files': files}))
+
+
+def forked(work):
+    """Run a function in a fork of this process, and give its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = work() or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+
+def kill_at_every_step(directory):
+    """kill -9 at each step, the first, the middle and the last time it is passed; the next process must find all."""
+    prepare_for_faults()
+    directory = pathlib.Path(directory)
+    data, acknowledged = directory / 'data', directory / 'acknowledged'
+    environ = {'TODOL_DATA': str(data), 'TODOL_JOB_WORKERS': '4'}
+    todol.app_db.migrations += [('900 create notes', 'CREATE TABLE notes (number INTEGER PRIMARY KEY)'),
+                                ('901 create runs', 'CREATE TABLE runs (id INTEGER PRIMARY KEY, number INTEGER)')]
+
+    @todol.jobs.task(queue='urgent', attempts=50, retry_seconds=0.01)
+    def note(number):
+        todol.cable.broadcast('notes', number)
+        todol.app_db.execute('INSERT INTO runs (number) VALUES (?)', (number,))
+
+    def change(acknowledge):
+        def enqueue(number):
+            todol.jobs.enqueue(note, {'number': number}, order_key='key')
+            acknowledge(number)
+
+        def write(number):
+            todol.app_db.transact(lambda: (todol.app_db.execute('INSERT INTO notes VALUES (?)', (number,)),
+                                           todol.jobs.enqueue(note, {'number': number}, order_key='key')))
+            acknowledge(number)
+
+        def count(number):
+            todol.cache.set('value', 1)
+            todol.cache.incr('count')
+            acknowledge(number)
+        gevent.joinall([gevent.spawn(write, 1), gevent.spawn(write, 2), gevent.spawn(enqueue, 3), gevent.spawn(count, 0)])
+        gevent.sleep(0.03)
+        write(4)
+        gevent.sleep(0.03)
+
+    def record():
+        steps = Steps()
+        with todol.open_stack(environ, run_jobs=True):
+            change(lambda number: None)
+        (directory / 'steps').write_text(json.dumps(steps.passed))
+
+    def killed(step, times):
+        steps, left = Steps(), [times]
+        file = os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+        def fault(connection):
+            left[0] -= 1
+            if left[0]:
+                steps.fault = fault
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        steps.step, steps.fault = step, fault
+        with todol.open_stack(environ, run_jobs=True):
+            change(lambda number: os.pwrite(file, b'1', number))
+
+    def missing():
+        kept = {number for number, byte in enumerate(acknowledged.read_bytes()) if byte == ord('1')}
+        runs = list(dict.fromkeys(number for number, in todol.app_db.execute('SELECT number FROM runs ORDER BY id')))
+        heard = {json.loads(payload) for payload, in todol.cable_db.execute('SELECT payload FROM messages')}
+        written = {number for number, in todol.app_db.execute('SELECT number FROM notes')}
+        return [fact for fact, holds in {
+            'acknowledged and never run': kept - {0} <= set(runs), 'written and never run': written <= set(runs),
+            'run and never heard': set(runs) <= heard, 'out of order': 4 not in runs or runs[-1] == 4,
+            'the counter': 0 not in kept or todol.cache.get('count') == 1,
+            'left': not todol.job_db.execute('SELECT 1 FROM jobs') and not todol.app_db.execute('SELECT 1 FROM outbox'),
+            'files of the dead': not todol.processes.dead(),
+            'failing': all(loop.alive for loop in todol.loops.values())}.items() if not holds]
+
+    def verify():
+        with todol.open_stack(environ, run_jobs=True):
+            deadline = time.monotonic() + 5
+            while (wrong := missing()) and time.monotonic() < deadline:
+                gevent.sleep(0.005)
+            wrong += [database.name for database in todol.databases.values()
+                      if database.execute('PRAGMA integrity_check') != [('ok',)]]
+        wrong += [name for name in os.listdir(data) if re.search(r'\.process\.[^.]*$|\.bell\.|-wal$', name)]
+        (directory / 'wrong').write_text(' '.join(wrong))
+        return bool(wrong)
+
+    forked(record)
+    passed, tried, broken = json.loads((directory / 'steps').read_text()), 0, []
+    for step, count in sorted(passed.items()):
+        for times in sorted({1, (count + 1) // 2, count}):
+            shutil.rmtree(data, ignore_errors=True)
+            if forked(functools.partial(killed, step, times)) == signal.SIGKILL:
+                tried += 1
+                if forked(verify):
+                    broken.append([step, times, (directory / 'wrong').read_text()])
+    print(json.dumps({'steps': len(passed), 'tried': tried, 'broken': broken}))
+
+
+def put_faults(function, directory):
+    """Run one of these functions in a process of its own, and give what it prints."""
+    done = subprocess.run([sys.executable, '-c', f'import test_todol; test_todol.{function.__name__}({str(directory)!r})'],
+                          cwd=HERE, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_whatever_goes_wrong_between_two_steps_nothing_is_lost_nothing_stuck_and_the_next_change_works(tmp_path):
+    result = put_faults(raise_at_every_step, tmp_path)
+    assert not result['broken']
+    assert result['steps'] > 250 and result['tried'] > 400
+    assert result['files'] <= 0, 'files stay open'
+
+
+def test_a_process_that_is_killed_at_any_step_leaves_everything_acknowledged_to_the_next(tmp_path):
+    result = put_faults(kill_at_every_step, tmp_path)
+    assert not result['broken']
+    assert result['steps'] > 200 and result['tried'] > 300
+
+
 # === Todos: rows and rules, no HTML ===================================================================================
 
 OPERATIONS = ('create', 'create', 'rename', 'toggle', 'toggle all', 'toggle some', 'delete', 'clear')
@@ -9910,6 +10264,154 @@ def test_another_app_is_deployed_with_its_name_in_one_file():
         assert told == (['ARG APP=todol'] if name == 'Dockerfile' else []), name
 
 
+# Proxies in front: README's own configurations, run by the real ones
+
+PROXY_PROGRAMS = {'nginx': 'nginx', 'haproxy': 'haproxy', 'caddy': 'caddy'}     # language of README's block -> Debian package
+PROXIED_APP = '''
+import sys
+sys.path.insert(0, {folder!r})
+import bottle, todol
+
+seen = []
+
+@todol.app.route('/echo/<word>', method=['GET', 'HEAD', 'POST'])
+def echo(word):
+    environ = bottle.request.environ
+    seen.append([word, todol.client_address(environ)])
+    return {{'word': word, 'host': todol.host_of(environ), 'https': todol.is_https(environ),
+            'address': todol.client_address(environ)}}
+
+@todol.app.get('/seen')
+def forget():
+    was, seen[:] = list(seen), []
+    return {{'seen': was}}
+
+sys.exit(todol.main(['serve']))
+'''
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(params=PROXY_PROGRAMS)
+def proxied(request, tmp_path, start_server):
+    """A server with two routes more, and README's proxy before it: the server, and the port of the proxy."""
+    command = need(shutil.which(PROXY_PROGRAMS[request.param], path=os.environ['PATH'] + ':/usr/sbin'),
+                   f'{request.param} is not installed')
+    program = tmp_path / 'proxied.py'
+    program.write_text(PROXIED_APP.format(folder=str(HERE)))
+    server = start_server(program=program, TODOL_TRUST_PROXY='on', TODOL_CLIENT_IP_HEADER='X-Real-IP', TODOL_WRITES_PER_MINUTE=5)
+    port, folder = free_port(), tmp_path / 'proxy'
+    folder.mkdir(mode=0o755)
+    text = re.search(rf'```{request.param}\n(.*?)```', (HERE / 'README.md').read_text(), re.S)[1]
+    text = text.replace('127.0.0.1:8080', f'127.0.0.1:{server.port}')
+    config = folder / 'config'
+    if request.param == 'nginx':
+        paths = ' '.join(f'{name}_temp_path {folder}/{name};' for name in ('client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi'))
+        config.write_text(f'daemon off; pid {folder}/pid; error_log {folder}/errors; events {{}}\n'
+                          f'http {{ access_log off; {paths}\n{text.replace("listen 80", f"listen 127.0.0.1:{port}")} }}')
+        arguments = ['-c', config, '-p', folder]
+    elif request.param == 'haproxy':
+        config.write_text(text.replace('bind :80', f'bind 127.0.0.1:{port}'))
+        arguments = ['-f', config]
+    else:
+        config.write_text(f'{{\nadmin off\nauto_https off\n}}\n{text.replace(":80 {", f"http://:{port} {{{chr(10)}bind 127.0.0.1", 1)}')
+        arguments = ['run', '--adapter', 'caddyfile', '--config', config]
+    with open(folder / 'log', 'wb') as log:
+        process = subprocess.Popen([command, *arguments], stdout=log, stderr=log, env={**os.environ, 'HOME': str(folder)})
+    try:
+        def listening():
+            assert process.poll() is None, (folder / 'log').read_text()
+            with contextlib.suppress(OSError):
+                socket.create_connection(('127.0.0.1', port), timeout=5).close()
+                return True
+        eventually(listening, 20, f'{request.param} listening')
+        yield types.SimpleNamespace(server=server, port=port)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_behind_readmes_proxies_pages_changes_and_live_messages_work_and_nothing_forged_gets_through(proxied, connect):
+    client = HTTPClient(proxied.port)
+    with contextlib.closing(client):
+        forged = {'X-Forwarded-Proto': 'https', 'X-Forwarded-Host': 'evil.test', 'X-Real-IP': '9.9.9.9', 'X_Real_IP': '9.9.9.9'}
+        answer = client.get('/echo/a', headers={**forged, 'Host': f'Todo.Example:{proxied.port}'}).json
+        assert answer == {'word': 'a', 'host': f'todo.example:{proxied.port}', 'https': False, 'address': '127.0.0.1'}
+
+        client.get('/')
+        socket_ = connect(types.SimpleNamespace(port=proxied.port), client, headers={'Origin': f'http://127.0.0.1:{proxied.port}'})
+        assert socket_.status == 101 and socket_.receive() == {'type': 'welcome'}
+        socket_.command('subscribe', stream_identifier(client))
+        assert socket_.receive()['type'] == 'confirm_subscription'
+        client.create('through the proxy')
+        assert 'through the proxy' in socket_.receive()['message']
+
+        assert connect(types.SimpleNamespace(port=proxied.port), client, headers={'Origin': 'http://evil.test'}).status == 403
+        assert client.post('/todos', {'title': 'x'}, headers={'Origin': 'http://evil.test'}).status == 403
+        # Ten times the limit of a session, by as many sessions as one likes: they have one address, whatever they say.
+        statuses = []
+        for number in range(60):
+            stranger = HTTPClient(proxied.port)
+            with contextlib.closing(stranger):
+                statuses.append(stranger.post('/todos', {'title': 'x'}, headers={'X-Real-IP': f'9.9.9.{number}'}).status)
+        assert statuses.count(429) >= 10 and 303 in statuses
+
+
+SMUGGLED = b'GET /echo/smuggled HTTP/1.1\r\nHost: x\r\nX-Real-IP: 9.9.9.9\r\n\r\n'
+
+
+def smuggling_attacks():
+    """Requests that two readers may understand in two ways, each with SMUGGLED in it. Source: PortSwigger's research on
+    request smuggling."""
+    size = len(SMUGGLED)
+    chunked, whole = f'Content-Length: {5 + size}\r\nTransfer-Encoding', b'0\r\n\r\n' + SMUGGLED
+    heads = {
+        'CL.TE': (f'{chunked}: chunked', whole), 'a space before the colon': (f'{chunked} : chunked', whole),
+        'xchunked': (f'{chunked}: xchunked', whole), 'a vertical tab': (f'{chunked}:\x0bchunked', whole),
+        'two codings': (f'{chunked}: chunked\r\nTransfer-Encoding: identity', whole),
+        'a list of codings': ('Transfer-Encoding: identity, chunked', whole),
+        'an underscore': (f'Content-Length: {5 + size}\r\nTransfer_Encoding: chunked', whole),
+        'TE.CL': ('Content-Length: 4\r\nTransfer-Encoding: chunked', b'%x\r\n%s\r\n0\r\n\r\n' % (size, SMUGGLED)),
+        'two lengths': (f'Content-Length: 0\r\nContent-Length: {size}', SMUGGLED),
+        'a list of lengths': (f'Content-Length: 0, {size}', SMUGGLED), 'a sign': (f'Content-Length: +{size}', SMUGGLED),
+        'a negative length': ('Content-Length: -1', SMUGGLED),
+        'a folded line': (f'X: a\r\n Content-Length: {size}', SMUGGLED),
+        'a bare CR': (f'X: a\rContent-Length: {size}', SMUGGLED), 'a NUL': ('X: a\0b\r\nContent-Length: 0', SMUGGLED),
+        'a named length': (f'Connection: Content-Length\r\nContent-Length: {size}', SMUGGLED),
+        'chunks without CR': ('Transfer-Encoding: chunked', b'5\nhello\n0\n\n' + SMUGGLED),
+        'a chunk of 0x5': ('Transfer-Encoding: chunked', b'0x5\r\nhello\r\n0\r\n\r\n' + SMUGGLED),
+        'a chunk extension': ('Transfer-Encoding: chunked', b'5;a=\n\r\nhello\r\n0\r\n\r\n' + SMUGGLED),
+        'a trailer': ('Transfer-Encoding: chunked', b'0\r\nContent-Length: 5\r\n\r\n' + SMUGGLED),
+    }
+    attacks = {name: f'POST /echo/a HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n'.encode('latin-1') + body for name, (head, body) in heads.items()}
+    upgrade = 'Host: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version'
+    gets = {'a body of GET': f'/echo/a HTTP/1.1\r\nHost: x\r\nContent-Length: {size}', 'a wrong version': f'/cable HTTP/1.1\r\n{upgrade}: 7',
+            'no WebSocket there': f'/echo/a HTTP/1.1\r\n{upgrade}: 13', 'a foreign origin': f'/cable HTTP/1.1\r\n{upgrade}: 13\r\nOrigin: http://evil',
+            'h2c': '/echo/a HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQ',
+            'absolute': 'http://evil.test/echo/a HTTP/1.1\r\nHost: x'}
+    return attacks | {name: f'GET {head}\r\n\r\n'.encode() + SMUGGLED for name, head in gets.items()}
+
+
+def test_no_request_is_smuggled_past_readmes_proxies(proxied):
+    direct, victim = proxied.server.client(), HTTPClient(proxied.port)
+    for name, attack in smuggling_attacks().items():
+        with contextlib.closing(socket.create_connection(('127.0.0.1', proxied.port), timeout=0.3)) as attacker, \
+                contextlib.suppress(OSError):
+            attacker.sendall(attack)
+            while attacker.recv(65536):
+                pass
+        with contextlib.closing(victim):
+            for number in range(3):
+                assert victim.get(f'/echo/victim{number}').json['word'] == f'victim{number}', name
+        seen = direct.get('/seen').json['seen']
+        assert ['smuggled', '9.9.9.9'] not in seen, name
+        assert [word for word, _ in seen if word.startswith('victim')] == ['victim0', 'victim1', 'victim2'], name
+
+
 # The image itself, on demand
 
 def test_the_image_builds_and_its_command_comes_back_with_everything(machine, storage):
@@ -9961,7 +10463,7 @@ def test_the_commands_of_the_readme_are_those_of_the_program():
 def test_the_readme_uses_the_command_of_the_image():
     told = re.findall(r'(?:ssh console -C "|docker exec \w+ |`)((?:app|litestream|python) /?[a-z][^"`]*)', README)
     known = {'app': todol.COMMANDS, 'litestream': ('restore', 'databases'),
-             'python': ('todol.py', 'chat.py', '.ci/bench.py')}
+             'python': ('todol.py', 'chat.py', '.ci/bench.py', '.ci/soak.py')}
     wrong = [text for text in told if text.split()[1] not in known[text.split()[0]]]
     assert told and not wrong
 
