@@ -52,7 +52,7 @@ import zipfile
 import gevent
 import gevent.pywsgi
 import pytest
-from hypothesis import HealthCheck, example, given, settings as hypothesis_settings, strategies as st
+from hypothesis import HealthCheck, assume, example, given, settings as hypothesis_settings, strategies as st
 
 import todol
 
@@ -7510,6 +7510,67 @@ def test_a_process_that_is_killed_at_any_step_leaves_everything_acknowledged_to_
     result = put_faults(kill_at_every_step, tmp_path)
     assert not result['broken']
     assert result['steps'] > 200 and result['tried'] > 300
+
+
+# Whatever is given
+
+def work(number):
+    """The task of the jobs below."""
+    todol.cable.broadcast('worked', number)
+
+
+GIVEN = {       # what a caller gives, and where
+    'enqueue arguments': lambda value: todol.jobs.enqueue('work', value),
+    'enqueue argument': lambda value: todol.jobs.enqueue('work', {'number': value}),
+    'enqueue task': lambda value: todol.jobs.enqueue(value, {'number': 0}),
+    'enqueue delay': lambda value: todol.jobs.enqueue('work', {'number': 0}, delay_seconds=value),
+    'enqueue unique_key': lambda value: todol.jobs.enqueue('work', {'number': 0}, unique_key=value),
+    'enqueue order_key': lambda value: todol.jobs.enqueue('work', {'number': 0}, order_key=value),
+    'enqueue queue': lambda value: todol.jobs.enqueue('work', {'number': 0}, queue=value),
+    'find': lambda value: todol.jobs.find(value), 'cancel': lambda value: todol.jobs.cancel(value),
+    'every': lambda value: todol.jobs.every(value), 'cron': lambda value: todol.jobs.cron(value),
+    'cron timezone': lambda value: todol.jobs.cron('* * * * *', timezone=value),
+    'cache key': lambda value: todol.cache.set(value, 1), 'cache value': lambda value: todol.cache.set('key', value),
+    'cache ttl': lambda value: todol.cache.add('key', 1, ttl=value),
+    'cache increment': lambda value: todol.cache.incr('number', value),
+    'fetched': lambda value: todol.cache.fetch('fetched', 1, lambda: value),
+    'stream': lambda value: todol.cable.broadcast(value, 'x'), 'message': lambda value: todol.cable.broadcast('s', value),
+    'made message': lambda value: todol.cable.broadcast('s', lambda: value),
+    'title': lambda value: todol.create_todo('user', value), 'todo key': lambda value: todol.create_todo('user', 'x', value),
+    'returned in a transaction': lambda value: todol.app_db.transact(lambda: value),
+}
+REFUSALS = (todol.JobError, todol.CacheError, todol.CableError, todol.TitleError, todol.InvalidField)
+
+
+@pytest.fixture
+def working_stack(open_stack, monkeypatch):
+    """A stack for all examples, with a task `work`; gives a function that makes an ordinary change of every kind, and
+    says after how many seconds it was seen."""
+    monkeypatch.setattr(todol.jobs, '_tasks', dict(todol.jobs._tasks))
+    open_stack(TODOL_WRITES_PER_MINUTE=10**6)
+    task = todol.jobs.task(queue='urgent', attempts=1)(work)
+    heard, client, numbers = set(), WSGIClient(), itertools.count()
+    todol.cable.subscribe('worked', lambda message: heard.add(message.payload))
+
+    def ordinary():
+        began, number = time.monotonic(), f'ordinary {next(numbers)}'
+        client.create(number)
+        todol.app_db.transact(task.later, number=number)
+        todol.cache.set('ordinary', number)
+        assert todol.cache.get('ordinary') == number and todol.cache.incr('ordinary count') > 0
+        eventually(lambda: json.dumps(number) in heard, 5)
+        return time.monotonic() - began
+    return ordinary
+
+
+@given(place=st.sampled_from(sorted(GIVEN)), value=odd_values | st.just('x' * 10_000_000) | st.just(b'x' * 10_000_000))
+@hypothesis_settings(max_examples=200)
+def test_whatever_is_given_it_is_refused_at_the_call_or_works_and_the_next_change_works_within_a_second(
+        working_stack, place, value):
+    assume(not (place == 'message' and callable(value)))        # what it raises is its own
+    with contextlib.suppress(*REFUSALS):
+        GIVEN[place](value)
+    assert working_stack() < 1
 
 
 # === Todos: rows and rules, no HTML ===================================================================================

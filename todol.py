@@ -4748,6 +4748,7 @@ app_settings(
 )
 
 BROADCAST_ROWS = 50         # a change of more rows is told as "load the page again"
+TODO_KEY = re.compile(r'[\w.:-]{0,100}', re.ASCII)
 NOT_TEXT = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')      # controls, lone surrogates
 # Spaces, and marks that show nothing. (To isprintable(), the newest emoji are not printable.)
 BLANK = re.compile(r'[\s\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f'
@@ -4827,13 +4828,16 @@ def new_key():
 
 @app_db.transaction
 def create_todo(user, title, key=None):
-    """Add a todo at the end of the user's list, and give it. Raises TitleError, LimitError.
+    """Add a todo at the end of the user's list, and give it. Raises TitleError, LimitError, and
+    InvalidField for the key.
 
     key: an idempotency key of the client's choice: the same key and title again give the same todo.
     """
     title = clean_title(title)
     if not title:
         raise TitleError('A todo needs a title.')
+    if key is not None and not (isinstance(key, str) and TODO_KEY.fullmatch(key)):
+        raise InvalidField('key must be up to 100 letters, digits or any of . : - _')
     if key:
         digest = hashlib.sha256(f'{key}\0{title}'.encode()).hexdigest()
         key = f'{key[:16]} {digest[:24]}'       # in the order of the given ones
@@ -5218,10 +5222,8 @@ def create():
     """Create a todo: title, and key against doing it twice."""
     user, form = current_user(), fields()
     title, key = form.get('title', ''), form.get('key')
-    if key is not None and not re.fullmatch(r'[\w.:-]{0,100}', str(key), re.ASCII):
-        raise InvalidField('key must be up to 100 letters, digits or any of . : - _')
     try:
-        todo = create_todo(user, title, str(key or ''))
+        todo = create_todo(user, title, key if key is None else str(key))
     except (TitleError, LimitError) as error:
         return invalid(error, 'new-todo-error', user, text=title)
     return changed(user, [todo.id], public(todo), status=201)
