@@ -1628,6 +1628,15 @@ def test_no_statement_reads_a_whole_table_where_an_index_should_serve(stack):
     assert len(found) > 50 and not scans, '\n'.join(scans)
 
 
+def test_where_root_may_not_give_a_file_away_it_keeps_it_and_says_so(open_stack, monkeypatch, logged):
+    def refuse(*arguments):
+        raise PermissionError(errno.EPERM, 'Operation not permitted')
+    monkeypatch.setattr(todol.os, 'geteuid', lambda: 0)
+    monkeypatch.setattr(todol.os, 'chown', refuse)
+    open_stack()
+    assert todol.create_todo('user', 'x') and 'sqlite3 stays with root: Operation not permitted' in logged.text
+
+
 # === Processes: loops that go on, bells between processes, and who is alive =========================================
 
 FAILURES = [OSError('out of order'), sqlite3.OperationalError('no such table'), SystemExit('bye'), KeyboardInterrupt(),
