@@ -3720,6 +3720,9 @@ const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 const byId = id => document.getElementById(id);
 const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
+// Time that passes: the wall clock may be put back, the other one stops while a machine sleeps.
+const clocks = () => [Date.now(), performance.now()];
+const elapsed = then => Math.max(...clocks().map((at, which) => at - then[which]));
 
 // What an app's own script, the next module, may replace in live.hooks
 const hooks = {
@@ -4004,7 +4007,7 @@ function putBack({ form: id, own, body }) {
 // positions
 const sources = () => $$(SOURCE).filter(each => each instanceof CableStreamSource);
 const cable = {
-  socket: null, live: false, failures: 0, heardAt: 0, timer: 0,
+  socket: null, live: false, failures: 0, heardAt: clocks(), timer: 0,
   open(counts = true) {
     clearTimeout(this.timer);
     if (this.socket || !sources().length) return;
@@ -4012,12 +4015,12 @@ const cable = {
     const url = location.origin.replace('http', 'ws') + '/cable';
     const protocols = ['actioncable-v1-ext-json', 'actioncable-unsupported'];
     const socket = this.socket = new WebSocket(url, protocols);
-    this.heardAt = Date.now();
+    this.heardAt = clocks();
     socket.onmessage = ({ data }) => socket === this.socket && this.hear(JSON.parse(data));
     socket.onclose = () => socket === this.socket && this.lost();
   },
   hear({ type, identifier, message, epoch, offset, reconnect }) {
-    this.heardAt = Date.now();
+    this.heardAt = clocks();
     if (type === 'welcome') {
       this.live = true;
       this.failures = 0;
@@ -4085,9 +4088,9 @@ class CableStreamSource extends HTMLElement {
 
 // A hidden tab lets go of its socket, an idle one too if data-idle-seconds of a source
 // says so: the machine can sleep. Both catch up when looked at.
-let aliveAt = Date.now();
+let aliveAt = clocks();
 function alive() {
-  aliveAt = Date.now();
+  aliveAt = clocks();
   if (!document.hidden) cable.open(false);      // not counted: the pauses don't grow by it
   wake();
 }
@@ -4097,8 +4100,8 @@ addEventListener('offline', () => cable.show());
 setInterval(() => {
   const idleMs = 1000 * ($('[data-idle-seconds]')?.dataset.idleSeconds ?? 0);
   const mostMs = document.hidden ? HIDDEN_MS : idleMs || Infinity;
-  if (cable.socket && Date.now() - cable.heardAt > STALE_MS) cable.lost();
-  if (!cable.socket || Date.now() - aliveAt < mostMs) return;
+  if (cable.socket && elapsed(cable.heardAt) > STALE_MS) cable.lost();
+  if (!cable.socket || elapsed(aliveAt) < mostMs) return;
   cable.release();
   cable.show(true);
 }, 3000);
@@ -5038,7 +5041,7 @@ hidden></p>
 <input type="hidden" name="completed" value="0">
 <input class="toggle" type="checkbox" name="completed" value="1" \
 aria-labelledby="title_{{id}}"{{' checked' if completed else ''}}>
-<label id="title_{{id}}" dir="auto">{{title}}</label>
+<label id="title_{{id}}" dir="auto" translate="no">{{title}}</label>
 <button type="submit" class="save" name="_method" value="PATCH">Save</button>
 <a class="rename" href="/todos/{{id}}/edit" aria-label="Edit {{title}}"></a>
 <button type="submit" class="destroy" name="_method" value="DELETE" \
@@ -5433,7 +5436,7 @@ h1 {
 .todo-list form { grid-area: 1 / 1; overflow: clip; }
 .view { grid-template-columns: 48px 1fr auto 40px 40px; }
 .view label, .edit { padding: .65rem 0; }
-.completed label { text-decoration: line-through 1px; }
+.completed label { text-decoration: line-through; text-decoration-thickness: 1px; }
 .view .save { grid-column: 3; align-self: center; }
 .rename, .destroy { grid-column: 4; height: var(--row); }
 .destroy { grid-column: 5; }
@@ -5502,7 +5505,10 @@ strong { color: var(--ink); }
   display: block; padding: 12px .75rem; color: inherit; text-decoration: none;
   text-underline-offset: .5em;
 }
-.filters .selected { color: var(--ink); text-decoration: underline 2px var(--accent); }
+.filters .selected {
+  color: var(--ink); text-decoration: underline; text-decoration-color: var(--accent);
+  text-decoration-thickness: 2px;
+}
 .clear { grid-area: clear; justify-self: end; }
 .clear-completed { height: 44px; }
 .empty, .nothing { padding: 2.5rem 1rem; text-align: center; }
@@ -5688,8 +5694,9 @@ addEventListener('dblclick', ({ target }) => {
 addEventListener('focusout', ({ target }) => {
   if (target.matches('.editing .edit') && document.hasFocus()) save(target.form);
 });
-addEventListener('keydown', ({ target, key, isComposing }) => {
-  if (key === 'Escape' && !isComposing && target.matches('.edit')) close(target.form, true);
+addEventListener('keydown', ({ target, key, isComposing, keyCode }) => {
+  const composes = isComposing || keyCode === 229;      // Safari says the latter at the end
+  if (key === 'Escape' && !composes && target.matches('.edit')) close(target.form, true);
 });
 onClick('.rename', link => edit(link.closest('li')));
 
