@@ -8548,6 +8548,20 @@ def test_a_line_that_falls_silent_is_opened_anew_though_the_clock_of_the_machine
     becomes(page, lambda page: page.evaluate('sockets > 1'), True)
 
 
+def test_a_page_whose_sockets_are_blocked_is_asked_for_now_and_then_and_when_it_is_looked_at(open_tab, visitor):
+    page = open_tab(script="""window.WebSocket = class {
+        constructor() { setTimeout(() => this.onclose()); } send() {} close() {} }""", clock=True, live=False)
+    visitor.create('one')
+    page.clock.fast_forward(15_000)
+    assert titles(page) == []
+    page.clock.fast_forward(9_000)
+    becomes(page, titles, ['one'])
+    visitor.create('two')
+    page.evaluate("dispatchEvent(new Event('focus'))")
+    page.clock.fast_forward(3_000)
+    becomes(page, titles, ['one', 'two'])
+
+
 def test_a_new_todo_is_there_before_its_answer_and_looks_as_it_will(open_tab):
     page = open_tab(script=SILENT_LINE)         # the answer comes first
     asked = hold(page)

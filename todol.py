@@ -3715,7 +3715,7 @@ const TURBO_STREAM = 'text/vnd.turbo-stream.html', SOURCE = 'turbo-cable-stream-
 const ACCEPT = `${TURBO_STREAM}, text/html;q=0.9`;      // where a redirect leads, there is a page
 const FORMS = `form[method=post i]:not([target], [enctype^=multipart i],
   [data-turbo=false], [data-turbo=false] *)`;
-const HIDDEN_MS = 60_000, STALE_MS = 8_000, ANSWER_MS = 20_000;
+const HIDDEN_MS = 60_000, STALE_MS = 8_000, ANSWER_MS = 20_000, LOOK_MS = 20_000;
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 const byId = id => document.getElementById(id);
@@ -4087,11 +4087,13 @@ class CableStreamSource extends HTMLElement {
 }
 
 // A hidden tab lets go of its socket, an idle one too if data-idle-seconds of a source
-// says so: the machine can sleep. Both catch up when looked at.
-let aliveAt = clocks();
-function alive() {
+// says so: the machine can sleep. Both catch up when looked at. Where a proxy lets no
+// socket through, the page is asked for instead, now and then and when it is looked at.
+let aliveAt = clocks(), askedAt = clocks();
+function alive({ type }) {
   aliveAt = clocks();
   if (!document.hidden) cable.open(false);      // not counted: the pauses don't grow by it
+  if (['visibilitychange', 'online', 'focus'].includes(type)) askedAt = [0, 0];
   wake();
 }
 for (const name of ['visibilitychange', 'online', 'pageshow', 'focus', 'pointermove',
@@ -4100,8 +4102,13 @@ addEventListener('offline', () => cable.show());
 setInterval(() => {
   const idleMs = 1000 * ($('[data-idle-seconds]')?.dataset.idleSeconds ?? 0);
   const mostMs = document.hidden ? HIDDEN_MS : idleMs || Infinity;
+  const rests = elapsed(aliveAt) >= mostMs;
   if (cable.socket && elapsed(cable.heardAt) > STALE_MS) cable.lost();
-  if (!cable.socket || elapsed(aliveAt) < mostMs) return;
+  if (!cable.live && !rests && sources().length && elapsed(askedAt) > LOOK_MS) {
+    askedAt = clocks();
+    visit(location.href, false, 15_000);
+  }
+  if (!cable.socket || !rests) return;
   cable.release();
   cable.show(true);
 }, 3000);
