@@ -23,7 +23,6 @@ import http.client
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import pathlib
@@ -42,7 +41,6 @@ import sys
 import tarfile
 import threading
 import time
-import traceback
 import types
 import urllib.parse
 import wsgiref.util
@@ -485,13 +483,6 @@ def client_bundle(name):
                            input=CLIENTS[name], capture_output=True, text=True, timeout=60)
     assert built.returncode == 0 and not built.stderr, built.stderr
     return built.stdout
-
-
-def serve_client(page, name):
-    """From the next page.goto() on, give the page the named client in place of its own scripts; from 'self', so the
-    Content-Security-Policy stays in force."""
-    serve_script(page, 'live.js', client_bundle(name))
-    serve_script(page, 'todol.js', '')
 
 
 def serve_script(page, name, script):
@@ -1960,16 +1951,6 @@ def count_transactions(database):
     return begun
 
 
-def from_a_thread(function):
-    """What the function raises when another thread calls it; None if it does not."""
-    def call():
-        try:
-            function()
-        except Exception as error:
-            return error
-    return gevent.get_hub().threadpool.apply(call)
-
-
 @pytest.fixture
 def open_cache(open_database, cache_clock):
     """open_cache() gives a cache on the file of the test; once more: what another process would have."""
@@ -2031,29 +2012,6 @@ def test_a_cached_value_comes_back_as_it_was_here_and_in_another_process_under_a
     theirs.delete(key)
     assert theirs._flush()
     assert [cache.get_many([key, key + '.']) for cache in both] == [{key + '.': 'another'}] * 2
-
-
-@hypothesis_settings(max_examples=25)
-@given(value=odd_values, way=st.sampled_from(['set', 'set_many', 'add', 'fetch', 'incr', 'ttl', 'key']))
-def test_an_odd_value_is_refused_at_the_call_or_comes_back_and_the_cache_goes_on_either_way(both, value, way):
-    ours, theirs = both
-    ours.delete('odd')
-    try:
-        given = {'set': lambda: ours.set('odd', value), 'set_many': lambda: ours.set_many({'odd': value}),
-                 'add': lambda: ours.add('odd', value), 'fetch': lambda: ours.fetch('odd', 60, lambda: value),
-                 'incr': lambda: ours.incr('odd', by=value), 'ttl': lambda: ours.set('odd', 'it', ttl=value),
-                 'key': lambda: ours.set(value, 'it')}[way]()
-    except todol.CacheError as error:
-        assert 'odd' not in ours and len(str(error)) < 1000
-    else:
-        for cache in both if way in ('set', 'set_many', 'add', 'fetch') else ():
-            kept = cache.get('odd', given)      # what was computed need not be kept while others write
-            assert kept == value if type(value) is bytes else json.dumps(kept) == json.dumps(value)
-            assert ours._flush()
-    before = ours.get('counter', 0)
-    ours.set('ordinary', before)
-    assert ours.incr('counter') == before + 1
-    assert ours._flush() and theirs.get_many(['ordinary', 'counter']) == {'ordinary': before, 'counter': before + 1}
 
 
 def test_what_can_be_no_key_time_to_live_or_value_is_refused_by_every_call_and_changes_nothing(open_cache):
@@ -2761,12 +2719,8 @@ def test_a_task_is_called_as_its_function_is_and_run_later_by_itself_or_by_its_n
            jobs._outbox.transact(work.later, a=5)}
     all_done(jobs)
     assert len(ids) == 5 and sorted(notes[2:]) == [(1, 2, 3), (2, 2, 4), (3, 2, 3), (4, 2, 3), (5, 2, 3)]
-    bare = jobs.task(bare_task)
-    assert jobs.names() == {'work', bare.name} and (bare.queue, bare()) == ('default', 'called')
-
-
-def bare_task():
-    return 'called'
+    bare = jobs.task(need)
+    assert jobs.names() == {'work', 'need'} and bare.queue == 'default' and bare(True, '') is True
 
 
 def test_never_more_jobs_run_at_once_than_there_are_workers_however_they_are_enqueued(jobs):
@@ -4904,18 +4858,6 @@ def test_no_other_file_is_an_asset(client):
         assert client.get(f'/assets/{file}').status == 404, file
 
 
-def test_health_is_200_until_a_loop_fails_or_a_database_does_not_answer(client, monkeypatch):
-    assert (client.get('/up').status, client.get('/up').text) == (200, 'ok\n')
-    loop = todol.Loop('broken', lambda: {}['x'])
-    try:
-        eventually(lambda: loop.error)
-        assert (client.get('/up').status, client.get('/up').text) == (503, 'failing: loop broken\n')
-    finally:
-        loop.stop()
-    monkeypatch.setattr(todol.databases['cache'], 'execute', lambda *_: raised(todol.StorageError('the disk is gone')))
-    assert (client.get('/up').status, client.get('/up').text) == (503, 'failing: cache database\n')
-
-
 # === WebSocket: Action Cable at /cable ================================================================================
 
 RAILS = 'actioncable-v1-json, actioncable-unsupported'
@@ -4923,13 +4865,6 @@ ANYCABLE = 'actioncable-v1-json'
 EXTENDED = 'actioncable-v1-ext-json'
 LIVE = f'{EXTENDED}, actioncable-unsupported'           # what the live script offers
 BOTH = pytest.mark.parametrize('protocols', [RAILS, EXTENDED])
-
-
-def client_of_same_user(server, client):
-    """Another client with the session of the first: another window of the same browser."""
-    other = server.client()
-    other.cookies.update(client.cookies)
-    return other
 
 
 @pytest.fixture
@@ -5589,7 +5524,8 @@ def page_with(server, new_page):
     the same user."""
     def open_(name):
         page, client = new_page(), server.client()
-        serve_client(page, name)
+        serve_script(page, 'live.js', client_bundle(name))
+        serve_script(page, 'todol.js', '')
         page.goto(server.url)
         client.cookies.update({cookie['name']: cookie['value'] for cookie in page.context.cookies()})
         return page, client
@@ -7169,356 +7105,21 @@ def test_what_is_wrong_with_the_data_is_a_sentence_of_every_command_that_reads_i
     assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
-# === Faults: what holds, whatever goes wrong between two steps ========================================================
-# The steps are found, not listed: every call of SQLite, of the files and bells, of the shared stamps, each turn and each
-# wait of a loop. Before and after each of them something is made to go wrong, once, while every kind of change is under
-# way; then everything acknowledged must be there, and an ordinary change must work. All of it runs in child processes.
+# === Faults: what holds, whatever goes wrong or is given ==============================================================
 
-class Steps:
-    """Watches what the stack calls, and lets one fault happen at one step."""
-
-    def __init__(self):
-        self.passed = collections.Counter()         # step -> how often
-        self.fault = self.step = None               # to happen at that step, once
-        steps = self
-
-        class Connection(sqlite3.Connection):
-            def __init__(self, path, *arguments, **options):
-                self.file = re.search(r'(_[a-z]+)?\.sqlite3', path)[0]
-                super().__init__(path, *arguments, **options)
-
-            def named(self, statement):
-                return f'{" ".join(statement.split())[:50]} of {self.file}'
-
-            def execute(self, statement, *parameters):
-                def run():
-                    cursor = super(Connection, self).execute(statement, *parameters)
-                    return types.SimpleNamespace(fetchall=lambda rows=cursor.fetchall(): rows)
-                return steps.around(self.named(statement), run, self)
-
-            def executemany(self, statement, rows):
-                return steps.around(self.named(statement), lambda: super(Connection, self).executemany(statement, rows), self)
-
-        todol.sqlite3.connect = functools.partial(sqlite3.connect, factory=Connection)
-        for owner, names in ((os, ('read', 'write', 'stat', 'listdir', 'open', 'unlink', 'rename')),
-                             (gevent, ('sleep', 'spawn')), (todol.VersionStamps, ('get', 'changing'))):
-            for name in names:
-                setattr(owner, name, self.watched(name, getattr(owner, name)))
-        run = todol.Loop._run
-
-        def run_watched(loop):
-            turn, name = loop._turn, loop.name
-
-            def watched_turn():
-                wait = self.around(f'turn of {name}', turn)
-                return wait and (lambda: self.around(f'wait of {name}', wait))
-            loop._turn = watched_turn
-            run(loop)
-        todol.Loop._run = run_watched
-
-    def watched(self, name, function):
-        @functools.wraps(function)
-        def call(*arguments, **options):
-            return self.around(name, lambda: function(*arguments, **options))
-        return call
-
-    def around(self, name, call, connection=None):
-        """Call it, with a step before and one after, if the stack asked for it."""
-        frame, callers = sys._getframe(2), []
-        while frame and len(callers) < 3:
-            if frame.f_code.co_filename == todol.__file__:
-                callers.append(frame.f_code.co_name)
-            frame = frame.f_back
-        if not callers:
-            return call()
-        where = f'{name} in {" < ".join(callers)}'
-        self.pass_(f'before {where}', connection)
-        value = call()
-        self.pass_(f'after {where}', connection)
-        return value
-
-    def pass_(self, step, connection):
-        self.passed[step] += 1
-        if step == self.step and self.fault:
-            fault, self.fault = self.fault, None
-            fault(connection)
-
-
-class Changes:
-    """Changes of every kind, and what is known of them."""
-
-    def __init__(self):
-        self.number = 0
-        self.acknowledged, self.heard, self.running = set(), set(), {}
-        self.runs = collections.Counter()
-        self.wrong = []
-        todol.app_db.migrations += [('900 create notes', 'CREATE TABLE notes (number INTEGER PRIMARY KEY)')]
-
-        @todol.jobs.task(queue='urgent', attempts=50, retry_seconds=0.01)
-        def note(number, key):
-            self.run_note(number, key)
-        self.note = note
-
-    def run_note(self, number, key):
-        if number in self.running or key in self.running.values():
-            self.wrong.append(f'{number} of {key} runs beside {self.running}')
-        self.running[number] = key
-        try:
-            gevent.sleep(0.001)
-            todol.cable.broadcast('notes', number)
-            self.runs[number] += 1
-        finally:
-            self.running.pop(number, None)
-
-    def make(self):
-        """Several at once; each that returns without an error counts as acknowledged."""
-        self.number += 3
-        ways = [(self.write, self.number), (self.write, self.number + 1), (self.enqueue, self.number + 2), (self.use_others, 0)]
-        greenlets = [gevent.spawn(self.acknowledge, *way) for way in ways]
-        gevent.joinall(greenlets, timeout=5)
-        if not all(greenlet.ready() for greenlet in greenlets):
-            self.wrong.append('a call does not return')
-
-    def acknowledge(self, change, number):
-        with contextlib.suppress(BaseException):
-            change(number)
-            self.acknowledged.add(number)
-
-    def write(self, number, key='key'):
-        def change():
-            todol.app_db.execute('INSERT INTO notes VALUES (?)', (number,))
-            self.enqueue(number, key)
-        todol.app_db.transact(change)
-
-    def enqueue(self, number, key='key'):
-        todol.jobs.enqueue(self.note, {'number': number, 'key': key}, order_key=key)
-
-    def use_others(self, _):
-        cache = todol.cache
-        with contextlib.suppress(BaseException):
-            cache.set('value', 1)
-            cache.incr('count')
-            cache.fetch('computed', 5, lambda: 2)
-            cache.delete('value')
-        todol.cable.broadcast('notes', 0)
-        self.runs[0] += 1
-
-    def missing(self):
-        """What does not hold now."""
-        written = {number for number, in todol.app_db.execute('SELECT number FROM notes')}
-        facts = {'acknowledged and never run': self.acknowledged - set(self.runs),
-                 'written and never run': written - set(self.runs), 'run and never heard': set(self.runs) - self.heard,
-                 'left': todol.job_db.execute('SELECT id, worker, due_at, error FROM jobs'),
-                 'in the outbox': todol.app_db.execute('SELECT id FROM outbox'),
-                 'failing': [name for name, loop in todol.loops.items() if not loop.alive], 'wrong': self.wrong}
-        return {fact: what for fact, what in facts.items() if what}
-
-    def settle(self, seconds):
-        """Wait until all holds, and give what does not."""
-        deadline = time.monotonic() + seconds
-        while (missing := self.missing()) and time.monotonic() < deadline:
-            gevent.sleep(0.005)
-        return missing
-
-    def ordinary(self):
-        """What is wrong with an ordinary change of each kind, which has a second."""
-        self.number += 3
-        began = time.monotonic()
-        try:
-            self.write(self.number, 'ordinary')
-            todol.cache.set('ordinary', self.number)
-            kept = todol.cache.get('ordinary') == self.number and todol.cache.incr('sum') > 0
-        except Exception as error:
-            return repr(error)
-        while self.number not in self.heard and time.monotonic() < began + 1:
-            gevent.sleep(0.002)
-        return None if kept and self.number in self.heard else 'an ordinary change is not kept, or not heard'
-
-
-def sqlite_fault(code, text, rolls_back=False):
-    """As SQLite fails; where no SQL runs, as the system does."""
-    def fault(connection):
-        if connection is None:
-            raise OSError(errno.ENOSPC, text)
-        if rolls_back and connection.in_transaction:
-            sqlite3.Connection.execute(connection, 'ROLLBACK')
-        error = sqlite3.OperationalError(text)
-        error.sqlite_errorcode = code
-        raise error
-    return fault
-
-
-def raising(kind):
-    def fault(connection):
-        raise kind()
-    return fault
-
-
-CLOCK = types.SimpleNamespace(offset=0)
-FAULTS = {kind.__name__: raising(kind) for kind in (MemoryError, gevent.GreenletExit, SystemExit)} | {
-    'locked': sqlite_fault(5, 'database is locked'), 'full': sqlite_fault(13, 'database or disk is full', rolls_back=True),
-    'I/O error': sqlite_fault(10, 'disk I/O error')} | {
-    f'clock {seconds:+}': lambda connection, seconds=seconds: setattr(CLOCK, 'offset', seconds)
-    for seconds in (-86400, 3600)}
-
-
-def prepare_for_faults():
-    """What all child processes of this section begin with."""
-    logging.getLogger('todol').setLevel(logging.CRITICAL)
-    todol.RESTART_SECONDS = todol.MAX_RESTART_SECONDS = todol.REST_SECONDS = 0.01
-    todol.LEASE_SECONDS, todol.BUSY_SECONDS = 1, 0.3
-    todol.now = lambda: time.time() + CLOCK.offset
-
-
-def raise_at_every_step(data):
-    """Each fault at each step, in one process that goes on; prints what was tried and what broke, as JSON."""
-    prepare_for_faults()
-    steps, changes, tried, broken = Steps(), Changes(), 0, []
-    with todol.open_stack({'TODOL_DATA': data, 'TODOL_JOB_WORKERS': '4'}, run_jobs=True):
-        todol.cable.subscribe('notes', lambda message: changes.heard.add(json.loads(message.payload)))
-        for _ in range(5):
-            changes.make()
-            changes.settle(5)
-        open_files, found = len(os.listdir('/proc/self/fd')), sorted(steps.passed)
-        for step, (name, fault) in itertools.product(found, FAULTS.items()):
-            if step.startswith('after') and name in ('locked', 'full', 'I/O error'):
-                continue            # SQLite fails in a statement, not behind it
-            steps.step, steps.fault = step, fault
-            changes.make()
-            hit, steps.fault, CLOCK.offset = steps.fault is None, None, 0
-            wrong = [changes.settle(5) or None, changes.ordinary()]
-            tried += hit
-            if any(wrong):
-                broken.append([step, name, str(wrong)])
-                changes.wrong.clear()
-                if len(broken) == 20:
-                    break
-        files = len(os.listdir('/proc/self/fd')) - open_files
-    print(json.dumps({'steps': len(found), 'tried': tried, 'broken': broken, 'files': files}))
-
-
-def forked(work):
-    """Run a function in a fork of this process, and give its wait status."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            status = work() or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitpid(pid, 0)[1]
-
-
-def kill_at_every_step(directory):
-    """kill -9 at each step, the first, the middle and the last time it is passed; the next process must find all."""
-    prepare_for_faults()
-    directory = pathlib.Path(directory)
-    data, acknowledged = directory / 'data', directory / 'acknowledged'
-    environ = {'TODOL_DATA': str(data), 'TODOL_JOB_WORKERS': '4'}
-    todol.app_db.migrations += [('900 create notes', 'CREATE TABLE notes (number INTEGER PRIMARY KEY)'),
-                                ('901 create runs', 'CREATE TABLE runs (id INTEGER PRIMARY KEY, number INTEGER)')]
-
-    @todol.jobs.task(queue='urgent', attempts=50, retry_seconds=0.01)
-    def note(number):
-        todol.cable.broadcast('notes', number)
-        todol.app_db.execute('INSERT INTO runs (number) VALUES (?)', (number,))
-
-    def change(acknowledge):
-        def enqueue(number):
-            todol.jobs.enqueue(note, {'number': number}, order_key='key')
-            acknowledge(number)
-
-        def write(number):
-            todol.app_db.transact(lambda: (todol.app_db.execute('INSERT INTO notes VALUES (?)', (number,)),
-                                           todol.jobs.enqueue(note, {'number': number}, order_key='key')))
-            acknowledge(number)
-
-        def count(number):
-            todol.cache.set('value', 1)
-            todol.cache.incr('count')
-            acknowledge(number)
-        gevent.joinall([gevent.spawn(write, 1), gevent.spawn(write, 2), gevent.spawn(enqueue, 3), gevent.spawn(count, 0)])
-        gevent.sleep(0.03)
-        write(4)
-        gevent.sleep(0.03)
-
-    def record():
-        steps = Steps()
-        with todol.open_stack(environ, run_jobs=True):
-            change(lambda number: None)
-        (directory / 'steps').write_text(json.dumps(steps.passed))
-
-    def killed(step, times):
-        steps, left = Steps(), [times]
-        file = os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-
-        def fault(connection):
-            left[0] -= 1
-            if left[0]:
-                steps.fault = fault
-            else:
-                os.kill(os.getpid(), signal.SIGKILL)
-        steps.step, steps.fault = step, fault
-        with todol.open_stack(environ, run_jobs=True):
-            change(lambda number: os.pwrite(file, b'1', number))
-
-    def missing():
-        kept = {number for number, byte in enumerate(acknowledged.read_bytes()) if byte == ord('1')}
-        runs = list(dict.fromkeys(number for number, in todol.app_db.execute('SELECT number FROM runs ORDER BY id')))
-        heard = {json.loads(payload) for payload, in todol.cable_db.execute('SELECT payload FROM messages')}
-        written = {number for number, in todol.app_db.execute('SELECT number FROM notes')}
-        return [fact for fact, holds in {
-            'acknowledged and never run': kept - {0} <= set(runs), 'written and never run': written <= set(runs),
-            'run and never heard': set(runs) <= heard, 'out of order': 4 not in runs or runs[-1] == 4,
-            'the counter': 0 not in kept or todol.cache.get('count') == 1,
-            'left': not todol.job_db.execute('SELECT 1 FROM jobs') and not todol.app_db.execute('SELECT 1 FROM outbox'),
-            'files of the dead': not todol.processes.dead(),
-            'failing': all(loop.alive for loop in todol.loops.values())}.items() if not holds]
-
-    def verify():
-        with todol.open_stack(environ, run_jobs=True):
-            deadline = time.monotonic() + 5
-            while (wrong := missing()) and time.monotonic() < deadline:
-                gevent.sleep(0.005)
-            wrong += [database.name for database in todol.databases.values()
-                      if database.execute('PRAGMA integrity_check') != [('ok',)]]
-        wrong += [name for name in os.listdir(data) if re.search(r'\.process\.[^.]*$|\.bell\.|-wal$', name)]
-        (directory / 'wrong').write_text(' '.join(wrong))
-        return bool(wrong)
-
-    forked(record)
-    passed, tried, broken = json.loads((directory / 'steps').read_text()), 0, []
-    for step, count in sorted(passed.items()):
-        for times in sorted({1, (count + 1) // 2, count}):
-            shutil.rmtree(data, ignore_errors=True)
-            if forked(functools.partial(killed, step, times)) == signal.SIGKILL:
-                tried += 1
-                if forked(verify):
-                    broken.append([step, times, (directory / 'wrong').read_text()])
-    print(json.dumps({'steps': len(passed), 'tried': tried, 'broken': broken}))
-
-
-def put_faults(function, directory):
-    """Run one of these functions in a process of its own, and give what it prints."""
-    done = subprocess.run([sys.executable, '-c', f'import test_todol; test_todol.{function.__name__}({str(directory)!r})'],
-                          cwd=HERE, capture_output=True, text=True, timeout=400)
+def put_faults(kind):
+    """Run .ci/faults.py, which puts errors, clocks or kills between any two steps, and give what it says."""
+    need((FRONT_END / 'faults.py').exists(), 'there is no .ci/faults.py beside')
+    done = subprocess.run([sys.executable, FRONT_END / 'faults.py', kind], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout)
 
 
-def test_whatever_goes_wrong_between_two_steps_nothing_is_lost_nothing_stuck_and_the_next_change_works(tmp_path):
-    result = put_faults(raise_at_every_step, tmp_path)
-    assert not result['broken']
-    assert result['steps'] > 250 and result['tried'] > 400
-    assert result['files'] <= 0, 'files stay open'
-
-
-def test_a_process_that_is_killed_at_any_step_leaves_everything_acknowledged_to_the_next(tmp_path):
-    result = put_faults(kill_at_every_step, tmp_path)
-    assert not result['broken']
-    assert result['steps'] > 200 and result['tried'] > 300
+@pytest.mark.parametrize(('kind', 'steps', 'tries'), [('errors', 250, 400), ('kills', 200, 300)])
+def test_whatever_goes_wrong_between_two_steps_nothing_is_lost_and_the_next_change_works(kind, steps, tries):
+    result = put_faults(kind)
+    assert not result['broken'] and result.get('files', 0) <= 0
+    assert result['steps'] > steps and result['tried'] > tries
 
 
 # Whatever is given
@@ -7944,7 +7545,8 @@ def test_broadcasts_of_one_user_from_two_processes_stand_in_the_log_in_the_order
     first.create('first')
 
     def act(server):
-        client = client_of_same_user(server, first)
+        client = server.client()
+        client.cookies.update(first.cookies)
         for number in range(60):
             client.create(f'{number}')
 
@@ -9861,10 +9463,6 @@ def image_environment(app='todol'):
     return dict(pair.split('=') for line in instructions('ENV', app) for pair in line.split())
 
 
-def image_command():
-    return json.loads(instructions('CMD')[-1])
-
-
 def fly():
     tomllib = pytest.importorskip('tomllib', reason='Python 3.11 or later reads TOML')
     return tomllib.loads(project_text('fly.toml'))
@@ -9954,7 +9552,7 @@ class Machine(ServerProcess):
         source, renamed = re.subn(r"^APP = 'todol' ", f"APP = '{app}' ", PROGRAM.read_text(), flags=re.M)
         (self.directory / f'{app}.py').write_text(source)
         assert renamed == 1
-        self.command = image_command()
+        self.command = json.loads(instructions('CMD')[-1])
         self.data, self.bin = self.directory / 'data', self.directory / 'bin'
         self.data.mkdir()
         self.bin.mkdir()
@@ -10389,12 +9987,6 @@ sys.exit(todol.main(['serve']))
 '''
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(params=PROXY_PROGRAMS)
 def proxied(request, tmp_path, start_server):
     """A server with two routes more, and README's proxy before it: the server, and the port of the proxy."""
@@ -10403,7 +9995,8 @@ def proxied(request, tmp_path, start_server):
     program = tmp_path / 'proxied.py'
     program.write_text(PROXIED_APP.format(folder=str(HERE)))
     server = start_server(program=program, TODOL_TRUST_PROXY='on', TODOL_CLIENT_IP_HEADER='X-Real-IP', TODOL_WRITES_PER_MINUTE=5)
-    port, folder = free_port(), tmp_path / 'proxy'
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port, folder = free.getsockname()[1], tmp_path / 'proxy'
     folder.mkdir(mode=0o755)
     text = re.search(rf'```{request.param}\n(.*?)```', (HERE / 'README.md').read_text(), re.S)[1]
     text = text.replace('127.0.0.1:8080', f'127.0.0.1:{server.port}')
@@ -10509,35 +10102,6 @@ def test_no_request_is_smuggled_past_readmes_proxies(proxied):
         seen = direct.get('/seen').json['seen']
         assert ['smuggled', '9.9.9.9'] not in seen, name
         assert [word for word, _ in seen if word.startswith('victim')] == ['victim0', 'victim1', 'victim2'], name
-
-
-# The image itself, on demand
-
-def test_the_image_builds_and_its_command_comes_back_with_everything(machine, storage):
-    builder = os.environ.get('TODOL_TEST_IMAGE')
-    if not builder:
-        pytest.skip('TODOL_TEST_IMAGE is not set; as root: TODOL_TEST_IMAGE="buildah" builds the image, chroot runs it')
-
-    def buildah(*words):
-        return subprocess.run([*builder.split(), *words], check=True, stdout=subprocess.PIPE, text=True, timeout=1200,
-                              env={**os.environ, 'BUILDAH_ISOLATION': 'chroot', 'STORAGE_DRIVER': 'vfs'}).stdout.strip()
-
-    buildah('bud', '--pull-never', '-t', 'todol-test', str(PROJECT))
-    container = buildah('from', '--pull-never', 'todol-test')
-    try:
-        root = buildah('mount', container)
-        user, command = (json.loads(buildah('inspect', container))['OCIv1']['config'][key] for key in ('User', 'Cmd'))
-        assert command == image_command(), 'the builder reads the command as the tests do'
-        this = machine(storage, DATA='/data', PYTHONPATH='/app', LITESTREAM_CONFIG=None,
-                       PATH='/usr/local/bin:/usr/bin:/bin:/usr/sbin')
-        this.data = pathlib.Path(root, 'data')
-        this.command = ['chroot', f'--userspec={user}', root, 'sh', '-c', 'cd /app; exec "$@"', 'image', *command]
-        client = this.start().client()
-        titles = create_todos(client, 10)
-        this.outlives_its_disk(client, titles)
-        assert this.stop(seconds=60) == 0
-    finally:
-        buildah('rm', container)
 
 
 # === README: what it says is so =======================================================================================
