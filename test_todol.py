@@ -1490,7 +1490,7 @@ def reads():
     cache, cable, jobs = todol.cache, todol.cable, todol.jobs
     return {
         'select': lambda: todol.cable_db.execute('SELECT 1 FROM messages'),
-        'lower case': lambda: todol.job_db.execute('\n select 1'), 'cache.get': lambda: cache.get('a'),
+        'lower case': lambda: todol.job_db.execute('\n with a as\n (select 1) select * from a'), 'cache.get': lambda: cache.get('a'),
         'cache.get of the front': lambda: cache.get('front'), 'cache.get_many': lambda: cache.get_many(['a', 'b']),
         'in cache': lambda: 'a' in cache, 'cache.stats': cache.stats, 'jobs.find': lambda: jobs.find('1'),
         'jobs.failed': jobs.failed, 'jobs.stats': jobs.stats, 'cable.since': lambda: cable.since('s', cable.position()),

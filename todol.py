@@ -272,7 +272,8 @@ STORAGE_ERRORS = {
          'from a backup'),
 }
 BUSY, DAMAGED = (5, 6), (11, 26)
-READS = re.compile(r'\s*(SELECT|PRAGMA)\b', re.IGNORECASE)
+READS = re.compile(r'\s*(SELECT|PRAGMA|WITH(?!.*\b(INSERT|UPDATE|DELETE|REPLACE)\b))\b',
+                   re.IGNORECASE | re.DOTALL)
 
 databases = {}              # name -> Database: what open_stack() opens
 
