@@ -395,7 +395,7 @@ class Database:
         """The rows of one statement, as a list of tuples.
 
         parameters: a tuple for ?, or a dict for :name. Inside the transaction of another database
-        it may only SELECT, or ask a PRAGMA.
+        it may only SELECT (also after WITH), or ask a PRAGMA.
         """
         self._check()
         if Database.current not in (None, self) and not READS.match(statement):
