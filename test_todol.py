@@ -7293,7 +7293,7 @@ def test_a_full_list_takes_no_more_but_repeats_and_other_users_are_welcome(open_
     before = todol.count_todos(user)
     shown = Page(client.post('/todos', {'title': 'new'}).text)
     assert 'The list is full: it has 2 todos' in shown.one(id='new-todo-error').text
-    assert shown.one(id='new-todo').attributes['value'] == 'new', 'the text is kept'
+    assert shown.one('input', class_='new-todo').attributes['value'] == 'new', 'the text is kept'
     assert todol.count_todos(user) == before and not untold(), 'nothing is left of it'
     client.create('a', key='key')
     assert todol.create_todo(USERS[1], 'abc')
@@ -7356,7 +7356,7 @@ def test_a_title_is_shown_verbatim_wherever_it_appears(stack, title):
     assert put.rows() == {7: title} and put.one('label'), 'the row is sent once'
     todol.bottle.request.bind({'stack.position': 'e:1'})
     shown = Page(todol.render_page(USERS[0], 'all', [todo], todol.Totals(1, 0, 1), text=title, error=title))
-    assert shown.one(id='new-todo').attributes['value'] == shown.one(id='new-todo-error').text == title
+    assert shown.one('input', class_='new-todo').attributes['value'] == shown.one(id='new-todo-error').text == title
     error = Page(todol.render('error', status=500, message=title, details=f'details {title}'))
     assert error.one('pre').text == f'details {title}' and error.all('p')[0].text == title
 
@@ -7374,8 +7374,9 @@ def test_the_page_has_the_markup_of_the_todomvc_template(listed):
     assert shown.one('label', for_=parts['toggle-all'].attributes['id']).text == 'Mark all as complete'
     assert (shown.one('h1').text, parts['clear-completed'].text) == ('todos', 'Clear completed')
     rows = shown.all('li', within=parts['todo-list'])
-    assert ['completed' in (row.attributes.get('class') or '') for row in rows] == [False, True]
+    assert [row.attributes['class'] for row in rows] == ['', 'completed'] and 'id' not in entry
     for row in rows:
+        assert row.text.strip() == shown.one('label', within=row).text
         view = shown.one('div', within=row, class_='view')
         assert shown.one('input', within=view, class_='toggle').attributes['type'] == 'checkbox'
         assert shown.one('label', within=view) and shown.one('button', within=view, class_='destroy')
@@ -7633,7 +7634,7 @@ def test_a_title_that_can_not_be_kept_is_said_at_its_field_with_the_text_kept(li
         answer = listed.post('/todos', {'title': title}, headers={'Referer': 'http://todol.test/active'})
         shown = Page(answer.text)
         assert answer.status == 422 and message in shown.one(id='new-todo-error').text
-        field = shown.one(id='new-todo').attributes
+        field = shown.one('input', class_='new-todo').attributes
         assert field['value'] == title and field['aria-describedby'] == 'new-todo-error'
         assert shown.one(id='todos').attributes['data-showing'] == 'active'
         assert list(shown.rows().values()) == ['first']
@@ -7643,7 +7644,7 @@ def test_a_title_that_can_not_be_kept_is_said_at_its_field_with_the_text_kept(li
     row = shown.one('li', id=f'todo_{listed.ids[1]}')
     assert answer.status == 422 and '501 characters' in shown.one(id='edit-error').text
     assert shown.one('input', within=row, class_='edit').attributes['value'] == 'y' * 501
-    assert 'autofocus' not in shown.one(id='new-todo').attributes and shown.one(id='new-todo-error').text == ''
+    assert 'autofocus' not in shown.one('input', class_='new-todo').attributes and shown.one(id='new-todo-error').text == ''
     for method, path, target in (('POST', '/todos', 'new-todo-error'),
                                  ('PATCH', f'/todos/{listed.ids[0]}', 'edit-error')):
         told = listed.request(method, path, {'title': 'x' * 501}, accept=JSON)
@@ -7787,7 +7788,7 @@ def test_nothing_is_fetched_from_elsewhere(client):
 
 CONNECTION_LOST = 'Failed to load resource: net::ERR|WebSocket connection to'
 STATUS = 'Failed to load resource: the server responded with a status of '
-ROWS = '#todos > li:not(.leaving, .pending)'
+ROWS = '#todos > li:not([data-pending])'
 
 
 @pytest.fixture(scope='module')
@@ -7867,7 +7868,7 @@ def titles(page):
 
 def pending(page):
     """The titles of the rows that stand for todos on their way, and are to be seen."""
-    return [each.text_content() for each in page.locator('#todos > .pending').all() if each.is_visible()]
+    return [each.text_content() for each in page.locator('#todos > [data-pending]').all() if each.is_visible()]
 
 
 def rows(page):
@@ -8193,7 +8194,7 @@ def test_a_row_from_cable_or_page_takes_the_place_of_the_one_on_its_way_and_flas
     asked(0).fulfill(response=answer)
     becomes(page, unsent, '[]')
     becomes(other, lambda page: page.evaluate('window.flashed'), ['milk'])
-    becomes(other, lambda page: page.locator('.flash').count(), 0)
+    becomes(other, lambda page: page.locator('[data-flash]').count(), 0)
     toggle(page, 'milk')
     becomes(other, lambda page: page.evaluate('window.flashed.length'), 2)
     assert seen_once(page) is True and page.evaluate('window.flashed') is None
@@ -8229,7 +8230,7 @@ def test_a_todo_on_its_way_gives_its_place_to_no_other_and_stays_when_all_are_to
 @pytest.mark.parametrize('motion, offline', [('no-preference', False), ('reduce', False), ('no-preference', True)])
 def test_a_todo_long_on_its_way_says_so_by_its_look_and_one_made_offline_without_delay(open_tab, motion, offline):
     def border(page):
-        return page.locator('.pending .toggle').evaluate("box => getComputedStyle(box, '::before').borderStyle")
+        return page.locator('[data-pending] .toggle').evaluate("box => getComputedStyle(box, '::before').borderStyle")
 
     page = open_tab(expected=CONNECTION_LOST, reduced_motion=motion)
     unfreeze = freeze(page)
@@ -8332,7 +8333,7 @@ def test_too_many_changes_wait_as_long_as_the_server_asks_and_are_then_made(open
     becomes(page, connection, 'offline, 1 change waiting')
     page.clock.fast_forward(500_000)
     add(page, 'two')
-    becomes(page, lambda page: page.locator('.pending, #connection').all_text_contents(),
+    becomes(page, lambda page: page.locator('[data-pending], #connection').all_text_contents(),
             ['one', 'two', 'offline, 2 changes waiting'])
     assert len(requests) == 1, 'typing must not hurry it'
     page.clock.fast_forward(100_000)
@@ -8661,7 +8662,7 @@ def test_axe_finds_nothing_and_nothing_scrolls_sideways_whatever_the_page_shows(
     page.press('.edit', 'Escape')
     page.context.set_offline(True)
     add(page, 'Buy bread', 'Mend the bike')
-    assert_looks_well(page, '.pending >> nth=1')
+    assert_looks_well(page, '[data-pending] >> nth=1')
     page.context.set_offline(False)
     becomes(page, counter, '4 items left')
     toggle(page, 'Water the plants')
@@ -8698,16 +8699,21 @@ def test_everything_to_press_is_large_enough_for_a_finger(open_tab):
 def test_nothing_moves_for_those_who_asked_for_that(open_tab):
     page = open_tab()
     show_three(page)
-    durations = '''() => [...['flash', 'leaving'].map(name => {
+    durations = '''() => {
         const row = document.querySelector('#todos > li');
-        row.className = name;
-        return getComputedStyle(row).animationDuration; }),
-        getComputedStyle(document.querySelector('.toggle'), '::after').transitionDuration]'''
-    assert page.evaluate(durations) == ['1.2s', '0.15s', '0.15s']
+        row.toggleAttribute('data-flash', true);
+        return [getComputedStyle(row).animationDuration,
+            getComputedStyle(row.querySelector('.toggle'), '::after').transitionDuration]; }'''
+    moves = '''title => {
+        const row = [...document.querySelectorAll('#todos > li')].find(row => row.textContent.includes(title));
+        row.querySelector('.destroy').click();
+        return [row.isConnected, document.querySelector('#todos > :last-child').getAnimations().length]; }'''
+    assert page.evaluate(durations) == ['1.2s', '0.15s']
+    assert page.evaluate(moves, 'Buy milk') == [False, 1]
     page.emulate_media(reduced_motion='reduce')
-    assert page.evaluate(durations) == ['0.001s', '0.001s', '0s']
-    remove(page, 'Call Jo')
-    becomes(page, lambda page: page.locator('#todos > li').count(), 2)
+    becomes(page, lambda page: page.evaluate("document.getAnimations().length"), 0)
+    assert page.evaluate(durations) == ['0.001s', '0s']
+    assert page.evaluate(moves, 'Water the plants') == [False, 0]
 
 
 def test_beside_the_real_turbo_both_do_their_part(open_tab):

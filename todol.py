@@ -4963,7 +4963,8 @@ def miscounted_lists():
 
 # === Templates ===========================================================================
 # The element names, class names and texts are those of the TodoMVC app template, so that anyone's
-# tests and styles for it fit.
+# tests and styles for it fit: the text of a row is its title alone, its class is always there and
+# holds nothing but completed and editing, the field for a new todo has no id.
 
 PATHS = {'all': '/', 'active': '/active', 'completed': '/completed'}        # of the filters
 THEME_COLORS = ('#f9f6f1', '#181612')       # as --paper in the styles: light, dark
@@ -5001,7 +5002,7 @@ TEMPLATES.update({
 <form class="new" action="/todos" method="post" id="new">
 <input type="hidden" name="key" value="{{key}}">
 <input type="hidden" name="showing" value="{{showing}}">
-<input type="text" class="new-todo" id="new-todo" name="title" value="{{text}}" \
+<input type="text" class="new-todo" name="title" value="{{text}}" \
 placeholder="What needs to be done?" aria-label="What needs to be done?" \
 aria-describedby="new-todo-error" autocomplete="off" enterkeyhint="done" dir="auto"\
 {{!'' if editing else ' autofocus'}}>
@@ -5043,14 +5044,15 @@ hidden></p>
 <p class="visually-hidden" id="announcer" role="status" data-turbo-permanent></p>
 ''',
     'todo': '''\
-<li id="todo_{{id}}"{{!' class="%s"' % state if state else ''}} data-version="{{version}}">
+<li class="{{state}}" id="todo_{{id}}" data-version="{{version}}">
 <form action="/todos/{{id}}" method="post">
 <div class="view">
 <input type="hidden" name="completed" value="0">
 <input class="toggle" type="checkbox" name="completed" value="1" \
 aria-labelledby="title_{{id}}"{{' checked' if completed else ''}}>
 <label id="title_{{id}}" dir="auto" translate="no">{{title}}</label>
-<button type="submit" class="save" name="_method" value="PATCH">Save</button>
+<button type="submit" class="save" name="_method" value="PATCH" \
+aria-label="Save {{title}}"></button>
 <a class="rename" href="/todos/{{id}}/edit" aria-label="Edit {{title}}"></a>
 <button type="submit" class="destroy" name="_method" value="DELETE" \
 aria-label="Remove {{title}}"></button>
@@ -5062,7 +5064,7 @@ aria-label="Remove {{title}}"></button>
 <input type="hidden" name="showing" value="{{showing}}">
 <input type="text" class="edit" name="title" value="{{text}}" aria-label="Edit {{title}}" \
 aria-describedby="edit-error" autocomplete="off" enterkeyhint="done" dir="auto" autofocus>
-<button type="submit" class="save">Save</button>
+<button type="submit" class="save" aria-label="Save"></button>
 <p class="error" id="edit-error" role="alert">{{error}}</p>
 </form>
 % end
@@ -5094,7 +5096,7 @@ data-version="{{version}}"{{' checked' if completed and not active else ''}}>
 data-row="todo_{{id}}" data-version="{{version}}"></turbo-stream>
 <turbo-stream action="append" \
 targets="#todos[data-showing~={{state}}]:not(:has(> #todo_{{id}}))"><template>\
-<li id="todo_{{id}}" data-version="{{version}}"></li></template></turbo-stream>
+<li class="" id="todo_{{id}}" data-version="{{version}}"></li></template></turbo-stream>
 <turbo-stream action="replace" method="morph" \
 targets="#todos[data-showing~={{state}}] > #todo_{{id}}"><template>{{!row}}</template>\
 </turbo-stream>
@@ -5433,6 +5435,7 @@ h1 {
   height: 36px; margin-left: .5rem; padding: 0 .75rem; border: 1px solid var(--edge);
   border-radius: 10px;
 }
+.save:empty::before { content: "Save"; }
 @media (scripting: enabled) { .save { display: none; } }
 
 /* Rows */
@@ -5487,17 +5490,15 @@ h1 {
 .editor .error { padding: 0 0 .5rem; }
 
 /* A row on its way looks like any other for half a second. */
-.pending { --box: dashed; color: var(--done); animation: fresh 1ms .5s backwards; }
-:has([data-state="offline"]) .pending { animation: none; }
-[data-showing="completed"] > .pending { display: none; }
-.flash { animation: flash 1.2s; }
-.leaving { animation: leave var(--quick) forwards; }
+[data-pending] { --box: dashed; color: var(--done); animation: fresh 1ms .5s backwards; }
+:has([data-state="offline"]) [data-pending] { animation: none; }
+[data-showing="completed"] > [data-pending] { display: none; }
+[data-flash] { animation: flash 1.2s; }
 @keyframes fresh { from { --box: solid; color: var(--ink); } }
 @keyframes flash { 0%, 20% { background: var(--tint); } }
-@keyframes leave { to { grid-template-rows: 0fr; opacity: 0; } }
 /* Not the rows of the page */
 @starting-style {
-  :has([data-state="live"]) .todo-list li:not(.editing, .pending) {
+  :has([data-state="live"]) .todo-list li:not(.editing, [data-pending]) {
     grid-template-rows: 0fr; opacity: 0;
   }
 }
@@ -5533,10 +5534,10 @@ strong { color: var(--ink); }
 [data-state="offline"]::before { color: var(--danger); }
 .message p { margin: 0 0 .5rem 48px; }
 
-.empty, :has(#todos li:not(.pending), [data-showing~="active"] li) > .nothing {
+.empty, :has(#todos li:not([data-pending]), [data-showing~="active"] li) > .nothing {
   display: none;
 }
-.todoapp:not(:has(.pending, .todo-count:not([data-active="0"][data-completed="0"]))) {
+.todoapp:not(:has([data-pending], .todo-count:not([data-active="0"][data-completed="0"]))) {
   .main, .footer, .nothing { display: none; }
   .empty { display: block; }
 }
@@ -5587,26 +5588,31 @@ if (location.pathname.endsWith('/edit')) history.replaceState(null, '', '/');
 // A row shows the change of it that is on its way, until the answer comes.
 hooks.held = id => changes.some(({ row, all }) =>
   row === id || all && byId(id)?.matches('#todos li:not(:empty), #toggle-all'));
-hooks.ours = element => element.matches('.editor, .gone, .leaving, .pending');
+hooks.ours = element => element.matches('.editor, [data-gone], [data-pending]');
 hooks.morphing = (from, to) => from.matches('.editing') && to.classList.add('editing');
-hooks.news = row => changes.length || row.matches('#todos > li') && row.classList.add('flash');
-addEventListener('animationend', ({ target }) => target.classList.remove('flash'));
+hooks.news = row => changes.length || row.matches('#todos > li') && row.toggleAttribute('data-flash', true);
+addEventListener('animationend', ({ target }) => target.removeAttribute('data-flash'));
 hooks.leave = leave;
 function leave(node) {
   if (!node.matches?.('#todos > li')) return node.remove();
-  if ($('.editor', node)) return node.classList.add('gone');    // the edit decides about it
+  if ($('.editor', node)) return node.toggleAttribute('data-gone', true);     // the edit decides
   if (node.contains(document.activeElement)) focusBeside(node);
-  node.removeAttribute('id');
-  node.classList.add('leaving');
-  node.inert = true;
-  const moves = node.getAnimations({ subtree: true }).map(({ finished }) => finished);
-  Promise.allSettled(moves).then(() => node.remove());
+  const { offsetHeight, nextElementSibling } = node;
+  node.remove();
+  closeGap(nextElementSibling, offsetHeight);
+}
+// A removed row is gone at once; those below it move into its place.
+function closeGap(row, height) {
+  if (matchMedia('(prefers-reduced-motion)').matches) return;
+  for (; row && row.getBoundingClientRect().top < innerHeight; row = row.nextElementSibling) {
+    row.animate({ translate: [`0 ${height}px`, '0'] }, { duration: 150, easing: 'ease-out' });
+  }
 }
 function focusBeside(row) {
-  const rows = $$('#todos > :not(.leaving, .pending)');
+  const rows = $$('#todos > :not([data-pending])');
   const beside = rows[rows.indexOf(row) + 1] ?? rows[rows.indexOf(row) - 1];
   const same = beside && $(`[class="${document.activeElement.className}"]`, beside);
-  (same ?? (beside ? $('.rename', beside) : $('#new-todo'))).focus();
+  (same ?? (beside ? $('.rename', beside) : $('.new-todo'))).focus();
 }
 
 // A new todo has its row at once, pending until the real one comes; a page just loaded
@@ -5614,7 +5620,7 @@ function focusBeside(row) {
 const drawn = new WeakMap();
 hooks.queued = () => {
   for (const entry of changes.filter(each => each.text && !each.before && !drawn.has(each))) {
-    $('#todos').insertAdjacentHTML('beforeend', `<li class="pending"><div
+    $('#todos').insertAdjacentHTML('beforeend', `<li class="" data-pending><div
       class="view"><input class="toggle" type="checkbox" disabled aria-hidden="true"><label
       dir="auto"></label></div></li>`);
     drawn.set(entry, $('#todos').lastElementChild);
@@ -5627,7 +5633,7 @@ hooks.submitting = (form, entry, button) => {
     save(form, true);
     return false;
   }
-  const row = form.closest('li'), field = $('#new-todo');
+  const row = form.closest('li'), field = $('.new-todo');
   entry.row = row?.id;
   if (form.id === 'new') {
     entry.text = field.value = field.value.trim().replaceAll('\t', ' ');
@@ -5643,7 +5649,7 @@ hooks.submitting = (form, entry, button) => {
 hooks.settled = (entry, answer) => {
   const { row, text, before, all } = entry, element = answer.status !== 404 && byId(row);
   if (!answer.ok && before) {
-    const field = $('#new-todo');
+    const field = $('.new-todo');
     if (element) {
       $('label', element).textContent = before;
       edit(element, text);
@@ -5652,7 +5658,7 @@ hooks.settled = (entry, answer) => {
   if (answer.ok && text && !before) announce(`Added ${text}. `);
   if (!answer.ok || all) visit();
   // Once what is shown now has had its turn: then it is gone, or has become the real one.
-  wait(0).then(() => drawn.get(entry)?.closest('.pending')?.remove());
+  wait(0).then(() => drawn.get(entry)?.closest('[data-pending]')?.remove());
 };
 
 // Boxes
@@ -5694,7 +5700,7 @@ function close(form, refocus) {
   row.classList.remove('editing');      // first: removing the field blurs it
   form.remove();
   if (refocus) $('.rename', row).focus();
-  if (row.matches('.gone')) leave(row);
+  if (row.matches('[data-gone]')) leave(row);
 }
 addEventListener('dblclick', ({ target }) => {
   if (target.matches('#todos label[id]')) edit(target.closest('li'));
@@ -5725,7 +5731,7 @@ new MutationObserver(records => {
     for (let row of target.id === 'todos' ? addedNodes : []) {
       // With the answer, or the cable before it: the pending row whose turn it is becomes the
       // row that has its title.
-      const pending = $('#todos > .pending'), title = pending?.textContent;
+      const pending = $('#todos > [data-pending]'), title = pending?.textContent;
       if (pending && row.id && row.isConnected && $('label', row)?.textContent === title) {
         row.remove();
         morph(pending, row);
@@ -5744,7 +5750,7 @@ new MutationObserver(records => {
   document.title = active ? `${active} left · todol` : 'todol';
   announce('');
   if (!document.activeElement.checkVisibility({ visibilityProperty: true })) {
-    $('#new-todo').focus();
+    $('.new-todo').focus();
   }
 }).observe($('#todoapp'), { childList: true, subtree: true,
   attributeFilter: ['data-active', 'data-completed'] });
