@@ -4055,10 +4055,13 @@ class Page(html.parser.HTMLParser):
         assert len(found) == 1, f'{len(found)} of {arguments} {attributes}'
         return found[0]
 
-    def rows(self):
-        """{id: title} of the rows that are shown. Streams also have empty ones, in whose place the real ones come."""
-        return {int(row.attributes['id'][5:]): self.one('label', within=row).text
-                for row in self.all('li') if row.attributes.get('id', '').startswith('todo_') and self.all(within=row)}
+    def rows(self, id=None):
+        """{id: title} of the rows that are shown, those on the shelf left out; id: those of that list. Streams also have
+        empty ones, in whose place the real ones come."""
+        of = {row.attributes['id']: row for row in self.all('li') if row.attributes.get('id', '').startswith('todo_')
+              and self.all(within=row) and [each.attributes['id'] for each in row.within
+                                            if each.tag == 'ul'] in ([id or 'todos'], [])}
+        return {int(id[5:]): self.one('label', within=row).text for id, row in of.items()}
 
 
 def page(client, path='/', **options):
@@ -4856,6 +4859,23 @@ def test_no_other_file_is_an_asset(client):
     for file in ('todol.css', '0/todol.py', '0123456789ab/other.css', '0/..%2ftodol.css', '%00', '0/%00', '0/', '/',
                  '../todol.py', '0/todol.css%0a', '0/todol.css/', '0/TODOL.css'):
         assert client.get(f'/assets/{file}').status == 404, file
+
+
+def test_a_page_of_another_user_changes_nothing_and_is_told(listed):
+    owner = page(listed).one('meta', name='owner').attributes['content']
+    assert owner == session(listed).split('.')[0]
+    other = WSGIClient()
+    other.get('/')
+    for client, accept in itertools.product((WSGIClient(), other), (TURBO, JSON, 'text/html')):
+        for method, path, form, _ in CHANGES:
+            answer = client.request(method, path.format(id=listed.ids[0]), form, accept=accept, headers={'X-Owner': owner})
+            assert answer.status == 409 and 'another session' in answer.text
+        assert client.todos() == []
+    for asked in owner, '':
+        assert WSGIClient().get('/', headers={'X-Owner': asked}).status == 200, 'to look is no change'
+    assert listed.post('/todos', {'title': 'x'}, headers={'X-Owner': ''}).status == 409
+    assert listed.todos() == [('first', False), ('second', True)]
+    assert listed.post('/todos', {'title': 'x'}, accept=TURBO, headers={'X-Owner': owner}).status == 200
 
 
 # === WebSocket: Action Cable at /cable ================================================================================
@@ -6519,7 +6539,7 @@ def test_the_todos_counters_and_messages_of_version_1_are_there(version_1, open_
     assert [(todo.id, todo.title, todo.completed) for todo in todol.list_todos(ADA)] == [
         (id, title, id == 2) for id, title in enumerate(V1_TITLES, 1)]
     assert [todol.count_todos(user) for user in (ADA, BOB)] == [(2, 1, 8), (0, 1, 4)]
-    assert todol.create_todo(ADA, 'Water the plants', '1795843200000-a_b-c.1').id == 1, 'a retry is known by its key'
+    assert {todo.key for todo in todol.list_todos(ADA)} == {None}, 'keys of todos are no keys of changes'
     assert todol.create_todo(ADA, 'new').id > 9, 'no id comes twice'
     assert todol.cache.incr('visits') == 43 and not todol.cache.add('added', 2)
     assert todol.cache.get_many(['rates', 'bytes', 'added', 'gone']) == {
@@ -7268,19 +7288,54 @@ def test_a_title_of_which_nothing_shows_is_blank_and_one_that_is_no_text_or_too_
             assert (todol.list_todos(USERS[0]), todol.count_todos(USERS[0])) == before
 
 
-def test_a_key_makes_one_todo_of_a_title_of_a_user_however_often_it_is_sent(stack):
-    first = todol.create_todo(USERS[0], 'milk', 'k')
-    for _ in range(2):          # the second changes nothing
-        todol.update_todo(USERS[0], first.id, 'oat milk ', completed=True)
-    again = todol.create_todo(USERS[0], ' milk', 'k')
-    assert again == todol.find_todo(USERS[0], first.id) and again.completed is True
-    assert todol.count_todos(USERS[0]) == (0, 1, 2)
-    others = [todol.create_todo(USERS[0], 'bread', 'k'), todol.create_todo(USERS[1], 'milk', 'k'),
-              todol.create_todo(USERS[0], 'milk', '')]
-    todol.delete_todo(USERS[0], others[-1].id)
-    todol.delete_todo(USERS[0], first.id)
-    others.append(todol.create_todo(USERS[0], 'milk', 'k'))
-    assert len({first.id, *(todo.id for todo in others)}) == 5, 'an id is never used twice'
+def test_a_change_with_a_key_is_made_once_however_often_it_is_sent(stack):
+    first, second = todol.create_todo(USERS[0], 'milk', 'k'), todol.create_todo(USERS[0], 'tea', 'k2')
+    changes = {
+        'r': (todol.update_todo, first.id, 'oat milk'), 'm': (todol.toggle_todos, True),
+        't': (todol.update_todo, second.id, None, False), 'd': (todol.delete_todo, 'k2.0'),
+        'c': (todol.clear_completed,), 'l': (todol.create_todos, [('a', True), ('b', False)]),
+        'e': (todol.update_todo, 'l.0', ' ')}
+    for key, (act, *arguments) in changes.items():
+        before = todol.count_todos(USERS[0]).version
+        given = act(USERS[0], *arguments, key=key)
+        state = todol.list_todos(USERS[0]), todol.count_todos(USERS[0])
+        assert state[1].version == before + 1
+        assert act(USERS[0], *arguments, key=key) == given
+        assert (todol.list_todos(USERS[0]), todol.count_todos(USERS[0])) == state
+    assert todol.create_todo(USERS[0], 'milk', 'k') is None, 'gone since, and not made again'
+    todol.update_todo(USERS[0], 'l.1', 'later', True)
+    assert [todo[1:3] for todo in todol.create_todos(USERS[0], [('a', True), ('b', False)], 'l')] == [('later', True)]
+    assert todol.create_todo(USERS[1], 'milk', 'k').id > second.id, "a key is its user's"
+    assert todol.create_todo(USERS[0], 'x', '').key is todol.create_todo(USERS[0], 'x').key is None
+    for key in ('ü', 'k' * 101, ['k'], 'k\n', 5):
+        for act, *arguments in changes.values():
+            with pytest.raises(todol.InvalidField, match='key must be'):
+                act(USERS[0], *arguments, key=key)
+
+
+def test_changes_of_one_key_at_once_are_made_once_by_one_process_and_by_two(start_server):
+    servers = start_server(), start_server()
+    clients = [server.client() for server in servers for _ in range(4)]
+    clients[0].get('/')
+    answers = []
+
+    def act(client, number):
+        client.cookies.update(clients[0].cookies)
+        client.get('/', accept=JSON)
+        for step in range(10):
+            answers.append(client.post('/todos', {'title': f'{step}', 'key': f'k{step}'}, accept=JSON).body)
+            client.patch('/todos', {'completed': str(step % 2), 'key': f'm{step}'})
+
+    threads = [threading.Thread(target=act, args=each) for each in zip(clients, range(8), strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [title for title, _ in clients[0].todos()] == [f'{step}' for step in range(10)]
+    assert len(answers) == 80 and len({json.loads(answer)['id'] for answer in answers}) == 10
+    with contextlib.closing(servers[0].database()) as file:
+        (changes, distinct), = file.execute('SELECT count(*), count(DISTINCT key) FROM changes')
+        assert changes == distinct == 20 and not [*file.execute(todol.MISCOUNTED_LISTS)]
 
 
 def test_a_full_list_takes_no_more_but_repeats_and_other_users_are_welcome(open_stack):
@@ -7302,17 +7357,6 @@ def test_a_full_list_takes_no_more_but_repeats_and_other_users_are_welcome(open_
     todol.toggle_todos(user, True)
     todol.clear_completed(user)
     client.create('new')
-
-
-def test_keys_are_kept_in_the_order_of_time_whoever_made_them_and_never_mistaken(stack):
-    keys = [f'{1795430000000 + number}-{text}' for number, text in enumerate('zxay')]
-    for number, key in enumerate(keys):
-        todol.create_todo(USERS[number % 2], 'milk', key)
-    assert [kept.split()[0] for kept, in todol.app_db.execute('SELECT key FROM todos ORDER BY key')] == keys
-    lasting = 'k' * 99
-    ids = {todol.create_todo(user, title, lasting + end).id
-           for _ in range(2) for user in USERS for title in 'ab' for end in 'ab'}
-    assert len(ids) == 8, 'what a key is cut to must not make it another one'
 
 
 def test_a_change_and_the_job_that_tells_it_are_one_transaction(stack, monkeypatch):
@@ -7392,7 +7436,10 @@ def test_a_filter_is_done_on_the_server(listed):
             ('/completed', 'Completed', 'completed', todos[1:])):
         shown = page(listed, path)
         assert shown.rows() == {todo['id']: todo['title'] for todo in expected}
-        assert shown.one(id='todos').attributes['data-showing'] == showing
+        shelf = shown.one('ul', id='shelf').attributes
+        assert [shown.one('ul', class_='todo-list').attributes['data-showing'], shelf['data-showing']] == [
+            showing, ' '.join({'active', 'completed'} - {*showing.split()})] and 'hidden' in shelf
+        assert {**shown.rows(), **shown.rows('shelf')} == {todo['id']: todo['title'] for todo in todos}
         assert [(each.text, each.attributes['aria-current'])
                 for each in shown.all('a', class_='selected')] == [(selected, 'page')]
         assert listed.get(path, accept=JSON).json == {
@@ -7440,10 +7487,11 @@ class Tab(types.SimpleNamespace):
     The order of rows is the script's to keep: here they have none."""
 
     def __init__(self, path, client):
-        self.showing = {'/': ('active', 'completed')}.get(path, (path[1:],))
         shown = page(client, path)
-        self.rows = {row.attributes['id']: self.look(shown, row) for row in shown.all('li')
-                     if 'data-version' in row.attributes}
+        self.lists = {each.attributes['data-showing']: {
+            row.attributes['id']: self.look(shown, row) for row in shown.all('li', within=each)}
+            for each in shown.all('ul') if 'data-showing' in each.attributes}
+        assert len(self.lists) == 2
         self.totals = {id: self.total(shown, id) for id in ('todo-count', 'toggle-all')}
 
     @staticmethod
@@ -7461,27 +7509,28 @@ class Tab(types.SimpleNamespace):
     def receive(self, streams):
         shown = Page(streams)
         for stream in shown.all('turbo-stream'):
-            action, id = stream.attributes['action'], self._matched(stream.attributes)
+            action, target = stream.attributes['action'], stream.attributes.get('target')
             row = next(iter(shown.all('li', within=stream)), None)
             assert action in ('append', 'replace', 'remove')
-            if id in self.totals:
-                self.totals[id] = self.total(shown, id)
-            elif id and action == 'remove':
-                del self.rows[id]
-            elif id:
-                self.rows[id] = self.look(shown, row)
+            if target in self.totals:
+                self.totals[target] = self.total(shown, target)
+            for rows, id in self._matched(stream.attributes):
+                if action == 'remove':
+                    del rows[id]
+                else:
+                    rows[id] = self.look(shown, row)
 
     def _matched(self, attributes):
-        """The id of the row or element that a stream acts on here, or None."""
+        """The lists in which a stream acts on a row, and the row's id."""
         if 'target' in attributes:
-            id = attributes['target']
-            return id if id in self.rows or not id.startswith('todo_') else None
-        shown, hidden, id = r'#todos\[data-showing~=(\w+)\]', r'#todos:not\(\[data-showing~=(\w+)\]\)', r'#(todo_\d+)'
+            return [(rows, attributes['target']) for rows in self.lists.values() if attributes['target'] in rows]
+        shown, hidden, id = (r'\[data-showing~=(\w+)\]', r'\[data-showing\]:not\(\[data-showing~=(\w+)\]\)',
+                             r'#(todo_\d+)')
         for pattern, is_shown, is_there in ((f'{hidden} > {id}', False, True), (f'{shown} > {id}', True, True),
                                             (rf'{shown}:not\(:has\(> {id}\)\)', True, False)):
             if match := re.fullmatch(pattern, attributes['targets']):
-                fits = (match[1] in self.showing, match[2] in self.rows) == (is_shown, is_there)
-                return match[2] if fits else None
+                return [(rows, match[2]) for showing, rows in self.lists.items()
+                        if (match[1] in showing.split(), match[2] in rows) == (is_shown, is_there)]
         raise AssertionError(attributes['targets'])
 
 
@@ -7619,11 +7668,12 @@ def test_the_way_back_is_one_of_our_own_pages(client):
 
 
 def test_a_form_sent_twice_makes_one_todo(client):
-    key = page(client).one('input', name='key').attributes['value']
-    assert [client.post('/todos', {'title': 'milk', 'key': key}).status for _ in range(2)] == [303, 303]
-    client.post('/todos', {'title': 'bread', 'key': key})       # back, and another text in the same form
-    assert client.todos() == [('milk', False), ('bread', False)]
-    assert page(client).one('input', name='key').attributes['value'] != key
+    key = page(client).one('input', name='form_key').attributes['value']
+    assert [client.post('/todos', {'title': 'milk', 'form_key': key}).status for _ in range(2)] == [303, 303]
+    client.post('/todos', {'title': 'bread', 'form_key': key})  # back, and another text in the same form
+    client.post('/todos', {'title': 'bread', 'form_key': key[:-1]})
+    assert client.todos() == [('milk', False), ('bread', False), ('bread', False)]
+    assert page(client).one('input', name='form_key').attributes['value'] != key
     first, again = (client.post('/todos', json_body={'title': 'x', 'key': 'k-1'}, accept=JSON) for _ in range(2))
     assert first.status == again.status == 201 and first.body == again.body, 'a program gets the same answer'
 
@@ -7705,10 +7755,32 @@ def test_a_row_that_is_no_longer_there_is_taken_out_of_the_tab(listed):
     gone = f'/todos/{listed.ids[0]}'
     listed.delete(gone)
     for answer in listed.delete(gone, accept=TURBO), listed.patch(gone, {'completed': '1'}, accept=TURBO):
-        told, removed = Page(answer.text).all('turbo-stream')
+        told, removed, *_ = Page(answer.text).all('turbo-stream')
         assert answer.status == 404 and told.attributes == {'action': 'update', 'target': 'notice'}
         assert 'removed in another tab' in told.text
-        assert removed.attributes == {'action': 'remove', 'target': f'todo_{listed.ids[0]}'}
+        assert removed.attributes == {'action': 'remove', 'target': f'todo_{listed.ids[0]}', 'data-version': '4',
+                                      'data-row': f'todo_{listed.ids[0]}'}, 'with the version of the list'
+
+
+def test_a_row_is_named_by_the_change_that_made_it_as_well_as_by_its_id(client):
+    for number, key in enumerate(('k', 'k.0', '7')):
+        client.create(f'{number}', key=key)
+    id, *_ = page(client).rows()
+    rows = {row.attributes['data-key']: row.attributes['id'] for row in page(client).all('li')
+            if 'data-key' in row.attributes}
+    assert rows == {'k.0': f'todo_{id}', 'k.0.0': f'todo_{id + 1}', '7.0': f'todo_{id + 2}'}
+    put = Page(client.patch('/todos/k.0', {'completed': '1'}, accept=TURBO).text)
+    assert [(row.attributes['id'], row.attributes['data-key']) for row in put.all('li')] == [(f'todo_{id}', 'k.0')] * 2
+    assert client.patch('/todos/k.0.0', {'title': 'it'}, accept=JSON).json['id'] == id + 1
+    assert page(client, '/todos/k.0.0/edit').one('input', class_='edit').attributes['value'] == 'it'
+    removed = Page(client.delete('/todos/7.0', accept=TURBO).text).all('turbo-stream', action='remove')
+    assert [stream.attributes['target'] for stream in removed] == ['todo_7.0'], 'as the one who asks calls it'
+    assert client.todos() == [('0', True), ('it', False)]
+    for row in '7.0', 'k.1', 'k', '8.0', 'k.0.00', "k'.0":
+        answer = client.delete(f'/todos/{row}', accept=JSON)
+        assert answer.status in (404, 405) and answer.json['error'], row
+    stranger = WSGIClient()
+    assert stranger.delete('/todos/k.0', accept=JSON).status == 404
 
 
 def test_toggling_many_takes_the_ids_that_are_the_users(listed):

@@ -2794,6 +2794,7 @@ def before_request():
         bottle.abort(403, 'This change was asked for by a page of another site, so it was not '
                           'made.')
     writes.count(environ)
+    refuse_other_owner(environ)
     environ['stack.body'] = body = _read_body(environ)
     environ['wsgi.input'], environ['CONTENT_LENGTH'] = io.BytesIO(body), str(len(body))
     environ.pop('HTTP_TRANSFER_ENCODING', None)         # it is whole now
@@ -2930,6 +2931,15 @@ def same_origin(environ):
     """Whether a request comes from a page of this host, or from no page."""
     site = environ.get('HTTP_SEC_FETCH_SITE')
     return origin_is_host(environ) if site is None else site in ('same-origin', 'none')
+
+
+def refuse_other_owner(environ):
+    """Raises 409 if the page was another user's (its script says whose, in X-Owner): what was done
+    there must not happen here."""
+    user = (session_of(environ) or [''])[0]
+    if environ.get('HTTP_X_OWNER', user) != user:
+        bottle.abort(409, 'This browser has another session now than the page had, so that change '
+                          'was not made. Load the page again.')
 
 
 def origin_is_host(environ):
@@ -3991,7 +4001,9 @@ addEventListener('submit', event => {
     page: location.href };
   if (hooks.submitting(form, entry, button) === false) return;
   const body = new FormData(form, button);
-  if ($('[type=hidden][name=key]', form)) body.set('key', `${Date.now()}-${Math.random()}`);
+  if ($('[type=hidden]:is([name=key], [name=form_key])', form)) {
+    body.set('key', `${Date.now()}-${Math.random()}`);
+  }
   if (typed(form).length) form.reset();         // a form of boxes shows what was ticked
   change({ ...entry, body: [...body] });
 }, true);
@@ -4736,7 +4748,7 @@ app_db.migrations += [
             title       TEXT NOT NULL,
             completed   INTEGER NOT NULL DEFAULT 0,          -- 0 or 1
             version     INTEGER NOT NULL,                    -- of the list when it last changed
-            key         TEXT,                                -- idempotency key; NULL: none given
+            key         TEXT,                                -- K.n: the n-th, from 0, of change K
             created_at  REAL NOT NULL
         )'''),
     ('002 index todos by user', 'CREATE INDEX todos_by_user ON todos (user_id, id)'),
@@ -4752,6 +4764,21 @@ app_db.migrations += [
     ('007 index todos by key first', '''
         CREATE UNIQUE INDEX todos_by_key_first ON todos (key, user_id) WHERE key IS NOT NULL'''),
     ('008 drop index by user and key', 'DROP INDEX todos_by_key'),
+    ('009 create changes', '''
+        CREATE TABLE changes (                             -- what was done, to do it once
+            id          INTEGER PRIMARY KEY,                 -- in the order of the changes
+            user_id     TEXT NOT NULL,
+            key         TEXT NOT NULL,                       -- of the client's choice
+            touched     TEXT NOT NULL,                       -- JSON: the ids of the todos
+            undo        TEXT,                                -- JSON: see take_back(); NULL: nothing
+            made_at     REAL NOT NULL
+        )'''),
+    ('010 index changes by key', '''
+        CREATE UNIQUE INDEX changes_by_key ON changes (key, user_id)'''),
+    ('011 index changes that can be undone', '''
+        CREATE INDEX changes_with_undo ON changes (user_id, id) WHERE undo IS NOT NULL'''),
+    # Those were of todos; a row now has that of the change that made it, and its place in that.
+    ('012 forget keys of todos', 'UPDATE todos SET key = NULL WHERE key IS NOT NULL'),
 ]
 app_settings(
     Setting('MAX_TITLE_CHARS', '500', 'longest title, characters', whole_number(1, 10_000)),
@@ -4759,21 +4786,24 @@ app_settings(
 )
 
 BROADCAST_ROWS = 50         # a change of more rows is told as "load the page again"
-TODO_KEY = re.compile(r'[\w.:-]{0,100}', re.ASCII)
+KEEP_UNDO_SECONDS = 86400
+KEEP_CHANGES_SECONDS = 30 * 86400       # a tab may be offline so long, and deliver each change once
+FORGET_ROWS = 500           # in one transaction
+CHANGE_KEY = re.compile(r'[\w.:-]{1,100}', re.ASCII)
 NOT_TEXT = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')      # controls, lone surrogates
 # Spaces, and marks that show nothing. (To isprintable(), the newest emoji are not printable.)
 BLANK = re.compile(r'[\s\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f'
                    r'\ufe00-\ufe0f\ufeff]*')
 
-SELECT_TODOS = 'SELECT id, title, completed, version FROM todos WHERE user_id = ?'
-# The version is that of the list after COUNT_CHANGE, which comes next. Nothing returns if the user
-# has a todo of that key.
+SELECT_TODOS = 'SELECT id, title, completed, version, key FROM todos WHERE user_id = ?'
+# The version is that of the list after COUNT_CHANGE, which comes next.
 INSERT_TODO = '''
-    INSERT INTO todos (user_id, title, version, key, created_at)
-    VALUES (:user, :title, coalesce((SELECT version FROM lists WHERE user_id = :user), 0) + 1, :key,
-            now_s())
-    ON CONFLICT (user_id, key) WHERE key IS NOT NULL DO NOTHING
+    INSERT INTO todos (user_id, title, completed, version, key, created_at)
+    VALUES (:user, :title, :completed,
+            coalesce((SELECT version FROM lists WHERE user_id = :user), 0) + 1, :key, now_s())
     RETURNING id'''
+DELETE_TODOS = 'DELETE FROM todos WHERE user_id = :user AND '
+REMOVED = ' RETURNING id, title, completed, key, created_at'      # as take_back() wants it
 TOGGLE_TODOS = '''
     UPDATE todos SET completed = :completed, version = :version
     WHERE user_id = :user AND completed <> :completed
@@ -4807,6 +4837,7 @@ class Todo(typing.NamedTuple):
     title: str
     completed: bool
     version: int            # of the list when this row last changed
+    key: str = None         # K.n: the n-th, from 0, that the change K made
 
 
 class Totals(typing.NamedTuple):
@@ -4833,95 +4864,121 @@ def clean_title(title):
 
 
 def new_key():
-    """An idempotency key for a todo: milliseconds since 1970, and what nobody else has."""
+    """A key for a change: milliseconds since 1970, and what nobody else has."""
     return f'{time.time_ns() // 10**6}-{secrets.token_urlsafe(9)}'
 
 
-@app_db.transaction
+# Each change takes a key of the client's choice: one whose key is known is not made again, and what
+# it gives is as things are now. Raises InvalidField for a key that is none. In the place of an id
+# may stand the key of the row.
+
 def create_todo(user, title, key=None):
-    """Add a todo at the end of the user's list, and give it. Raises TitleError, LimitError, and
-    InvalidField for the key.
+    """Add a todo at the end of the user's list, and give it; None if the key is known, and the todo
+    is gone since. Raises TitleError and LimitError."""
+    return next(iter(create_todos(user, [(title, False)], key)), None)
 
-    key: an idempotency key of the client's choice: the same key and title again give the same todo.
-    """
-    title = clean_title(title)
-    if not title:
+
+@app_db.transaction
+def create_todos(user, todos, key=None):
+    """Add todos, tuples of title and completed, at the end of the user's list, as one change, and
+    give them. Raises TitleError and LimitError."""
+    todos = [(clean_title(title), bool(completed)) for title, completed in todos]
+    if not all(title for title, _ in todos):
         raise TitleError('A todo needs a title.')
-    if key is not None and not (isinstance(key, str) and TODO_KEY.fullmatch(key)):
-        raise InvalidField('key must be up to 100 letters, digits or any of . : - _')
-    if key:
-        digest = hashlib.sha256(f'{key}\0{title}'.encode()).hexdigest()
-        key = f'{key[:16]} {digest[:24]}'       # in the order of the given ones
-    rows = app_db.execute(INSERT_TODO, {'user': user, 'title': title, 'key': key or None})
-    if not rows:
-        (id,), = app_db.execute('SELECT id FROM todos WHERE user_id = ? AND key = ?', (user, key))
-        return find_todo(user, id)
-    (id,), = rows
-    totals = _changed(user, [id], active=1)
-    if totals.active + totals.completed > settings.max_todos:
-        raise LimitError(f'The list is full: it has {settings.max_todos:,} todos. Clear some '
-                         f'first.')
-    return Todo(id, title, False, totals.version)
+    done = touched_before(user, key)
+    if done is not None:
+        return [todo for todo in map(functools.partial(_look_up, user), done) if todo]
+    if len(todos) > 1:
+        key = key or new_key()          # it can be undone
+    ids = [app_db.execute(INSERT_TODO, {'user': user, 'title': title, 'completed': int(completed),
+                                        'key': f'{key}.{number}' if key else None})[0][0]
+           for number, (title, completed) in enumerate(todos[:settings.max_todos + 1])]
+    done = sum(completed for _, completed in todos)
+    version = _grown(user, ids, active=len(ids) - done, completed=done)
+    rows = [(id, *todo) for id, todo in zip(ids, todos)]
+    _record(user, key, ids, f'Added {_todos(len(ids))}.' if len(ids) > 1 else None,
+            made=[row[:2] for row in rows])
+    return [Todo(*row, version, f'{key}.{number}' if key else None)
+            for number, row in enumerate(rows)]
 
 
 @app_db.transaction
-def update_todo(user, id, title=None, completed=None):
+def update_todo(user, id, title=None, completed=None, key=None):
     """Rename a todo, or set whether it is completed, and give it; None if an empty title deleted
-    it. Raises NotFound, TitleError."""
+    it, or it is gone since. Raises NotFound, TitleError."""
+    new_title = None if title is None else clean_title(title)
+    if touched_before(user, key) is not None:
+        return _look_up(user, id)
+    if new_title == '':
+        return delete_todo(user, id, key)
     todo = find_todo(user, id)
-    new_title = todo.title if title is None else clean_title(title)
-    if not new_title:
-        return delete_todo(user, id)
-    done = todo.completed if completed is None else completed
-    if (new_title, done) == (todo.title, todo.completed):
-        return todo
-    version = count_todos(user).version + 1
-    app_db.execute('UPDATE todos SET title = ?, completed = ?, version = ? WHERE id = ?',
-                   (new_title, int(done), version, id))
-    moved = int(done) - int(todo.completed)
-    _changed(user, [id], active=-moved, completed=moved)
-    return Todo(id, new_title, done, version)
+    changed = todo._replace(title=todo.title if new_title is None else new_title,
+                            completed=todo.completed if completed is None else completed)
+    if changed != todo:
+        changed = changed._replace(version=count_todos(user).version + 1)
+        app_db.execute('UPDATE todos SET title = ?, completed = ?, version = ? WHERE id = ?',
+                       (changed.title, int(changed.completed), changed.version, todo.id))
+        moved = int(changed.completed) - int(todo.completed)
+        _changed(user, [todo.id], active=-moved, completed=moved)
+    _record(user, key, [todo.id],
+            f'Renamed {_quoted(todo.title)}.' if changed.title != todo.title else None,
+            renamed=[todo.id, todo.title, changed.title])
+    return changed
 
 
 @app_db.transaction
-def toggle_todos(user, completed, ids=None):
+def toggle_todos(user, completed, ids=None, key=None):
     """Set all todos of a user, or those of ids that are theirs, to completed or active. Gives the
     ids that changed."""
-    rows = app_db.execute(TOGGLE_TODOS, {
-        'user': user, 'completed': int(completed), 'version': count_todos(user).version + 1,
-        'ids': None if ids is None else json.dumps(ids)})
-    ids = [id for id, in rows]
+    done = touched_before(user, key)
+    if done is not None:
+        return done
+    ids = _toggle(user, completed, ids)
     if ids:
         moved = len(ids) if completed else -len(ids)
         _changed(user, ids, active=-moved, completed=moved)
+    _record(user, key, ids, f'Marked {len(ids):,} as {"" if completed else "not "}done.'
+            if ids else None, marked=[ids, int(completed)])
     return ids
 
 
 @app_db.transaction
-def delete_todo(user, id):
+def delete_todo(user, id, key=None):
     """Delete a todo. Raises NotFound."""
+    if touched_before(user, key) is not None:
+        return
     todo = find_todo(user, id)
-    app_db.execute('DELETE FROM todos WHERE id = ?', (id,))
-    _changed(user, [id], active=-int(not todo.completed), completed=-int(todo.completed))
+    rows = app_db.execute(DELETE_TODOS + 'id = :id' + REMOVED, {'user': user, 'id': todo.id})
+    _removed(user, rows, key, f'Removed {_quoted(todo.title)}.')
 
 
 @app_db.transaction
-def clear_completed(user):
+def clear_completed(user, key=None):
     """Delete the user's completed todos, and give their ids."""
-    ids = [id for id, in app_db.execute(
-               'DELETE FROM todos WHERE user_id = ? AND completed = 1 RETURNING id', (user,))]
-    if ids:
-        _changed(user, ids, completed=-len(ids))
-    return ids
+    done = touched_before(user, key)
+    if done is not None:
+        return done
+    rows = app_db.execute(DELETE_TODOS + 'completed = 1' + REMOVED, {'user': user})
+    return _removed(user, rows, key, f'Cleared {_todos(len(rows))}.')
 
 
 def find_todo(user, id):
     """Raises NotFound, whether it does not exist or belongs to somebody else."""
-    rows = app_db.execute(f'{SELECT_TODOS} AND id = ?', (user, id))
-    if not rows:
+    todo = _look_up(user, id)
+    if todo is None:
         raise NotFound('There is no such todo. It may have been removed in another tab.')
-    id, title, completed, version = rows[0]
-    return Todo(id, title, bool(completed), version)
+    return todo
+
+
+def _look_up(user, id):
+    """A todo by its id, or by its key if that is text; None if there is none of the user's."""
+    column = 'key' if isinstance(id, str) else 'id'
+    rows = app_db.execute(f'{SELECT_TODOS} AND {column} = ?', (user, id))
+    return _todo(*rows[0]) if rows else None
+
+
+def _todo(id, title, completed, version, key):
+    return Todo(id, title, bool(completed), version, key)
 
 
 def list_todos(user, showing='all'):
@@ -4931,7 +4988,7 @@ def list_todos(user, showing='all'):
     else:
         rows = app_db.execute(f'{SELECT_TODOS} AND completed = ? ORDER BY id',
                               (user, int(showing == 'completed')))
-    return [Todo(id, title, bool(completed), version) for id, title, completed, version in rows]
+    return [_todo(*row) for row in rows]
 
 
 def count_todos(user):
@@ -4947,6 +5004,62 @@ def _changed(user, ids, active=0, completed=0):
     jobs.enqueue('broadcast_todos', {'user': user,
                                      'ids': ids if len(ids) <= BROADCAST_ROWS else None})
     return Totals(*totals)
+
+
+def _grown(user, ids, active=0, completed=0):
+    """Count new rows, and give the version of the list. Raises LimitError."""
+    totals = _changed(user, ids, active, completed)
+    if totals.active + totals.completed > settings.max_todos:
+        raise LimitError(f'The list is full: it has {settings.max_todos:,} todos. Clear some '
+                         f'first.')
+    return totals.version
+
+
+def _removed(user, rows, key, said):
+    """Count rows that were deleted, keep them for undo, and give their ids."""
+    ids = [id for id, *_ in rows]
+    done = sum(completed for _, _, completed, *_ in rows)
+    if rows:
+        _changed(user, ids, active=done - len(rows), completed=-done)
+    _record(user, key, ids, said if rows else None, removed=rows)
+    return ids
+
+
+def _toggle(user, completed, ids=None):
+    """Set rows to completed or active, of ids: none but those. Gives the ids that changed, which
+    nobody has counted yet."""
+    return [id for id, in app_db.execute(TOGGLE_TODOS, {
+        'user': user, 'completed': int(completed), 'version': count_todos(user).version + 1,
+        'ids': None if ids is None else json.dumps(ids)})]
+
+
+def touched_before(user, key):
+    """The ids of what the change of that key touched, or None if there was none. Raises
+    InvalidField."""
+    if key in (None, ''):
+        return None
+    if not (isinstance(key, str) and CHANGE_KEY.fullmatch(key)):
+        raise InvalidField('key must be up to 100 letters, digits or any of . : - _')
+    rows = app_db.execute('SELECT touched FROM changes WHERE key = ? AND user_id = ?', (key, user))
+    return json.loads(rows[0][0]) if rows else None
+
+
+def _record(user, key, ids, said=None, **undo):
+    """Note a change under its key, or under a new one if it can be undone. said: what was done, or
+    None if there is nothing to undo."""
+    if key or said:
+        app_db.execute('INSERT INTO changes (user_id, key, touched, undo, made_at) '
+                       'VALUES (?, ?, ?, ?, now_s())',
+                       (user, key or new_key(), json.dumps(ids),
+                        json.dumps({'said': said, **undo}) if said else None))
+
+
+def _quoted(title):
+    return f'“{title if len(title) <= 60 else title[:59] + "…"}”'
+
+
+def _todos(number):
+    return f'{number:,} {"todo" if number == 1 else "todos"}'
 
 
 def todos_stream(user):
@@ -4977,6 +5090,9 @@ TEMPLATES.update({
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
 <title>{{title}}</title>
+% if live:
+<meta name="owner" content="{{owner}}">
+% end
 <meta name="theme-color" content="{{colors[0]}}" media="(prefers-color-scheme: light)">
 <meta name="theme-color" content="{{colors[1]}}" media="(prefers-color-scheme: dark)">
 <meta name="turbo-refresh-method" content="morph">
@@ -5000,7 +5116,7 @@ TEMPLATES.update({
 <header class="header">
 <h1>todos</h1>
 <form class="new" action="/todos" method="post" id="new">
-<input type="hidden" name="key" value="{{key}}">
+<input type="hidden" name="form_key" value="{{key}}">
 <input type="hidden" name="showing" value="{{showing}}">
 <input type="text" class="new-todo" name="title" value="{{text}}" \
 placeholder="What needs to be done?" aria-label="What needs to be done?" \
@@ -5023,6 +5139,9 @@ aria-describedby="new-todo-error" autocomplete="off" enterkeyhint="done" dir="au
 data-showing="{{'active completed' if showing == 'all' else showing}}">
 {{!rows}}\
 </ul>
+<ul id="shelf" data-showing="{{shelved}}" hidden>
+{{!shelf}}\
+</ul>
 </section>
 <footer class="footer">
 {{!count}}\
@@ -5044,7 +5163,8 @@ hidden></p>
 <p class="visually-hidden" id="announcer" role="status" data-turbo-permanent></p>
 ''',
     'todo': '''\
-<li class="{{state}}" id="todo_{{id}}" data-version="{{version}}">
+<li class="{{state}}" id="todo_{{id}}" data-version="{{version}}"\
+{{!f' data-key="{key}"' if key else ''}}>
 <form action="/todos/{{id}}" method="post">
 <div class="view">
 <input type="hidden" name="completed" value="0">
@@ -5092,14 +5212,21 @@ data-version="{{version}}"{{' checked' if completed and not active else ''}}>
     # filter. Where the row is missing, an empty one comes first, which the last stream fills: so
     # the row is sent once.
     'put_todo': '''\
-<turbo-stream action="remove" targets="#todos:not([data-showing~={{state}}]) > #todo_{{id}}" \
+<turbo-stream action="remove" \
+targets="[data-showing]:not([data-showing~={{state}}]) > #todo_{{id}}" \
 data-row="todo_{{id}}" data-version="{{version}}"></turbo-stream>
 <turbo-stream action="append" \
-targets="#todos[data-showing~={{state}}]:not(:has(> #todo_{{id}}))"><template>\
-<li class="" id="todo_{{id}}" data-version="{{version}}"></li></template></turbo-stream>
+targets="[data-showing~={{state}}]:not(:has(> #todo_{{id}}))"><template>\
+<li class="" id="todo_{{id}}" data-version="{{version}}"\
+{{!f' data-key="{key}"' if key else ''}}></li></template></turbo-stream>
 <turbo-stream action="replace" method="morph" \
-targets="#todos[data-showing~={{state}}] > #todo_{{id}}"><template>{{!row}}</template>\
+targets="[data-showing~={{state}}] > #todo_{{id}}"><template>{{!row}}</template>\
 </turbo-stream>
+''',
+    # Of the version that a list has: undo may bring a row back, with a higher one.
+    'remove_todo': '''\
+<turbo-stream action="remove" target="todo_{{id}}" data-row="todo_{{id}}" \
+data-version="{{version}}"></turbo-stream>
 ''',
     'error': '''\
 % rebase('layout', title=f'{status} · todol', live=False)
@@ -5117,24 +5244,30 @@ Template.defaults['colors'] = THEME_COLORS
 
 
 def render_page(user, showing, todos, totals, editing=None, text='', error=''):
-    """The list. editing: the id of the todo in whose place a form stands; text and error belong to
-    that form, or else to the field for a new todo."""
-    rows = ''.join([render_todo(todo) if todo.id != editing else
-                    render_editor(todo, showing, text, error) for todo in todos])
+    """The list. todos: all of them; those that the filter leaves out are on the shelf, so that the
+    script can switch filters alone. editing: the id of the todo in whose place a form stands; text
+    and error belong to that form, or else to the field for a new todo."""
+    rows, shelf = [], []
+    for todo in todos:
+        shown = showing in ('all', 'completed' if todo.completed else 'active')
+        (rows if shown else shelf).append(
+            render_todo(todo) if todo.id != editing else render_editor(todo, showing, text, error))
     if editing:
         text = error = ''
-    body = render('page', showing=showing, rows=rows, totals=totals, key=new_key(), editing=editing,
+    body = render('page', showing=showing, rows=''.join(rows), shelf=''.join(shelf),
+                  shelved={'active': 'completed', 'completed': 'active'}.get(showing, ''),
+                  totals=totals, key=new_key(), editing=editing,
                   text=text, error=error, source=stream_source(todos_stream(user)),
                   count=render_count(totals), toggle_all=render_toggle_all(totals),
                   filters=render_filters(showing))
-    before, after = layout(f'{totals.active} left · todol' if totals.active else 'todol')
-    return f'{before}{body}{after}'
+    before, between, after = layout(f'{totals.active} left · todol' if totals.active else 'todol')
+    return f'{before}{user}{between}{body}{after}'
 
 
 @functools.lru_cache(256)
 def layout(title):
-    """What stands before and after the body of a live page."""
-    return render('layout', title=title, live=True, base='\0').split('\0')
+    """What stands before, between and after the owner's id and the body of a live page."""
+    return render('layout', title=title, owner='\0', live=True, base='\0').split('\0')
 
 
 @functools.lru_cache(2048)      # a row is a function of the todo alone
@@ -5152,7 +5285,7 @@ def render_editor(todo, showing, text, error=''):
 @functools.lru_cache(256)
 def render_put(todo):
     """The streams that show a todo as it is now, wherever it belongs."""
-    return render('put_todo', id=todo.id, version=todo.version, row=render_todo(todo),
+    return render('put_todo', id=todo.id, version=todo.version, key=todo.key, row=render_todo(todo),
                   state='completed' if todo.completed else 'active')
 
 
@@ -5184,17 +5317,17 @@ def render_totals(totals):
 # streams as its answer.
 
 def render_changes(user, ids):
-    """Turbo Streams that bring a tab in step with the todos of these ids; ids None: with
+    """Turbo Streams that bring a tab in step with the todos of these ids, or keys; ids None: with
     everything."""
     if ids is None:
         return REFRESH
-    streams = []
-    for id in ids:
-        try:
-            streams.append(render_put(find_todo(user, id)))
-        except NotFound:
-            streams.append(turbo_stream('remove', f'todo_{id}'))
-    return ''.join(streams) + render_totals(count_todos(user))
+    totals = count_todos(user)      # first: a removal of that version harms no row put back since
+    return ''.join([render_row(user, id, totals) for id in ids]) + render_totals(totals)
+
+
+def render_row(user, id, totals):
+    todo = _look_up(user, id)
+    return render_put(todo) if todo else render('remove_todo', id=id, version=totals.version)
 
 
 @jobs.task(queue='urgent', retry_seconds=0.5, batch=True)
@@ -5216,18 +5349,20 @@ def broadcast_todos(changes):
 # === Routes: one function for each request ===============================================
 # Forms work without script, with _method for what they can't say.
 
-ID = '<id:re:[0-9]{1,18}>'          # within SQLite's 64 bits
+# Each change takes a field key: see Todos. A row is named by its id, or by its key K.n.
+
+ROW = r'<row:re:[0-9]{1,18}|[A-Za-z0-9_.:-]{1,100}\.[0-9]{1,5}>'       # ids: within 64 bits
 
 
 @app.get([*PATHS.values()])
 def show_list():
     """The list through a filter."""
     user, showing = current_user(), bottle.request.path[1:] or 'all'
-    todos, totals = list_todos(user, showing), count_todos(user)
+    totals = count_todos(user)
     if wanted() == 'json':
-        return as_json({'showing': showing, 'active': totals.active,
-                        'completed': totals.completed, 'todos': [public(todo) for todo in todos]})
-    return render_page(user, showing, todos, totals)
+        return as_json({'showing': showing, 'active': totals.active, 'completed': totals.completed,
+                        'todos': [public(todo) for todo in list_todos(user, showing)]})
+    return render_page(user, showing, list_todos(user), totals)
 
 
 @app.post('/todos')
@@ -5235,48 +5370,51 @@ def create():
     """Create a todo: title, and key against doing it twice."""
     user, form = current_user(), fields()
     title, key = form.get('title', ''), form.get('key')
+    if form.get('form_key') and not key:        # of a page: the same form may send another title
+        digest = hashlib.sha256(f'{form["form_key"]}\0{title}'.encode()).hexdigest()
+        key = f'{str(form["form_key"])[:16]}.{digest[:24]}'
     try:
-        todo = create_todo(user, title, key if key is None else str(key))
+        todo = create_todo(user, title, key)
     except (TitleError, LimitError) as error:
         return invalid(error, 'new-todo-error', user, text=title)
-    return changed(user, [todo.id], public(todo), status=201)
+    return changed(user, [f'{key}.0' if key else todo.id], public(todo) if todo else {},
+                   status=201)
 
 
-@app.get(f'/todos/{ID}/edit')
-def edit(id):
+@app.get(f'/todos/{ROW}/edit')
+def edit(row):
     """The form that renames a todo, in the place of its row."""
-    user = current_user()
-    with shown_as_gone(id):
-        todo = find_todo(user, int(id))
+    user, id = current_user(), id_of(row)
+    with shown_as_gone(user, id):
+        todo = find_todo(user, id)
     if wanted() == 'html':
         return page_with(user, editing=todo.id, text=todo.title)
     return respond(lambda: turbo_stream('replace', f'todo_{todo.id}', render_editor(
         todo, filter_of_page(), todo.title)), public(todo))
 
 
-@app.patch(f'/todos/{ID}')
-def update(id):
+@app.patch(f'/todos/{ROW}')
+def update(row):
     """Rename a todo (title), or set whether it is done (completed), or both."""
-    user, form = current_user(), fields()
+    user, form, id = current_user(), fields(), id_of(row)
     if form.get('title') is None and 'completed' not in form:
         raise InvalidField('give a title, or completed, or both')
     completed = flag(form, 'completed') if 'completed' in form else None
     try:
-        with shown_as_gone(id):
-            todo = update_todo(user, int(id), form.get('title'), completed)
+        with shown_as_gone(user, id):
+            todo = update_todo(user, id, form.get('title'), completed, form.get('key'))
     except TitleError as error:
-        return invalid(error, 'edit-error', user, editing=int(id), text=form['title'])
-    return changed(user, [int(id)], public(todo) if todo else {})
+        return invalid(error, 'edit-error', user, editing=id, text=form['title'])
+    return changed(user, [id], public(todo) if todo else {})
 
 
-@app.delete(f'/todos/{ID}')
-def delete(id):
+@app.delete(f'/todos/{ROW}')
+def delete(row):
     """Delete a todo."""
-    user = current_user()
-    fields()            # a body that is none is refused before anything is done
-    with shown_as_gone(id):
-        delete_todo(user, int(id))
-    return changed(user, [int(id)], {})
+    user, form, id = current_user(), fields(), id_of(row)
+    with shown_as_gone(user, id):
+        delete_todo(user, id, form.get('key'))
+    return changed(user, [id], {})
 
 
 @app.patch('/todos')
@@ -5289,17 +5427,21 @@ def toggle_all():
                                                 for id in ids):
             raise InvalidField('ids must be a list of todo ids')
         ids = [int(id) for id in ids]
-    ids = toggle_todos(user, flag(form, 'completed'), ids)
+    ids = toggle_todos(user, flag(form, 'completed'), ids, form.get('key'))
     return changed(user, ids, {'ids': ids})
 
 
 @app.delete('/todos/completed')
 def clear():
     """Delete the completed todos."""
-    user = current_user()
-    fields()
-    ids = clear_completed(user)
+    user, form = current_user(), fields()
+    ids = clear_completed(user, form.get('key'))
     return changed(user, ids, {'ids': ids})
+
+
+def id_of(row):
+    """What a path names a row by: its id as a number, or its key as text."""
+    return int(row) if row.isdigit() else row
 
 
 def flag(form, name):
@@ -5322,12 +5464,12 @@ def changed(user, ids, data, status=200):
 
 
 @contextlib.contextmanager
-def shown_as_gone(id):
+def shown_as_gone(user, id):
     """The tab that asks for a todo that is not there removes it."""
     try:
         yield
     except NotFound as error:
-        error.streams = turbo_stream('remove', f'todo_{id}')
+        error.streams = render_changes(user, [id])
         raise
 
 
@@ -5343,10 +5485,12 @@ def filter_of_page():
 def page_with(user, **values):
     """The page that the request came from, with something in it."""
     showing = filter_of_page()
-    todos = list_todos(user, showing)
-    if values.get('editing') and values['editing'] not in {todo.id for todo in todos}:
-        showing, todos = 'all', list_todos(user)
-    return render_page(user, showing, todos, count_todos(user), **values)
+    if values.get('editing'):
+        todo = find_todo(user, values['editing'])
+        values['editing'] = todo.id
+        if showing == ('active' if todo.completed else 'completed'):
+            showing = 'all'
+    return render_page(user, showing, list_todos(user), count_todos(user), **values)
 
 
 def invalid(error, target, user, **values):
