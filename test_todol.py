@@ -4071,7 +4071,7 @@ def page(client, path='/', **options):
 
 def session(client):
     """The value of a client's session cookie; its first part is the user's id."""
-    value, = client.cookies.values()
+    value, = (value for name, value in client.cookies.items() if name.startswith(('todol_s', '__Host-')))
     return value
 
 
@@ -7359,6 +7359,126 @@ def test_a_full_list_takes_no_more_but_repeats_and_other_users_are_welcome(open_
     client.create('new')
 
 
+UNDOABLE = {
+    'rename': lambda user, ids, key: todol.update_todo(user, ids[0], f'renamed by {key}', key=key),
+    'delete': lambda user, ids, key: todol.delete_todo(user, ids[-1], key),
+    'blank': lambda user, ids, key: todol.update_todo(user, ids[0], ' ', True, key),
+    'mark': lambda user, ids, key: todol.toggle_todos(user, True, None, key),
+    'unmark': lambda user, ids, key: todol.toggle_todos(user, False, ids[::2], key),
+    'clear': lambda user, ids, key: todol.clear_completed(user, key),
+    'paste': lambda user, ids, key: todol.create_todos(user, [('p', False), ('q', True)], key)}
+
+
+@given(st.lists(st.sampled_from([*UNDOABLE]), max_size=8), st.booleans())
+@example([*UNDOABLE], True)
+def test_undo_brings_back_each_state_before_the_changes_one_after_another(stack, steps, named):
+    user, states = todol.new_user(), []
+    todol.create_todos(user, [(f'{number}', number == 1) for number in range(4)], 'first')
+    for number, step in enumerate(steps):
+        before = todol.list_todos(user)
+        UNDOABLE[step](user, [todo.id for todo in before] or [0], f'k{number}') if before or step == 'paste' else None
+        if todol.list_todos(user) != before:
+            states.append((f'k{number}', before))
+    for key, before in reversed(states):
+        version = todol.count_todos(user).version
+        ids = todol.take_back(user, key if named else None, f'undo {key}'.replace(' ', '-'))
+        now = todol.list_todos(user)
+        assert [(*todo[:3], todo.key) for todo in now] == [(*todo[:3], todo.key) for todo in before]
+        assert {todo.id for todo in now if todo.version == version + 1} <= set(ids)
+        assert todol.count_todos(user) == (*[sum(todo.completed is done for todo in now) for done in (False, True)],
+                                           version + 1)
+        assert todol.take_back(user, key if named else None, f'undo-{key}') == ids, 'once'
+        assert todol.take_back(user, key) == [] and todol.list_todos(user) == now, 'undone is undone'
+    assert todol.take_back(user) and todol.list_todos(user) == [], 'what was there first was made by a change too'
+    assert list(todol.miscounted_lists()) == []
+
+
+def test_undo_leaves_what_was_changed_since_and_what_is_anothers(stack):
+    user, other = todol.new_user(), todol.new_user()
+    a, b, c = [todo.id for todo in todol.create_todos(user, [('a', False), ('b', False), ('c', True)], 'made')]
+    todol.update_todo(user, a, 'a2', key='renamed')
+    todol.update_todo(user, a, 'a3')
+    assert todol.take_back(user, 'renamed') == [] and todol.find_todo(user, a).title == 'a3'
+    todol.toggle_todos(user, True, key='marked')
+    todol.update_todo(user, b, completed=False)
+    todol.update_todo(user, a, 'a4', key='named')
+    assert todol.take_back(user, 'marked') == [a], 'the other is active by another change'
+    assert todol.find_todo(user, a)[1:3] == ('a4', False) and todol.find_todo(user, c).completed
+    for taken in todol.take_back(other, 'named'), todol.take_back(other), todol.take_back(user, 'unknown'):
+        assert taken == []
+    todol.delete_todo(user, a, 'removed')
+    assert todol.take_back(user, 'named') == [], 'nothing to rename'
+    assert todol.take_back(user, 'removed') == [a] and todol.find_todo(user, a).title == 'a4'
+    assert todol.take_back(user, 'made') == [b, c] and [todo.title for todo in todol.list_todos(user)] == ['a4']
+    # The newest that has anything left to undo
+    todol.update_todo(user, a, 'a5', key='1')
+    todol.update_todo(user, a, 'a6', key='2')
+    todol.take_back(user, '1')
+    todol.delete_todo(user, todol.create_todo(user, 'x').id)
+    todol.update_todo(user, a, completed=True)
+    assert len(todol.take_back(user)) == 1 and todol.take_back(user) == [a] and todol.take_back(user) == []
+    assert [(todo.title, todo.completed) for todo in todol.list_todos(user)] == [('a5', True), ('x', False)]
+    for key, sentence in (('1', None), ('2', None), ('unknown', None)):
+        assert todol.what_was_done(user, key) is sentence
+    for key, (act, *arguments), sentence in (
+            ('d', (todol.delete_todo, a), 'Removed “a5”.'), ('m', (todol.toggle_todos, True), 'Marked 1 as done.'),
+            ('u', (todol.toggle_todos, False), 'Marked 1 as not done.'),
+            ('p', (todol.create_todos, [('p' * 100, True)] * 1200), 'Added 1,200 todos.'),
+            ('c', (todol.clear_completed,), 'Cleared 1,200 todos.')):
+        act(user, *arguments, key=key)
+        assert todol.what_was_done(user, key) == sentence and todol.what_was_done(other, key) is None
+    todol.update_todo(user, todol.create_todo(user, 'p' * 100).id, 'q', key='r')
+    assert todol.what_was_done(user, 'r') == f'Renamed “{"p" * 59}…”.'
+
+
+def test_undo_makes_no_list_longer_than_lists_may_be(open_stack):
+    open_stack(TODOL_MAX_TODOS=3)
+    user = USERS[0]
+    todol.create_todos(user, [('a', True), ('b', True), ('c', False)])
+    todol.clear_completed(user, 'k')
+    todol.create_todo(user, 'd')
+    with pytest.raises(todol.LimitError, match='it has 3 todos'):
+        todol.take_back(user, 'k', 'u')
+    assert [todo.title for todo in todol.list_todos(user)] == ['c', 'd']
+    todol.clear_completed(user)
+    todol.delete_todo(user, todol.list_todos(user)[0].id)
+    todol.load_settings(environment_of('.', TODOL_MAX_TODOS=2))
+    with pytest.raises(todol.LimitError):
+        todol.take_back(user, 'k', 'u')
+    todol.delete_todo(user, todol.list_todos(user)[0].id)
+    assert len(todol.take_back(user, 'k', 'u')) == 2, 'it can still be done'
+
+
+def test_what_can_not_be_undone_any_more_is_gone_from_the_files_and_keys_a_month_later(stack, monkeypatch):
+    user = USERS[0]
+    kept = todol.create_todo(user, 'a kept one', 'kept')
+    texts = [f'secret {number} '.encode() + random.randbytes(100).hex().encode() for number in range(300)]
+    todol.create_todos(user, [(text.decode(), True) for text in texts], 'paste')
+    todol.update_todo(user, 'paste.7', 'renamed', key='rename')
+    todol.clear_completed(user, 'clear')
+
+    def left():
+        bytes_ = b''.join(path.read_bytes() for path in pathlib.Path(todol.app_db.path).parent.glob('test.sqlite3*'))
+        return {text for text in texts if text in bytes_}, b'a kept one' in bytes_
+
+    def after(hours):
+        with monkeypatch.context() as patched:
+            patched.setattr(todol, 'now', lambda: time.time() + hours * 3600)
+            todol.forget_changes()
+
+    after(23.9)
+    assert left() == ({*texts}, True) and todol.what_was_done(user, 'clear')
+    after(24.1)
+    assert left() == (set(), True)
+    assert todol.what_was_done(user, 'clear') is None and todol.take_back(user) == []
+    assert todol.create_todo(user, 'a kept one', 'kept') == kept, 'the key is known'
+    after(29.9 * 24)
+    assert todol.app_db.execute('SELECT count(*) FROM changes') == [(4,)]
+    after(30.1 * 24)
+    assert todol.app_db.execute('SELECT count(*) FROM changes') == [(0,)]
+    assert todol.list_todos(user) == [kept]
+
+
 def test_a_change_and_the_job_that_tells_it_are_one_transaction(stack, monkeypatch):
     id = todol.create_todo(USERS[0], 'a').id
     todol.toggle_todos(USERS[0], True)
@@ -7676,6 +7796,48 @@ def test_a_form_sent_twice_makes_one_todo(client):
     assert page(client).one('input', name='form_key').attributes['value'] != key
     first, again = (client.post('/todos', json_body={'title': 'x', 'key': 'k-1'}, accept=JSON) for _ in range(2))
     assert first.status == again.status == 201 and first.body == again.body, 'a program gets the same answer'
+
+
+def test_a_change_without_script_is_offered_to_be_undone_on_the_next_page(listed):
+    for (method, path, form), sentence in (
+            (('DELETE', f'/todos/{listed.ids[0]}', {}), 'Removed “first”.'),
+            (('PATCH', f'/todos/{listed.ids[0]}', {'title': '<b>'}), 'Renamed “first”.'),
+            (('PATCH', '/todos', {'completed': '1'}), 'Marked 1 as done.'),
+            (('DELETE', '/todos/completed', {}), 'Cleared 1 todo.')):
+        answer = listed.post(path, {'_method': method, **form}, headers={'Referer': 'http://todol.test/completed'})
+        name, _, rest = answer.headers['set-cookie'].partition('=')
+        assert name == 'todol_undo' and rest.lower().endswith('httponly; max-age=60; path=/; samesite=lax')
+        shown = page(listed, '/active')
+        line = shown.one('form', id='undo')
+        assert 'hidden' not in line.attributes and shown.one(within=line, class_='undo-said').text == sentence
+        fields = {each.attributes['name']: each.attributes['value'] for each in shown.all('input', within=line)}
+        answer = listed.post(line.attributes['action'], fields, headers={'Referer': 'http://todol.test/active'})
+        assert (answer.status, answer.headers['location']) == (303, '/active')
+        assert listed.todos() == UNCHANGED and list(page(listed).rows()) == listed.ids
+        assert 'hidden' in page(listed).one('form', id='undo').attributes
+        assert listed.post('/undo', fields).status == 404
+    for cookie in ('', 'nonsense', 'k' * 200, 'é"'):
+        listed.cookies['todol_undo'] = cookie
+        assert 'hidden' in page(listed).one('form', id='undo').attributes
+
+
+def test_undo_answers_programs_and_scripts_as_every_change_does(listed):
+    for accept in (JSON, TURBO):
+        listed.delete(f'/todos/{listed.ids[0]}', {'key': 'k'}, accept=accept)
+        assert 'todol_undo' not in listed.cookies, 'the script remembers itself'
+        stranger = WSGIClient()
+        assert [stranger.post('/undo', form, accept=accept).status for form in ({'of': 'k'}, {})] == [404, 404]
+        answers = [listed.post('/undo', {'of': 'k', 'key': f'u {accept}'.replace(' ', '-').replace('/', '')},
+                               accept=accept) for _ in range(2)]
+        assert [answer.status for answer in answers] == [200, 200], 'the same key again'
+        assert answers[0].body == answers[1].body and listed.todos() == UNCHANGED
+        assert listed.post('/undo', {'of': 'k'}, accept=accept).status == 404, 'another one finds nothing'
+        listed.delete(f'/todos/{listed.ids[0]}', {'key': 'l'}, accept=accept)
+        assert listed.post('/undo', accept=accept).status == 200 and listed.todos() == UNCHANGED
+        todol.app_db.execute('DELETE FROM changes')
+    assert 'nothing to undo any more' in listed.post('/undo', accept=JSON).json['error']
+    for form in ({'of': ['k']}, {'of': 5}, {'key': 'ü'}):
+        assert listed.post('/undo', json_body=form, accept=JSON).status == 422
 
 
 def test_a_title_that_can_not_be_kept_is_said_at_its_field_with_the_text_kept(listed):

@@ -358,7 +358,8 @@ class Database:
         for pragma in ('journal_mode = WAL', 'foreign_keys = ON',
                        f'synchronous = {settings.sync if self.name == "app" else "NORMAL"}',
                        f'journal_size_limit = {JOURNAL_LIMIT_BYTES}',
-                       'secure_delete = FAST',      # Debian's ON writes freed pages anew
+                       # What is removed from the app's must be gone; ON writes freed pages anew.
+                       f'secure_delete = {"ON" if self.name == "app" else "FAST"}',
                        f'wal_autocheckpoint = {0 if litestream else CHECKPOINT_PAGES}'):
             self._patiently(f'PRAGMA {pragma}')
         if pending:
@@ -412,6 +413,12 @@ class Database:
             self._connection.executemany(statement, rows)
         except sqlite3.Error as error:
             raise self._explained(error)
+
+    def truncate_log(self):
+        """Fold the write-ahead log into the file now, and empty it, unless that is Litestream's or
+        another process reads: what was deleted is in neither then."""
+        if not settings.litestream:
+            self.execute('PRAGMA wal_checkpoint(TRUNCATE)')
 
     def transaction(self, function):
         """A decorator: calls of the function go through transact()."""
@@ -4803,7 +4810,25 @@ INSERT_TODO = '''
             coalesce((SELECT version FROM lists WHERE user_id = :user), 0) + 1, :key, now_s())
     RETURNING id'''
 DELETE_TODOS = 'DELETE FROM todos WHERE user_id = :user AND '
-REMOVED = ' RETURNING id, title, completed, key, created_at'      # as take_back() wants it
+REMOVED = ' RETURNING id, title, completed, key, created_at'
+RESTORE_TODO = '''
+    INSERT INTO todos (id, title, completed, key, created_at, user_id, version)
+    VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id, completed'''
+UNMAKE_TODO = '''
+    DELETE FROM todos WHERE user_id = ? AND id = ? AND title = ? RETURNING id, completed'''
+RENAME_BACK = '''
+    UPDATE todos SET title = ?, version = ?
+    WHERE user_id = ? AND id = ? AND title = ? RETURNING id'''
+INSERT_CHANGE = '''
+    INSERT INTO changes (user_id, key, touched, undo, made_at) VALUES (?, ?, ?, ?, now_s())'''
+NEWEST_UNDO = 'SELECT id, undo FROM changes WHERE user_id = :user AND undo IS NOT NULL'
+FORGET_UNDO = '''
+    UPDATE changes SET undo = NULL WHERE id IN (
+        SELECT id FROM changes WHERE undo IS NOT NULL AND made_at < now_s() - ? LIMIT ?)
+    RETURNING id'''
+FORGET_CHANGES = '''
+    DELETE FROM changes WHERE made_at < now_s() - ? AND id IN (
+        SELECT id FROM changes ORDER BY id LIMIT ?) RETURNING id'''
 TOGGLE_TODOS = '''
     UPDATE todos SET completed = :completed, version = :version
     WHERE user_id = :user AND completed <> :completed
@@ -4894,11 +4919,12 @@ def create_todos(user, todos, key=None):
                                         'key': f'{key}.{number}' if key else None})[0][0]
            for number, (title, completed) in enumerate(todos[:settings.max_todos + 1])]
     done = sum(completed for _, completed in todos)
-    version = _grown(user, ids, active=len(ids) - done, completed=done)
+    totals = _changed(user, ids, active=len(ids) - done, completed=done)
+    _refuse_too_many(totals)
     rows = [(id, *todo) for id, todo in zip(ids, todos)]
-    _record(user, key, ids, f'Added {_todos(len(ids))}.' if len(ids) > 1 else None,
-            made=[row[:2] for row in rows])
-    return [Todo(*row, version, f'{key}.{number}' if key else None)
+    _record(user, key, ids, len(rows) > 1 and (
+        f'Added {_todos(len(rows))}.', 'made', [row[:2] for row in rows]))
+    return [Todo(*row, totals.version, f'{key}.{number}' if key else None)
             for number, row in enumerate(rows)]
 
 
@@ -4920,9 +4946,8 @@ def update_todo(user, id, title=None, completed=None, key=None):
                        (changed.title, int(changed.completed), changed.version, todo.id))
         moved = int(changed.completed) - int(todo.completed)
         _changed(user, [todo.id], active=-moved, completed=moved)
-    _record(user, key, [todo.id],
-            f'Renamed {_quoted(todo.title)}.' if changed.title != todo.title else None,
-            renamed=[todo.id, todo.title, changed.title])
+    _record(user, key, [todo.id], changed.title != todo.title and (
+        f'Renamed {_quoted(todo.title)}.', 'renamed', [todo.id, todo.title, changed.title]))
     return changed
 
 
@@ -4937,8 +4962,8 @@ def toggle_todos(user, completed, ids=None, key=None):
     if ids:
         moved = len(ids) if completed else -len(ids)
         _changed(user, ids, active=-moved, completed=moved)
-    _record(user, key, ids, f'Marked {len(ids):,} as {"" if completed else "not "}done.'
-            if ids else None, marked=[ids, int(completed)])
+    _record(user, key, ids, ids and (
+        f'Marked {len(ids):,} as {"" if completed else "not "}done.', 'marked', [ids, completed]))
     return ids
 
 
@@ -4950,6 +4975,26 @@ def delete_todo(user, id, key=None):
     todo = find_todo(user, id)
     rows = app_db.execute(DELETE_TODOS + 'id = :id' + REMOVED, {'user': user, 'id': todo.id})
     _removed(user, rows, key, f'Removed {_quoted(todo.title)}.')
+
+
+@app_db.transaction
+def take_back(user, of=None, key=None):
+    """Undo the change that has the key `of`, or else the user's newest that can be undone, and give
+    the ids of the todos that are other now. Only what that change itself did is taken back; if all
+    of it was changed since, it can't be undone. Raises LimitError."""
+    done = touched_before(user, key)
+    ids = done or []
+    while done is None and not ids:
+        rows = app_db.execute(f'{NEWEST_UNDO} {"" if of is None else "AND key = :of"} '
+                              f'ORDER BY id DESC LIMIT 1', {'user': user, 'of': of})
+        if not rows:
+            break
+        (change, undo), = rows
+        app_db.execute('UPDATE changes SET undo = NULL WHERE id = ?', (change,))
+        ids = _take_back(user, *json.loads(undo))
+    if done is None:
+        _record(user, key, ids)
+    return ids
 
 
 @app_db.transaction
@@ -4968,6 +5013,25 @@ def find_todo(user, id):
     if todo is None:
         raise NotFound('There is no such todo. It may have been removed in another tab.')
     return todo
+
+
+def what_was_done(user, key):
+    """The change of that key in a sentence, if it can be undone; else None."""
+    rows = app_db.execute(f'{NEWEST_UNDO} AND key = :key', {'user': user, 'key': key})
+    return json.loads(rows[0][1])[0] if rows else None
+
+
+@jobs.every(3600, queue='low')
+def forget_changes():
+    """Forget what is too old to be undone, texts and all, and the keys that nobody sends again."""
+    forgotten = 0
+    for statement, seconds in ((FORGET_UNDO, KEEP_UNDO_SECONDS),
+                               (FORGET_CHANGES, KEEP_CHANGES_SECONDS)):
+        while rows := app_db.execute(statement, (seconds, FORGET_ROWS)):
+            forgotten += len(rows)
+    if forgotten:
+        app_db.truncate_log()
+    log.info('forgot changes=%s', forgotten)
 
 
 def _look_up(user, id):
@@ -5006,13 +5070,11 @@ def _changed(user, ids, active=0, completed=0):
     return Totals(*totals)
 
 
-def _grown(user, ids, active=0, completed=0):
-    """Count new rows, and give the version of the list. Raises LimitError."""
-    totals = _changed(user, ids, active, completed)
+def _refuse_too_many(totals):
+    """Raises LimitError."""
     if totals.active + totals.completed > settings.max_todos:
         raise LimitError(f'The list is full: it has {settings.max_todos:,} todos. Clear some '
                          f'first.')
-    return totals.version
 
 
 def _removed(user, rows, key, said):
@@ -5021,7 +5083,7 @@ def _removed(user, rows, key, said):
     done = sum(completed for _, _, completed, *_ in rows)
     if rows:
         _changed(user, ids, active=done - len(rows), completed=-done)
-    _record(user, key, ids, said if rows else None, removed=rows)
+    _record(user, key, ids, rows and (said, 'removed', rows))
     return ids
 
 
@@ -5031,6 +5093,30 @@ def _toggle(user, completed, ids=None):
     return [id for id, in app_db.execute(TOGGLE_TODOS, {
         'user': user, 'completed': int(completed), 'version': count_todos(user).version + 1,
         'ids': None if ids is None else json.dumps(ids)})]
+
+
+def _take_back(user, said, kind, data):
+    """Undo what a change has noted: see _record(). Gives the ids of what is other now."""
+    version = count_todos(user).version + 1
+    if kind == 'renamed':
+        id, before, after = data
+        changed = app_db.execute(RENAME_BACK, (before, version, user, id, after))
+        rows = [(id, 0, 0) for id, in changed]
+    elif kind == 'marked':
+        ids, step = data[0], 1 if data[1] else -1
+        rows = [(id, step, -step) for id in _toggle(user, not data[1], ids)]
+    elif kind == 'made':
+        rows = [(id, done - 1, -done) for id, title in data for id, done in
+                app_db.execute(UNMAKE_TODO, (user, id, title))]
+    else:
+        rows = [(id, 1 - done, done) for row in data for id, done in
+                app_db.execute(RESTORE_TODO, (*row, user, version))]
+    ids, active, completed = ([row[column] for row in rows] for column in range(3))
+    if ids:
+        totals = _changed(user, ids, sum(active), sum(completed))
+        if kind == 'removed':
+            _refuse_too_many(totals)
+    return ids
 
 
 def touched_before(user, key):
@@ -5044,14 +5130,15 @@ def touched_before(user, key):
     return json.loads(rows[0][0]) if rows else None
 
 
-def _record(user, key, ids, said=None, **undo):
-    """Note a change under its key, or under a new one if it can be undone. said: what was done, or
-    None if there is nothing to undo."""
-    if key or said:
-        app_db.execute('INSERT INTO changes (user_id, key, touched, undo, made_at) '
-                       'VALUES (?, ?, ?, ?, now_s())',
-                       (user, key or new_key(), json.dumps(ids),
-                        json.dumps({'said': said, **undo}) if said else None))
+def _record(user, key, ids, undo=None):
+    """Note a change under its key, or under a new one if it can be undone.
+
+    undo: what was done in a sentence, and what _take_back() needs. Renamed: the id, the title
+    before and after. Marked: the ids, and whether as completed. Made: ids and titles. Removed: the
+    rows, as RESTORE_TODO takes them."""
+    if key or undo:
+        app_db.execute(INSERT_CHANGE, (user, key or new_key(), json.dumps(ids),
+                                       json.dumps(undo) if undo else None))
 
 
 def _quoted(title):
@@ -5151,6 +5238,11 @@ data-showing="{{'active completed' if showing == 'all' else showing}}">
 <button type="submit" class="clear-completed">Clear completed</button>
 </form>
 </footer>
+<form class="undo" id="undo" action="/undo" method="post"{{!'' if undo else ' hidden'}}>
+<input type="hidden" name="of" value="{{undo and undo[0]}}">
+<span class="undo-said" role="status">{{undo and undo[1]}}</span>
+<button type="submit">Undo</button>
+</form>
 <p class="empty">All clear. What would you like to get done?</p>
 <p class="nothing">Nothing in this view.</p>
 </section>
@@ -5243,10 +5335,11 @@ data-version="{{version}}"></turbo-stream>
 Template.defaults['colors'] = THEME_COLORS
 
 
-def render_page(user, showing, todos, totals, editing=None, text='', error=''):
+def render_page(user, showing, todos, totals, editing=None, text='', error='', undo=''):
     """The list. todos: all of them; those that the filter leaves out are on the shelf, so that the
     script can switch filters alone. editing: the id of the todo in whose place a form stands; text
-    and error belong to that form, or else to the field for a new todo."""
+    and error belong to that form, or else to the field for a new todo. undo: the key of a change,
+    and what was done."""
     rows, shelf = [], []
     for todo in todos:
         shown = showing in ('all', 'completed' if todo.completed else 'active')
@@ -5257,7 +5350,7 @@ def render_page(user, showing, todos, totals, editing=None, text='', error=''):
     body = render('page', showing=showing, rows=''.join(rows), shelf=''.join(shelf),
                   shelved={'active': 'completed', 'completed': 'active'}.get(showing, ''),
                   totals=totals, key=new_key(), editing=editing,
-                  text=text, error=error, source=stream_source(todos_stream(user)),
+                  text=text, error=error, undo=undo, source=stream_source(todos_stream(user)),
                   count=render_count(totals), toggle_all=render_toggle_all(totals),
                   filters=render_filters(showing))
     before, between, after = layout(f'{totals.active} left · todol' if totals.active else 'todol')
@@ -5351,7 +5444,8 @@ def broadcast_todos(changes):
 
 # Each change takes a field key: see Todos. A row is named by its id, or by its key K.n.
 
-ROW = r'<row:re:[0-9]{1,18}|[A-Za-z0-9_.:-]{1,100}\.[0-9]{1,5}>'       # ids: within 64 bits
+UNDO_COOKIE = f'{APP}_undo'
+ID = r'<id:re:[0-9]{1,18}|[A-Za-z0-9_.:-]{1,100}\.[0-9]{1,5}>'        # ids: within 64 bits
 
 
 @app.get([*PATHS.values()])
@@ -5362,7 +5456,7 @@ def show_list():
     if wanted() == 'json':
         return as_json({'showing': showing, 'active': totals.active, 'completed': totals.completed,
                         'todos': [public(todo) for todo in list_todos(user, showing)]})
-    return render_page(user, showing, list_todos(user), totals)
+    return render_page(user, showing, list_todos(user), totals, undo=offered_undo(user))
 
 
 @app.post('/todos')
@@ -5381,10 +5475,10 @@ def create():
                    status=201)
 
 
-@app.get(f'/todos/{ROW}/edit')
-def edit(row):
+@app.get(f'/todos/{ID}/edit')
+def edit(id):
     """The form that renames a todo, in the place of its row."""
-    user, id = current_user(), id_of(row)
+    user, id = current_user(), id_or_key(id)
     with shown_as_gone(user, id):
         todo = find_todo(user, id)
     if wanted() == 'html':
@@ -5393,27 +5487,28 @@ def edit(row):
         todo, filter_of_page(), todo.title)), public(todo))
 
 
-@app.patch(f'/todos/{ROW}')
-def update(row):
+@app.patch(f'/todos/{ID}')
+def update(id):
     """Rename a todo (title), or set whether it is done (completed), or both."""
-    user, form, id = current_user(), fields(), id_of(row)
+    user, form, id = current_user(), fields(), id_or_key(id)
     if form.get('title') is None and 'completed' not in form:
         raise InvalidField('give a title, or completed, or both')
     completed = flag(form, 'completed') if 'completed' in form else None
     try:
         with shown_as_gone(user, id):
-            todo = update_todo(user, id, form.get('title'), completed, form.get('key'))
+            key = change_key() if 'title' in form else form.get('key')
+            todo = update_todo(user, id, form.get('title'), completed, key)
     except TitleError as error:
         return invalid(error, 'edit-error', user, editing=id, text=form['title'])
     return changed(user, [id], public(todo) if todo else {})
 
 
-@app.delete(f'/todos/{ROW}')
-def delete(row):
+@app.delete(f'/todos/{ID}')
+def delete(id):
     """Delete a todo."""
-    user, form, id = current_user(), fields(), id_of(row)
+    user, id = current_user(), id_or_key(id)
     with shown_as_gone(user, id):
-        delete_todo(user, id, form.get('key'))
+        delete_todo(user, id, change_key())
     return changed(user, [id], {})
 
 
@@ -5427,21 +5522,56 @@ def toggle_all():
                                                 for id in ids):
             raise InvalidField('ids must be a list of todo ids')
         ids = [int(id) for id in ids]
-    ids = toggle_todos(user, flag(form, 'completed'), ids, form.get('key'))
+    ids = toggle_todos(user, flag(form, 'completed'), ids, change_key())
     return changed(user, ids, {'ids': ids})
 
 
 @app.delete('/todos/completed')
 def clear():
     """Delete the completed todos."""
-    user, form = current_user(), fields()
-    ids = clear_completed(user, form.get('key'))
+    user = current_user()
+    ids = clear_completed(user, change_key())
     return changed(user, ids, {'ids': ids})
 
 
-def id_of(row):
-    """What a path names a row by: its id as a number, or its key as text."""
-    return int(row) if row.isdigit() else row
+@app.post('/undo')
+def undo():
+    """Take back a change: of, its key, or else the newest that can be."""
+    user, form = current_user(), fields()
+    of = form.get('of') or None
+    if not isinstance(of, str | None):
+        raise InvalidField('of must be the key of a change')
+    try:
+        ids = take_back(user, of, form.get('key'))
+    except LimitError as error:
+        return invalid(error, 'notice', user)
+    if not ids:
+        raise NotFound('There is nothing to undo any more.')
+    return changed(user, ids, {'ids': ids})
+
+
+def offered_undo(user):
+    """The key of the change that this browser has made without script a moment ago, and what it
+    was, if it can be undone; else ''."""
+    key = bottle.request.get_cookie(UNDO_COOKIE, '')
+    said = what_was_done(user, key) if CHANGE_KEY.fullmatch(key) else None
+    return (key, said) if said else ''
+
+
+def id_or_key(text):
+    """What a path names a row by: its id, or its key as text."""
+    return int(text) if text.isdigit() else text
+
+
+def change_key():
+    """The key that the client gave to its change. Without script it gets one, in a cookie by which
+    the next page offers to undo it."""
+    key = fields().get('key')
+    if wanted() == 'html':
+        key = key or new_key()
+        bottle.response.set_cookie(UNDO_COOKIE, str(key), path='/', max_age=60, httponly=True,
+                                   samesite='lax', secure=is_https(bottle.request.environ))
+    return key
 
 
 def flag(form, name):
