@@ -5808,7 +5808,7 @@ strong { color: var(--ink); }
 [data-state="offline"]::before { color: var(--danger); }
 .message p { margin: 0 0 .5rem 48px; }
 
-.empty, :has(#todos li:not([data-pending]), [data-showing~="active"] li) > .nothing {
+.empty, :has(#todos li:not([data-pending]), #todos[data-showing~="active"] li) > .nothing {
   display: none;
 }
 .todoapp:not(:has([data-pending], .todo-count:not([data-active="0"][data-completed="0"]))) {
