@@ -2069,7 +2069,7 @@ def test_the_clock_of_sql_can_be_put_in_and_executemany_is_refused_outside_a_tra
 # the ends of a table.
 SCANS_ALLOWED = re.compile(
     'failed_at, error FROM jobs$|FROM (outbox$|outbox ORDER BY id LIMIT|outbox LIMIT|entries ORDER BY id LIMIT|'
-    'messages WHERE created_at >= |recurring|epochs|schema_migrations|sqlite_master|pragma_)|UPDATE recurring|'
+    'messages WHERE created_at >= |changes ORDER BY id LIMIT|recurring|epochs|schema_migrations|sqlite_master|pragma_)|UPDATE recurring|'
     r'UPDATE jobs SET run_at = now_s.., enqueued_at|SELECT (queue, )?count\(\*\)|(min|max)\(id\)|SET uid = id')
 
 
@@ -7842,6 +7842,28 @@ def test_a_full_list_takes_no_more_but_repeats_and_other_users_are_welcome(open_
     client.create('new')
 
 
+def test_lines_as_people_paste_them_are_todos(stack):
+    for line, todo in {'milk': ('milk', False), '- milk': ('milk', False), '* [x] milk': ('milk', True),
+                       '  • [ ] milk ': ('milk', False), '12. milk': ('milk', False), '3) [X] milk': ('milk', True),
+                       '+ [] milk': ('milk', False), '[x] milk': ('milk', True), '1.5 l milk': ('1.5 l milk', False),
+                       '-milk': ('-milk', False), '- - milk': ('- milk', False), '[x]milk': ('[x]milk', False),
+                       '2024': ('2024', False), '- [x] [x] 1. milk': ('[x] 1. milk', True)}.items():
+        assert [(todo.title, todo.completed) for todo in todol.create_todos(USERS[0], todol.todos_of(line))] == [todo]
+    assert todol.todos_of('a\r\n\n \t\r- \n- [x]\n1.\n\u200b\nb\u2028c\n') == [('a', False), ('b\u2028c', False)]
+
+
+@given(st.lists(st.tuples(st.text(max_size=20), st.booleans()), min_size=1, max_size=5))
+def test_a_list_as_text_makes_the_same_list_again(stack, todos):
+    user = todol.new_user()
+    try:
+        todos = todol.create_todos(user, todos)
+    except todol.TitleError:
+        assume(False)
+    again = todol.create_todos(USERS[1], todol.todos_of(todol.text_of(todos)))
+    assert [todo[1:3] for todo in again] == [todo[1:3] for todo in todos]
+    todol.app_db.execute('DELETE FROM todos')
+
+
 UNDOABLE = {
     'rename': lambda user, ids, key: todol.update_todo(user, ids[0], f'renamed by {key}', key=key),
     'delete': lambda user, ids, key: todol.delete_todo(user, ids[-1], key),
@@ -8152,8 +8174,10 @@ def untold():
 
 
 KINDS = [each[:3] for each in CHANGES] + [('PATCH', '/todos/{id}', {'completed': '0'}),
-                                         ('PATCH', '/todos', {'completed': '0'})]
-EACH_KIND = [(KINDS[number], 0) for number in (0, 0, 0, 0, 1, 2, 7, 5, 8, 2, 6, 3, 4)]      # all change something
+                                         ('PATCH', '/todos', {'completed': '0'}),
+                                         ('POST', '/todos', {'text': '- [x] a\n- b'}), ('POST', '/undo', {})]
+EACH_KIND = [(KINDS[number], 0)             # all change something
+             for number in (0, 0, 0, 0, 1, 10, 2, 7, 5, 8, 10, 2, 6, 10, 6, 3, 10, 4, 10, 9, 10)]
 
 
 @hypothesis_settings(max_examples=25)
@@ -8168,7 +8192,8 @@ def test_tabs_of_every_filter_end_as_the_server_has_it_whatever_comes_twice(stac
         answer = client.request(method, path.format(id=ids[number % len(ids)]), form,
                                 accept=f'{TURBO}, text/html, application/xhtml+xml')
         assert answer.headers['content-type'] == f'{TURBO}; charset=UTF-8'
-        assert answer.status == (404 if '{' in path and ids == [0] else 200)
+        missing = '{' in path and ids == [0] or path == '/undo' and 'nothing to undo' in answer.text
+        assert answer.status == (404 if missing else 200)
         for tab in tabs:
             for _ in range(random.randint(1, 2) if answer.status == 200 else 0):
                 tab.receive(answer.text)
@@ -8321,6 +8346,40 @@ def test_undo_answers_programs_and_scripts_as_every_change_does(listed):
     assert 'nothing to undo any more' in listed.post('/undo', accept=JSON).json['error']
     for form in ({'of': ['k']}, {'of': 5}, {'key': 'ü'}):
         assert listed.post('/undo', json_body=form, accept=JSON).status == 422
+
+
+def test_a_list_goes_in_and_out_as_text_and_as_json_and_is_one_change(client):
+    for form, number in (({'text': '- [x] a\n\n2. b\n'}, 2), ({'todos': [{'title': 'a', 'completed': True}, {
+            'title': 'b'}]}, 2), ({'text': 'a'}, 1), ({'todos': [{'title': 'a', 'id': 7}]}, 1)):
+        answers = [client.post('/todos', json_body={**form, 'key': f'k{number}'}, accept=JSON) for _ in range(2)]
+        assert answers[0].status == 201 and answers[0].body == answers[1].body
+        expected = [{'title': 'a', 'completed': number == 2}, {'title': 'b', 'completed': False}][:number]
+        assert [{**todo, 'id': 0} for todo in answers[0].json['todos']] == [{'id': 0, **todo} for todo in expected]
+        whole = client.get('/todos.json')
+        assert whole.headers['content-type'] == JSON and whole.json == answers[0].json
+        text = client.get('/todos.txt')
+        assert text.headers['content-type'] == 'text/plain; charset=UTF-8'
+        assert text.text == '- [x] a\n- [ ] b\n' if number == 2 else text.text == '- [ ] a\n'
+        copy = WSGIClient()
+        for again in ({'json_body': {**whole.json, 'key': 'c'}}, {'form': {'text': text.text, 'key': 'd'}}):
+            assert copy.post('/todos', **again, accept=JSON).status == 201 and copy.get('/todos.txt').text == text.text
+            undone = copy.post('/undo', {'of': next(iter(again.values()))['key']}, accept=JSON)
+            assert undone.status == (200 if number == 2 else 404), 'of several'
+            copy.patch('/todos', {'completed': '1'})
+            copy.delete('/todos/completed')
+        shown = Page(client.post('/todos', json_body={**form, 'key': 'turbo'}, accept=TURBO).text)
+        assert [row.attributes['data-key'] for row in shown.all('li')] == [
+            f'turbo.{place}' for place in range(number) for _ in range(2)]
+        for key in 'turbo', f'k{number}':
+            client.post('/undo', {'of': key})
+        client.patch('/todos', {'completed': '1'})
+        client.delete('/todos/completed')
+        todol.app_db.execute('DELETE FROM changes')
+    for form in ({'text': ' \n- \n'}, {'todos': []}, {'todos': [{'title': 'a'}, {'title': ' '}]}, {'todos': 5},
+                 {'todos': ['a']}, {'todos': [{'title': 'a', 'completed': 'maybe'}]}, {'text': 'a\nb\0'},
+                 {'text': 'a\n' + 'x' * 501}, {'text': 5}, {'todos': [{}]}):
+        answer = client.post('/todos', json_body=form, accept=JSON)
+        assert answer.status == 422 and re.search('title|todos|completed', answer.json['error']) and not client.todos()
 
 
 def test_a_title_that_can_not_be_kept_is_said_at_its_field_with_the_text_kept(listed):

@@ -4786,6 +4786,8 @@ app_db.migrations += [
         CREATE INDEX changes_with_undo ON changes (user_id, id) WHERE undo IS NOT NULL'''),
     # Those were of todos; a row now has that of the change that made it, and its place in that.
     ('012 forget keys of todos', 'UPDATE todos SET key = NULL WHERE key IS NOT NULL'),
+    ('013 index undo by time', '''
+        CREATE INDEX changes_with_undo_by_time ON changes (made_at) WHERE undo IS NOT NULL'''),
 ]
 app_settings(
     Setting('MAX_TITLE_CHARS', '500', 'longest title, characters', whole_number(1, 10_000)),
@@ -4802,6 +4804,9 @@ NOT_TEXT = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')      # controls, lone
 BLANK = re.compile(r'[\s\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f'
                    r'\ufe00-\ufe0f\ufeff]*')
 
+# A bullet or a number, and a box with a tick or without, before the title
+LINE = re.compile(r'\s*(?:(?:[-*+•]|[0-9]{1,4}[.)])(?:\s+|$))?(?:\[([ xX]?)\](?:\s+|$))?(.*)')
+
 SELECT_TODOS = 'SELECT id, title, completed, version, key FROM todos WHERE user_id = ?'
 # The version is that of the list after COUNT_CHANGE, which comes next.
 INSERT_TODO = '''
@@ -4809,8 +4814,12 @@ INSERT_TODO = '''
     VALUES (:user, :title, :completed,
             coalesce((SELECT version FROM lists WHERE user_id = :user), 0) + 1, :key, now_s())
     RETURNING id'''
-DELETE_TODOS = 'DELETE FROM todos WHERE user_id = :user AND '
-REMOVED = ' RETURNING id, title, completed, key, created_at'
+DELETE_TODO = '''
+    DELETE FROM todos WHERE user_id = ? AND id = ?
+    RETURNING id, title, completed, key, created_at'''
+CLEAR_TODOS = '''
+    DELETE FROM todos WHERE user_id = ? AND completed = 1
+    RETURNING id, title, completed, key, created_at'''
 RESTORE_TODO = '''
     INSERT INTO todos (id, title, completed, key, created_at, user_id, version)
     VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id, completed'''
@@ -4886,6 +4895,17 @@ def clean_title(title):
         raise TitleError(f'That title has a character that is not text: '
                          f'U+{ord(stranger[0]):04X}.')
     return '' if BLANK.fullmatch(title) else title
+
+
+def todos_of(text):
+    """What stands in pasted text, a line for each, as tuples of title and completed."""
+    lines = [LINE.match(line) for line in re.split(r'\r\n|[\r\n]', text)]
+    return [(line[2], line[1] in ('x', 'X')) for line in lines if not BLANK.fullmatch(line[2])]
+
+
+def text_of(todos):
+    """The todos as text, such as todos_of() takes."""
+    return ''.join(f'- [{"x" if todo.completed else " "}] {todo.title}\n' for todo in todos)
 
 
 def new_key():
@@ -4973,7 +4993,7 @@ def delete_todo(user, id, key=None):
     if touched_before(user, key) is not None:
         return
     todo = find_todo(user, id)
-    rows = app_db.execute(DELETE_TODOS + 'id = :id' + REMOVED, {'user': user, 'id': todo.id})
+    rows = app_db.execute(DELETE_TODO, (user, todo.id))
     _removed(user, rows, key, f'Removed {_quoted(todo.title)}.')
 
 
@@ -5003,7 +5023,7 @@ def clear_completed(user, key=None):
     done = touched_before(user, key)
     if done is not None:
         return done
-    rows = app_db.execute(DELETE_TODOS + 'completed = 1' + REMOVED, {'user': user})
+    rows = app_db.execute(CLEAR_TODOS, (user,))
     return _removed(user, rows, key, f'Cleared {_todos(len(rows))}.')
 
 
@@ -5459,20 +5479,49 @@ def show_list():
     return render_page(user, showing, list_todos(user), totals, undo=offered_undo(user))
 
 
+@app.get('/todos.json')
+def show_json():
+    """The whole list for programs; POST /todos takes it."""
+    return as_json({'todos': [public(todo) for todo in list_todos(current_user())]})
+
+
+@app.get('/todos.txt')
+def show_text():
+    """The whole list as text; POST /todos takes it too."""
+    bottle.response.content_type = 'text/plain; charset=UTF-8'
+    return text_of(list_todos(current_user()))
+
+
 @app.post('/todos')
 def create():
-    """Create a todo: title, and key against doing it twice."""
+    """Create todos, as one change: title of one; or text, a line for each; or todos, a list."""
     user, form = current_user(), fields()
     title, key = form.get('title', ''), form.get('key')
     if form.get('form_key') and not key:        # of a page: the same form may send another title
         digest = hashlib.sha256(f'{form["form_key"]}\0{title}'.encode()).hexdigest()
         key = f'{str(form["form_key"])[:16]}.{digest[:24]}'
+    given = given_todos(form)
     try:
-        todo = create_todo(user, title, key)
+        todos = create_todos(user, given or [(title, False)], key)
     except (TitleError, LimitError) as error:
         return invalid(error, 'new-todo-error', user, text=title)
-    return changed(user, [f'{key}.0' if key else todo.id], public(todo) if todo else {},
-                   status=201)
+    data = [public(todo) for todo in todos]
+    names = [f'{key}.{number}' for number in range(len(given or [title]))] if key else [
+        todo.id for todo in todos]
+    return changed(user, names, {'todos': data} if given else data[0] if data else {}, status=201)
+
+
+def given_todos(form):
+    """The todos of a form or JSON that has several, as tuples of title and completed, or None.
+    Raises InvalidField."""
+    if isinstance(form.get('text'), str):
+        return todos_of(form['text'])
+    todos = form.get('todos')
+    if todos is None:
+        return None
+    if not isinstance(todos, list) or not all(isinstance(todo, dict) for todo in todos):
+        raise InvalidField('todos must be a list of objects with title and completed')
+    return [(todo.get('title'), flag({'completed': False, **todo}, 'completed')) for todo in todos]
 
 
 @app.get(f'/todos/{ID}/edit')
