@@ -446,11 +446,13 @@ def new_page(browser):
     """
     with contextlib.ExitStack() as opened:
         def open_page(**options):
+            options = {'service_workers': 'block', **options}       # it would answer before a test's route
             page = opened.enter_context(browser.new_context(**options)).new_page()
             page.set_default_timeout(10_000)
             page.complaints = []
             page.on('pageerror', lambda error: page.complaints.append(f'uncaught: {error}'))
             page.on('console', lambda message: message.type in ('error', 'warning')
+                    and 'blocked by Playwright' not in message.text
                     and page.complaints.append(f'{message.type}: {message.text}'))
             return page
         yield open_page
@@ -8671,7 +8673,12 @@ def text_of(selector):
     return lambda page: page.text_content(selector)
 
 
-counter, connection, announced = map(text_of, ('.todo-count', '#connection', '#announcer[role=status]'))
+counter, announced = map(text_of, ('.todo-count', '#announcer[role=status]'))
+
+
+def connection(page):
+    """What is said of the line, or in what state it is where nothing is said."""
+    return text_of('#connection')(page) or page.get_attribute('#connection', 'data-state')
 
 
 def titles(page):
@@ -8680,7 +8687,7 @@ def titles(page):
 
 def pending(page):
     """The titles of the rows that stand for todos on their way, and are to be seen."""
-    return [each.text_content() for each in page.locator('#todos > [data-pending]').all() if each.is_visible()]
+    return page.locator('#todos > [data-pending] .view label').all_text_contents()
 
 
 def rows(page):
@@ -8699,7 +8706,7 @@ def focused(page):
 
 def unsent(page):
     """The changes that the server has not acknowledged, as JSON."""
-    return page.evaluate("sessionStorage.changes ?? '[]'")
+    return page.evaluate("JSON.stringify(Object.keys(localStorage).filter(name => name.startsWith('change:')))")
 
 
 def path_shown(page):
@@ -9094,7 +9101,7 @@ def test_a_todo_long_on_its_way_says_so_by_its_look_and_one_made_offline_without
     assert pending(page) == ['milk'] and not page.locator('.empty').is_visible()        # the first of an empty list
     if offline:
         becomes(page, border, 'dashed')
-        becomes(page, connection, 'offline, 1 change waiting')
+        becomes(page, connection, 'No connection. 1 change will be sent.')
         page.context.set_offline(False)
         becomes(page, titles, ['milk'])
         becomes(page, connection, 'live')
@@ -9185,11 +9192,11 @@ def test_too_many_changes_wait_as_long_as_the_server_asks_and_are_then_made(open
     page.on('request', lambda request: request.method == 'POST' and requests.append(request))
     add(page, 'one')
     asked(0).fulfill(status=429, headers={'Retry-After': '600', 'Content-Type': todol.TURBO_STREAM}, body='')
-    becomes(page, connection, 'offline, 1 change waiting')
+    becomes(page, connection, 'No connection. 1 change will be sent.')
     page.clock.fast_forward(500_000)
     add(page, 'two')
     becomes(page, lambda page: page.locator('[data-pending], #connection').all_text_contents(),
-            ['one', 'two', 'offline, 2 changes waiting'])
+            ['one', 'two', 'No connection. 2 changes will be sent.'])
     assert len(requests) == 1, 'typing must not hurry it'
     page.clock.fast_forward(100_000)
     asked(1).continue_()
@@ -9217,13 +9224,13 @@ def test_after_a_crash_tabs_find_back_by_themselves_and_changes_survive_a_reload
     page, other = (open_tab(*todos, client=visitor, expected=CONNECTION_LOST + '|' + STATUS)
                    for todos in (['milk', 'tea', 'beer'], []))
     server.kill()
-    becomes(other, connection, 'reconnecting')
+    becomes(other, connection, 'No connection.')
     assert other.locator('#connection[role=status]').is_visible()
     add(page, 'one', 'two')
     toggle(page, 'milk')
     rename(page, 'tea', 'green tea')
     remove(page, 'beer')
-    becomes(page, connection, 'offline, 5 changes waiting')
+    becomes(page, connection, 'No connection. 5 changes will be sent.')
     assert titles(page) == ['milk', 'green tea'] and pending(page) == ['one', 'two']
     with contextlib.suppress(Exception):
         page.reload()
@@ -10036,7 +10043,7 @@ def test_two_browsers_see_each_others_messages_a_kill_loses_none_and_one_sent_me
         say(page, f'meanwhile {number}')
         said.append(f'meanwhile {number}')
     assert page.input_value('[name=text]') == ''
-    page.locator('[data-connection]', has_text='offline, 2 changes waiting').wait_for()
+    page.locator('[data-connection]', has_text='No connection. 2 changes will be sent.').wait_for()
     server.start(server.port)
     shows((page, other), MESSAGES, said, 30)
     page.locator('[data-connection]').wait_for(state='hidden')

@@ -2726,6 +2726,8 @@ def render(name, /, **values):
 
 # Assets
 
+# Of styles and scripts: indentation, blank lines, and comments that end a line.
+NEED_NOT_TRAVEL = re.compile(r'^\s*(//.*|/\*.*\*/)?\n|^[ \t]+|[ \t]{2,}// .*$', re.MULTILINE)
 _assets = {}        # name -> (content type, text or bytes, or a function that gives it)
 
 
@@ -2749,8 +2751,10 @@ def _digest(name):
 
 @functools.cache
 def _asset_bytes(name, compressed=False):
-    source = _assets[name][1]
+    content_type, source = _assets[name]
     source = source() if callable(source) else source
+    if content_type.startswith(('text/css', 'text/javascript')) and isinstance(source, str):
+        source = NEED_NOT_TRAVEL.sub('', source)
     body = source.encode() if isinstance(source, str) else source
     return gzipped(body, 9) if compressed else body
 
@@ -3725,7 +3729,9 @@ LIVE_SCRIPT = r'''
 // Makes a page live, without a word about it but in its HTML: forms with method=post go
 // out by fetch, in order; Turbo Streams, those of answers and those of each
 // <turbo-cable-stream-source>, change the page; links with data-visit and a refresh
-// morph it. Optional: #notice for errors, [data-connection] for the state of the line.
+// morph it. What can't be sent waits, over a closed tab too; the page opens without the
+// network as it was last seen. Optional: #notice for errors, [data-connection] for
+// trouble with the line, <meta name="owner"> for whose page it is.
 // Left alone: data-turbo="false", forms with files or a target and, by morph, elements
 // with data-turbo-permanent. Text fields are reset when their form is sent.
 // Beside the real Turbo, which then defines the elements.
@@ -3733,30 +3739,35 @@ const TURBO_STREAM = 'text/vnd.turbo-stream.html', SOURCE = 'turbo-cable-stream-
 const ACCEPT = `${TURBO_STREAM}, text/html;q=0.9`;      // where a redirect leads, there is a page
 const FORMS = `form[method=post i]:not([target], [enctype^=multipart i],
   [data-turbo=false], [data-turbo=false] *)`;
+const LATER = [408, 409, 425, 429, 502, 503, 504];      // statuses after which to ask again
 const HIDDEN_MS = 60_000, STALE_MS = 8_000, ANSWER_MS = 20_000, LOOK_MS = 20_000;
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 const byId = id => document.getElementById(id);
 const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
+const limit = ms => globalThis.AbortSignal?.timeout?.(ms);
 // Time that passes: the wall clock may be put back, the other one stops while a machine sleeps.
 const clocks = () => [Date.now(), performance.now()];
 const elapsed = then => Math.max(...clocks().map((at, which) => at - then[which]));
 
 // What an app's own script, the next module, may replace in live.hooks
 const hooks = {
-  held: () => false,            // (id): nothing may overwrite this element for now
+  apply() {},                   // (entry): show a change that waits, from its data alone
   ours: () => false,            // (element): the script's own, morph leaves it where it is
   morphing() {},                // (from, to): before an element becomes like another
   leave: node => node.remove(), // (node): it is to go
   news() {},                    // (element): the cable has changed it
-  submitting() {},              // (form, entry, button): before it is queued; false: don't
-  queued() {},                  // (): the queue has changed, or has to wait
+  submitting() {},              // (form, button): before it is queued; false: don't
   settled() {},                 // (entry, answer): before an answer is shown
+  turned: () => visit(),        // (): the history has moved
+  keeping() {},                 // (root): a copy of the page, which is kept for offline
+  address: () => location.pathname,     // under which it is kept
+  owned() {},                   // (): the page has become another user's
 };
 
 // Versions: what a newer message has shown, an older one must not undo. What was
-// removed by its id stays away, unless the removal has a version too: ids are never
-// used again.
+// removed by its id stays away, unless the removal has a version too: then it may come
+// back with a higher one.
 const versions = new Map();
 const known = id => versions.get(id) ?? Number(byId(id)?.dataset.version ?? -1);
 function outdated(id, version) {
@@ -3765,16 +3776,17 @@ function outdated(id, version) {
   versions.set(id, Number(version));
   return false;
 }
-const held = id => !!id && hooks.held(id);
 
 // Morph: make an element like another without replacing it, so that focus, typed text
-// and clicks in flight survive. Blank text and comments are nobody's business.
-const left = node => node?.nodeType === 1 ? hooks.ours(node)
+// and clicks in flight survive. Blank text and comments are nobody's business. An element
+// that an app has drawn for a change has the key of that as data-pending; it stays while
+// the change waits, and becomes the server's one of the same data-key.
+const left = node => node?.nodeType === 1 ? waits(node.dataset.pending) || hooks.ours(node)
   : node && (node.nodeType !== 3 || !node.data.trim());
 const alike = (one, other) => one.nodeName === other.nodeName && one.id === other.id;
 function morph(from, to) {
   if (from.nodeName !== to.nodeName) return from.replaceWith(to);
-  if (held(from.id) || from.id && from.matches('[data-turbo-permanent]')) return;
+  if (from.id && from.matches('[data-turbo-permanent]')) return;
   if (outdated(to.id, to.dataset.version)) return;
   hooks.morphing(from, to);
   for (const name of from.getAttributeNames()) to.hasAttribute(name) || from.removeAttribute(name);
@@ -3792,9 +3804,7 @@ function morph(from, to) {
     let match = child.id ? byId(child.id) : next;
     while (!child.id && match && (left(match) || !alike(match, child))) match = match.nextSibling;
     if (match?.parentNode !== from || !alike(match, child)) {
-      if (!held(child.id) && !outdated(child.id, child.dataset?.version)) {
-        from.insertBefore(child, next);
-      }
+      if (!outdated(child.id, child.dataset?.version)) from.insertBefore(child, next);
       continue;
     }
     if (match === next) next = next.nextSibling;
@@ -3815,6 +3825,12 @@ function drop(node, end) {
     const gone = node;
     node = node.nextSibling;
     if (!left(gone) && !(end && gone.id)) hooks.leave(gone);
+  }
+}
+function adopt(root) {
+  for (const drawn of $$('[data-pending]')) {
+    const its = $(`[data-key="${drawn.dataset.key}"]`, root);
+    if (its && its.id !== drawn.id) byId(its.id) ? drawn.remove() : drawn.id = its.id;
   }
 }
 
@@ -3858,7 +3874,8 @@ class StreamElement extends HTMLElement {
     this.remove();
     if (action === 'refresh') return visit();
     if (action === 'remove' && target && !version) versions.set(target, Infinity);
-    if (held(id) || outdated(id, version)) return;
+    if (outdated(id, version)) return;
+    if (content) adopt(content);
     const all = targets ? $$(targets) : [byId(target)], morphs = get('method') === 'morph';
     for (const each of all.filter(Boolean)) {
       actions[action]?.(each, content?.cloneNode(true) ?? new DocumentFragment(), morphs);
@@ -3869,8 +3886,10 @@ function renderStreams(html, fromCable) {
   const fragment = document.createRange().createContextualFragment(html);
   const all = fromCable ? $$('turbo-stream', fragment).map(subject) : [];
   const news = all.filter(({ id, version }) => id && !(version <= known(id)));
+  for (const { content } of $$('template', fragment)) adopt(content);
   document.body.append(fragment);
   for (const id of new Set(news.map(({ id }) => id))) if (byId(id)) hooks.news(byId(id));
+  shown();
 }
 
 // Visits: another page, or this one again, morphed in. One that a message or an answer
@@ -3886,40 +3905,59 @@ function overtaken(page) {
 }
 // The styles and scripts of a page: one with others can't be morphed in.
 const files = root => $$('link[rel=stylesheet], script[src]', root)
-  .map(each => each.getAttribute('href') ?? each.getAttribute('src')).join();
-let visiting, epoch;
+  .map(each => each.getAttribute('href') ?? each.getAttribute('src'));
+let visiting, epoch, reached = true, stranger;
 async function visit(url = location.href, push = false, pause = 100, given) {
   const current = visiting = {};
   let page;
   try {
     const answer = given?.answer ?? await fetch(url, { headers: { Accept: 'text/html' },
-      signal: AbortSignal.timeout(ANSWER_MS) });
+      signal: limit(ANSWER_MS) });
     const html = given?.html ?? await answer.text();
     if (visiting !== current) return;
+    reached = !LATER.includes(answer.status);
     if (answer.ok && answer.headers.get('Content-Type')?.startsWith('text/html')) {
       page = new DOMParser().parseFromString(html, 'text/html');
       if (answer.redirected) url = answer.url;
-    } else if (answer.status < 500 && ![408, 425, 429].includes(answer.status)) {
+    } else if (answer.status < 500 && !LATER.includes(answer.status)) {
       return location.assign(url);
     }
-  } catch { /* ask again */ }
-  const fresh = page && epochOf(page);
-  if (fresh && fresh !== epoch) {
-    epoch = fresh;
-    versions.clear();
-    for (const each of $$('[data-version]')) each.dataset.version = -1;
+  } catch { reached = false; }          // ask again
+  cable.show();
+  // A page of another owner is asked for twice: if each is yet another's, no cookie comes back.
+  const other = page && ownerOf(page) || owner, twice = stranger === other;
+  if (other !== owner && !twice) {
+    if (stranger) return tell('This browser keeps no cookies, so nothing can be kept here.');
+    stranger = other;
+    return visit(url, push, pause);
   }
+  stranger = undefined;
+  if (other !== owner) belong(other);
+  const fresh = page && epochOf(page);
+  if (fresh && fresh !== epoch) renewVersions(fresh);
   if (!page || overtaken(page)) {
     await wait(pause);
     return visiting === current && visit(url, push, Math.min(pause * 2, 15_000));
   }
-  if (push && files(page) !== files(document)) return location.assign(url);
+  if (push && `${files(page)}` !== `${files(document)}`) return location.assign(url);
   if (push) history.pushState(null, '', url);
+  adopt(page);
   morph(document.body, page.body);
   document.title = page.title;
-  cable.show();
+  shown();
 }
-addEventListener('popstate', () => visit());
+function renewVersions(fresh) {
+  epoch = fresh;
+  versions.clear();
+  for (const each of $$('[data-version]')) each.dataset.version = -1;
+}
+// What the server has said is on the page: what waits is shown again on top of it.
+function shown() {
+  changes.forEach(entry => hooks.apply(entry));
+  cable.show();
+  keepSoon();
+}
+addEventListener('popstate', () => hooks.turned());
 onClick('a[data-visit]', ({ href }) => visit(href, href !== location.href));
 function onClick(selector, act) {       // without a key that opens another tab
   addEventListener('click', event => {
@@ -3931,67 +3969,161 @@ function onClick(selector, act) {       // without a key that opens another tab
   });
 }
 
-// Changes go to the server one after another, in their order. While it can't be reached
-// they wait, over a reload too; a key makes sending one twice harmless. An entry has a
-// path and a body, and whatever an app adds to it.
-const changes = [];
-try {
-  changes.push(...JSON.parse(sessionStorage.getItem('changes') ?? '[]'));
-} catch { /* without storage they are kept as long as the page */ }
-let delivering, waiting, wake = () => {};
-function change(entry) {
-  changes.push(entry);
-  keep();
-  deliver();
-}
-function keep() {
+// Storage that is full, blocked or gone costs what is kept there, and nothing else.
+function stored(act) {
   try {
-    sessionStorage.setItem('changes', JSON.stringify(changes));
-  } catch { /* as above */ }
-  hooks.queued();
+    return act(localStorage);
+  } catch { return undefined; }
+}
+
+// Whose page it is. With another owner, nothing of the former stays: what waits can't be
+// sent any more.
+const ownerOf = root => $('meta[name=owner]', root)?.content ?? '';
+let owner = ownerOf(document);
+function belong(other) {
+  const meta = $('meta[name=owner]');
+  owner = other;
+  if (meta) meta.content = other;
+  tellOfOther(changes.length);
+  changes.length = 0;
+  epoch = null;
+  forgetOthers();
+  hooks.owned();
+}
+function tellOfOther(lost) {
+  const unsent = lost ? ` ${count(lost)} of the former could not be sent.` : '';
+  tell(`This is not the list that was here before.${unsent}`);
+}
+function forgetOthers() {
+  const others = stored(all => {
+    const names = Object.keys(all).filter(name =>
+      name.startsWith('change:') && !name.startsWith(`change:${owner}:`));
+    for (const name of names) all.removeItem(name);
+    all.owner = owner;
+    return names.length;
+  });
+  if (others) tellOfOther(others);
+  globalThis.caches?.delete(KEPT).catch(() => {});
+}
+
+// Changes go to the server one after another, in their order, each with a key: sent
+// twice, it is done once. What waits is in localStorage, an item each, so that it outlives
+// the tab, and shows in the others. An entry has a path and a body, and whatever an app
+// needs to show it.
+const changes = [];
+const order = new Intl.Collator('en', { numeric: true }).compare;
+const waits = key => key && changes.some(each => each.key === key);
+const itemOf = ({ key }) => `change:${owner}:${key}`;
+let newest = 0, delivering, waiting, wake = () => {};
+function newKey() {                     // later ones are greater, though the clock goes back
+  newest = Math.max(newest + 1, Date.now());
+  return [newest, ...crypto.getRandomValues(new Uint32Array(3))].join('-');
+}
+function change(given) {
+  const entry = { key: newKey(), ...given };
+  entry.kept = stored(all => {
+    all.setItem(itemOf(entry), JSON.stringify({ ...entry, kept: true }));
+    return true;
+  });
+  take(entry);
+  deliver();
+  return entry;
+}
+function take(entry) {
+  if (waits(entry.key)) return;
+  newest = Math.max(newest, parseInt(entry.key));
+  changes.push(entry);
+  changes.sort((one, other) => order(one.key, other.key));
+  hooks.apply(entry);
   cable.show();
 }
+function forget(key) {
+  const at = changes.findIndex(each => each.key === key);
+  if (at >= 0) changes.splice(at, 1);
+  cable.show();
+}
+function takeKept() {
+  stored(all => Object.keys(all).sort(order).forEach(name => {
+    if (name.startsWith(`change:${owner}:`)) take(JSON.parse(all[name]));
+  }));
+}
+// In the other tabs. They send it themselves if the one that has it is closed.
+addEventListener('storage', ({ key: name, newValue }) => {
+  if (!name?.startsWith(`change:${owner}:`)) return;
+  const entry = JSON.parse(newValue);
+  if (entry && !entry.refused) {
+    take(entry);
+    wait(3000).then(deliver);
+  } else forget(name.split(':')[2]);
+  if (entry?.refused) visit();
+});
+addEventListener('beforeunload', event => {
+  if (changes.some(({ kept }) => !kept)) event.returnValue = '';
+  if (changes.some(({ kept }) => !kept)) event.preventDefault();
+});
 async function deliver() {
   if (delivering) return;
   delivering = true;
+  const { locks } = navigator;          // not on every address; without, the keys must do
   for (let pause = 500; changes.length;) {
-    const { path } = changes[0], body = new URLSearchParams(changes[0].body);
-    let answer, html;
-    try {
-      answer = await fetch(path, { method: 'POST', body, headers: { Accept: ACCEPT },
-        signal: AbortSignal.timeout(ANSWER_MS) });
-      html = await answer.text();
-    } catch { answer = null; }
-    if (!answer || [429, 502, 503, 504].includes(answer.status)) {
-      waiting = true;
-      keep();
-      const asked = 1000 * (answer?.headers.get('Retry-After') ?? 0);
-      const woken = new Promise(resolve => { wake = () => asked || resolve(true); });
-      const woke = await Promise.race([wait(asked || pause), woken]);
-      if (!woke) pause = Math.min(pause * 2, 15_000);
+    const later = await (locks?.request('deliver', attempt).catch(attempt) ?? attempt());
+    if (later === undefined) {
+      pause = 500;
       continue;
     }
-    waiting = false;
-    pause = 500;
-    const done = changes.shift();
-    keep();
-    queueMicrotask(() => settle(done, answer, html));
+    const at = clocks();
+    const woken = new Promise(resolve => {
+      wake = () => later || elapsed(at) < 1000 || resolve(true);
+    });
+    const woke = await Promise.race([wait(1000 * later || pause), woken]);
+    if (!woke) pause = Math.min(pause * 2, 15_000);
   }
   delivering = false;
 }
-function settle(done, answer, html) {
+// Send the oldest. Gives the seconds that the server wants to be left alone if it has to
+// wait, else nothing.
+async function attempt() {
+  const [entry] = changes;
+  const elsewhere = stored(all => all.owner === owner && !(itemOf(entry) in all));
+  if (!entry || entry.kept && elsewhere) return forget(entry?.key);
+  const body = new URLSearchParams(entry.body), headers = { Accept: ACCEPT, 'X-Owner': owner };
+  let answer, html;
+  body.set('key', entry.key);
+  try {
+    answer = await fetch(entry.path, { method: 'POST', body, headers, signal: limit(ANSWER_MS) });
+    html = await answer.text();
+  } catch { answer = null; }
+  waiting = !answer || LATER.includes(answer.status);
+  reached = !waiting;
+  if (waiting) {
+    cable.show();
+    if (answer?.status === 409) visit();
+    return Number(answer?.headers.get('Retry-After') ?? 0);
+  }
+  stored(all => {
+    if (!answer.ok) all.setItem(itemOf(entry), '{"refused": true}');    // the other tabs see it
+    all.removeItem(itemOf(entry));
+  });
+  forget(entry.key);
+  queueMicrotask(() => settle(entry, answer, html));
+}
+function settle(entry, answer, html) {
   const streams = answer.headers.get('Content-Type')?.startsWith(TURBO_STREAM);
-  if (!answer.ok) putBack(done);
-  hooks.settled(done, answer);
+  if (!answer.ok) {
+    for (const drawn of $$(`[data-pending="${entry.key}"]`)) drawn.remove();
+    putBack(entry);
+  }
+  hooks.settled(entry, answer);
   if (streams) renderStreams(html);
   else if (!answer.ok) tell(`That was not done: the server answered ${answer.status}.`);
-  else if (!answer.redirected || done.page !== location.href) visit();
+  else if (!answer.redirected || entry.page !== location.href) visit();
   else visit(answer.url, answer.url !== location.href, 100, { answer, html });
 }
 function tell(text) {
   const notice = byId('notice');
   if (notice) notice.textContent = text;
 }
+const count = number => `${number} change${number === 1 ? '' : 's'}`;
 
 // Forms. What was typed is sent and cleared; what was refused comes back, before what
 // has been typed since.
@@ -4004,15 +4136,12 @@ addEventListener('submit', event => {
   event.preventDefault();
   event.stopImmediatePropagation();
   tell('');
-  const entry = { path: pathOf(form, button), form: form.id, own: pathOf(form),
-    page: location.href };
-  if (hooks.submitting(form, entry, button) === false) return;
-  const body = new FormData(form, button);
-  if ($('[type=hidden]:is([name=key], [name=form_key])', form)) {
-    body.set('key', `${Date.now()}-${Math.random()}`);
-  }
+  if (hooks.submitting(form, button) === false) return;
+  const body = new FormData(form);
+  if (button?.name) body.set(button.name, button.value);
   if (typed(form).length) form.reset();         // a form of boxes shows what was ticked
-  change({ ...entry, body: [...body] });
+  change({ path: pathOf(form, button), form: form.id, own: pathOf(form), page: location.href,
+    body: [...body] });
 }, true);
 function putBack({ form: id, own, body }) {
   const sent = new URLSearchParams(body);
@@ -4029,8 +4158,8 @@ const sources = () => $$(SOURCE).filter(each => each instanceof CableStreamSourc
 const cable = {
   socket: null, live: false, failures: 0, heardAt: clocks(), timer: 0,
   open(counts = true) {
-    clearTimeout(this.timer);
     if (this.socket || !sources().length) return;
+    clearTimeout(this.timer);
     this.counts = counts;
     const url = location.origin.replace('http', 'ws') + '/cable';
     const protocols = ['actioncable-v1-ext-json', 'actioncable-unsupported'];
@@ -4042,7 +4171,7 @@ const cable = {
   hear({ type, identifier, message, epoch, offset, reconnect }) {
     this.heardAt = clocks();
     if (type === 'welcome') {
-      this.live = true;
+      this.live = reached = true;
       this.failures = 0;
       for (const source of sources()) {
         const channel = source.getAttribute('channel'), { since } = source.dataset;
@@ -4071,20 +4200,21 @@ const cable = {
   },
   lost() {
     this.release();
-    const ms = Math.min(500 * 2 ** this.failures, 30_000) * (0.5 + Math.random());
+    const ms = Math.min(500 * 2 ** this.failures, 8_000) * (0.5 + Math.random());
     if (this.counts) this.failures++;
+    if (this.failures === 2) askedAt = [0, 0];  // is it the line, or does only the socket fail?
     if (!document.hidden) this.timer = setTimeout(() => this.open(), ms);
     this.show();
   },
+  // Words for trouble alone: nothing while all is well, or rests
   show(idle) {
-    const element = $('[data-connection]'), number = changes.length;
-    const cut = navigator.onLine ? 'reconnecting' : 'offline';
-    const state = idle ? 'paused' : waiting ? 'offline' : this.live ? 'live' : cut;
-    if (!element || state === 'reconnecting' && this.failures < 2) return;
-    const unsent = `offline, ${number} change${number === 1 ? '' : 's'} waiting`;
-    const text = waiting ? unsent : state;
+    const element = $('[data-connection]');
+    const offline = waiting || !this.live && !(reached && navigator.onLine);
+    const unsent = changes.length ? ` ${count(changes.length)} will be sent.` : '';
+    const text = offline && !idle ? `No connection.${unsent}` : '';
+    if (!element) return;
     element.hidden = false;
-    element.dataset.state = state;
+    element.dataset.state = text ? 'offline' : idle ? 'paused' : this.live ? 'live' : 'asking';
     if (element.textContent !== text) element.textContent = text;
   },
 };
@@ -4112,7 +4242,8 @@ class CableStreamSource extends HTMLElement {
 let aliveAt = clocks(), askedAt = clocks();
 function alive({ type }) {
   aliveAt = clocks();
-  if (!document.hidden) cable.open(false);      // not counted: the pauses don't grow by it
+  // Not counted, so that the pauses don't grow by it; and not with every key.
+  if (!document.hidden && elapsed(cable.heardAt) > 1000) cable.open(false);
   if (['visibilitychange', 'online', 'focus'].includes(type)) askedAt = [0, 0];
   wake();
 }
@@ -4133,16 +4264,83 @@ setInterval(() => {
   cable.show(true);
 }, 3000);
 
-globalThis.live = { $, $$, byId, wait, onClick, visit, change, changes, renderStreams, morph,
-  hooks };
+// The page as it is now, and the files that it names, for the service worker to show
+// where there is no network. Written a second after a change, and when hidden.
+const KEPT = 'page';
+let keepTimer;
+function keepSoon() {
+  clearTimeout(keepTimer);
+  keepTimer = setTimeout(keepPage, 1000);
+}
+async function keepPage() {
+  if (!globalThis.caches || !navigator.serviceWorker) return;
+  const copy = document.documentElement.cloneNode(true), named = files(document);
+  for (const box of $$('[type=checkbox]', copy)) box.toggleAttribute('checked', box.checked);
+  hooks.keeping(copy);
+  const headers = { 'Content-Type': 'text/html; charset=UTF-8', 'Content-Security-Policy':
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'" };
+  try {
+    const cache = await caches.open(KEPT);
+    const has = (await cache.keys()).map(({ url }) => new URL(url).pathname);
+    await cache.addAll(named.filter(file => !has.includes(file)));
+    await cache.put(hooks.address(), new Response(`<!DOCTYPE html>${copy.outerHTML}`, { headers }));
+    for (const file of has) {
+      if (file.startsWith('/assets/') && !named.includes(file)) await cache.delete(file);
+    }
+  } catch { /* without room for it the page opens with the network alone */ }
+}
+addEventListener('visibilitychange', () => document.hidden && keepPage());
+
+globalThis.live = { $, $$, byId, onClick, order, visit, change, changes, newKey, tell, count,
+  renderStreams, morph, hooks };
+const before = stored(all => all.owner);
+if (before !== owner) forgetOthers();
+takeKept();
 addEventListener('DOMContentLoaded', () => {        // the app's script has set hooks by then
   epoch = epochOf(document);
   customElements.get('turbo-stream') ?? customElements.define('turbo-stream', StreamElement);
   customElements.get(SOURCE) ?? customElements.define(SOURCE, CableStreamSource);
+  shown();
   deliver();
+  if (owner && before !== owner) visit();           // does the cookie come back?
+  navigator.serviceWorker?.register('/sw.js').catch(() => {});
 });
 '''
 add_asset('live.js', LIVE_SCRIPT, 'text/javascript; charset=UTF-8')
+
+
+SERVICE_WORKER = r'''
+// Shows the page as it was last seen where there is no network, or none in time. It keeps
+// nothing: live.js writes that page, and the files that it names, into the cache.
+const PATIENCE_MS = 4000;
+addEventListener('install', () => skipWaiting());       // a new one takes over at once
+addEventListener('activate', event => event.waitUntil(clients.claim()));
+addEventListener('fetch', event => {
+  const { request } = event, { origin, pathname } = new URL(request.url);
+  if (request.method !== 'GET' || origin !== location.origin) return;
+  if (request.mode === 'navigate') event.respondWith(networkFirst(request));
+  else if (pathname.startsWith('/assets/')) event.respondWith(cacheFirst(request));
+});
+async function networkFirst(request) {
+  const kept = await caches.match(request, { ignoreSearch: true }) ?? await caches.match('/');
+  const asked = fetch(request).catch(() => null);
+  const late = new Promise(resolve => setTimeout(resolve, kept ? PATIENCE_MS : 2 ** 30));
+  const answer = await Promise.race([asked, late]);
+  const down = !answer || [502, 503, 504].includes(answer.status);
+  return down && kept || answer || Response.error();
+}
+async function cacheFirst(request) {
+  return await caches.match(request) ?? fetch(request);
+}
+'''
+
+
+@app.get('/sw.js')
+def service_worker():
+    """The service worker. Browsers ask for it again with every visit."""
+    bottle.response.content_type = 'text/javascript; charset=UTF-8'
+    bottle.response.set_header('Cache-Control', 'no-cache')
+    return NEED_NOT_TRAVEL.sub('', SERVICE_WORKER)
 
 
 # === Process: open, serve, stop ==========================================================
@@ -5220,7 +5418,7 @@ TEMPLATES.update({
 {{!source}}
 <main>
 <section class="todoapp" id="todoapp">
-<header class="header">
+<header class="header" id="top">
 <h1>todos</h1>
 <form class="new" action="/todos" method="post" id="new">
 <input type="hidden" name="form_key" value="{{key}}">
@@ -5234,7 +5432,7 @@ aria-describedby="new-todo-error" autocomplete="off" enterkeyhint="done" dir="au
 </form>
 <p class="error" id="notice" role="alert" data-turbo-permanent></p>
 </header>
-<section class="main" aria-label="Todos">
+<section class="main" id="list" aria-label="Todos">
 <form class="all" action="/todos" method="post" id="all">
 <input type="hidden" name="_method" value="PATCH">
 <input type="hidden" name="completed" value="0">
@@ -5250,7 +5448,7 @@ data-showing="{{'active completed' if showing == 'all' else showing}}">
 {{!shelf}}\
 </ul>
 </section>
-<footer class="footer">
+<footer class="footer" id="bottom">
 {{!count}}\
 {{!filters}}\
 <form class="clear" action="/todos/completed" method="post" id="clear">
@@ -5258,11 +5456,13 @@ data-showing="{{'active completed' if showing == 'all' else showing}}">
 <button type="submit" class="clear-completed">Clear completed</button>
 </form>
 </footer>
-<form class="undo" id="undo" action="/undo" method="post"{{!'' if undo else ' hidden'}}>
+<form class="undo" id="undo" action="/undo" method="post" \
+data-turbo-permanent{{!'' if undo else ' hidden'}}>
 <input type="hidden" name="of" value="{{undo and undo[0]}}">
-<span class="undo-said" role="status">{{undo and undo[1]}}</span>
+<span class="undo-said">{{undo and undo[1]}}</span>
 <button type="submit">Undo</button>
 </form>
+<template id="blank">{{!blank}}</template>
 <p class="empty">All clear. What would you like to get done?</p>
 <p class="nothing">Nothing in this view.</p>
 </section>
@@ -5281,8 +5481,8 @@ hidden></p>
 <div class="view">
 <input type="hidden" name="completed" value="0">
 <input class="toggle" type="checkbox" name="completed" value="1" \
-aria-labelledby="title_{{id}}"{{' checked' if completed else ''}}>
-<label id="title_{{id}}" dir="auto" translate="no">{{title}}</label>
+aria-label="{{title}}" autocomplete="off"{{' checked' if completed else ''}}>
+<label dir="auto" translate="no">{{title}}</label>
 <button type="submit" class="save" name="_method" value="PATCH" \
 aria-label="Save {{title}}"></button>
 <a class="rename" href="/todos/{{id}}/edit" aria-label="Edit {{title}}"></a>
@@ -5305,7 +5505,7 @@ aria-describedby="edit-error" autocomplete="off" enterkeyhint="done" dir="auto" 
     'filters': '''\
 <ul class="filters">
 % for name, path in paths.items():
-<li><a href="{{path}}" data-visit\
+<li><a href="{{path}}"\
 {{!' class="selected" aria-current="page"' if name == showing else ''}}>\
 {{name.capitalize()}}</a></li>
 % end
@@ -5355,6 +5555,9 @@ data-version="{{version}}"></turbo-stream>
 Template.defaults['colors'] = THEME_COLORS
 
 
+BLANK_TODO = Todo(0, '', False, 0)     # of which the script makes a row before the answer
+
+
 def render_page(user, showing, todos, totals, editing=None, text='', error='', undo=''):
     """The list. todos: all of them; those that the filter leaves out are on the shelf, so that the
     script can switch filters alone. editing: the id of the todo in whose place a form stands; text
@@ -5372,7 +5575,7 @@ def render_page(user, showing, todos, totals, editing=None, text='', error='', u
                   totals=totals, key=new_key(), editing=editing,
                   text=text, error=error, undo=undo, source=stream_source(todos_stream(user)),
                   count=render_count(totals), toggle_all=render_toggle_all(totals),
-                  filters=render_filters(showing))
+                  filters=render_filters(showing), blank=render_todo(BLANK_TODO))
     before, between, after = layout(f'{totals.active} left · todol' if totals.active else 'todol')
     return f'{before}{user}{between}{body}{after}'
 
@@ -5759,7 +5962,12 @@ h1 {
   border-radius: 10px;
 }
 .save:empty::before { content: "Save"; }
-@media (scripting: enabled) { .save { display: none; } }
+.scripted .save { display: none; }
+/* No flash of them before the script runs; if it never does, they come. */
+@media (scripting: enabled) {
+  html:not(.scripted) .save { animation: appear 1ms 2s backwards; }
+}
+@keyframes appear { from { visibility: hidden; } }
 
 /* Rows */
 .all { grid-template-columns: 48px 1fr auto; }
@@ -5815,7 +6023,6 @@ h1 {
 /* A row on its way looks like any other for half a second. */
 [data-pending] { --box: dashed; color: var(--done); animation: fresh 1ms .5s backwards; }
 :has([data-state="offline"]) [data-pending] { animation: none; }
-[data-showing="completed"] > [data-pending] { display: none; }
 [data-flash] { animation: flash 1.2s; }
 @keyframes fresh { from { --box: solid; color: var(--ink); } }
 @keyframes flash { 0%, 20% { background: var(--tint); } }
@@ -5848,19 +6055,18 @@ strong { color: var(--ink); }
   display: flex; flex-wrap: wrap; justify-content: center; gap: 0 2rem;
   padding-block: 1.5rem 5rem;
 }
-.connection::before { content: "● " / ""; }
-.connection:not([data-state="live"]) {
+.connection:empty { display: none; }
+.connection::before { content: "● " / ""; color: var(--danger); }
+.connection, .undo {
   position: fixed; bottom: calc(1rem + env(safe-area-inset-bottom));
   padding: .5rem 1rem; border: 1px solid var(--edge); border-radius: 2em;
   background: var(--field); color: var(--ink);
 }
-[data-state="offline"]::before { color: var(--danger); }
+.undo { display: flex; gap: 1rem; left: 50%; translate: -50%; z-index: 1; }
 .message p { margin: 0 0 .5rem 48px; }
 
-.empty, :has(#todos li:not([data-pending]), #todos[data-showing~="active"] li) > .nothing {
-  display: none;
-}
-.todoapp:not(:has([data-pending], .todo-count:not([data-active="0"][data-completed="0"]))) {
+.empty, :has(#todos li) > .nothing { display: none; }
+.todoapp:not(:has(.todo-count:not([data-active="0"][data-completed="0"]))) {
   .main, .footer, .nothing { display: none; }
   .empty { display: block; }
 }
@@ -5878,8 +6084,6 @@ strong { color: var(--ink); }
   }
   .rename::before, .destroy::before { forced-color-adjust: none; }
 }
-@media not (prefers-reduced-motion) { @view-transition { navigation: auto; } }
-::view-transition-group(root) { animation-duration: 150ms; }
 /* Not none: the script waits for the end. */
 @media (prefers-reduced-motion), print {
   *, ::before, ::after { animation-duration: 1ms !important; transition: none !important; }
@@ -5904,16 +6108,55 @@ add_asset('manifest.webmanifest', lambda: json.dumps({
 
 add_asset('todol.js', r'''
 // The todo list, on top of live.js: rows that don't wait for an answer, editing in
-// place, focus, order, what is said.
-const { $, $$, byId, wait, onClick, visit, change, changes, morph, hooks } = globalThis.live;
+// place, undo, filters, keys, focus, order, what is said.
+const { $, $$, byId, order, onClick, visit, change, changes, newKey, tell, hooks } =
+  globalThis.live;
+const SHOWING = { '/active': 'active', '/completed': 'completed' };
 if (location.pathname.endsWith('/edit')) history.replaceState(null, '', '/');
 
-// A row shows the change of it that is on its way, until the answer comes.
-hooks.held = id => changes.some(({ row, all }) =>
-  row === id || all && byId(id)?.matches('#todos li:not(:empty), #toggle-all'));
-hooks.ours = element => element.matches('.editor, [data-gone], [data-pending]');
+// A change is data: the rows that it touches as they are after it, and as they were before,
+// which takes it back. A row that waits for the server has the key by which that will know
+// it in the place of its id.
+const todos = () => $$('#todos > li:not([data-gone]), #shelf > li');
+const titleOf = row => $('label', row).textContent;
+const isDone = row => row.classList.contains('completed');
+const naming = row => ({ id: row.id, ref: row.dataset.key || row.id.slice(5) });
+const stateOf = row => ({ ...naming(row), title: titleOf(row), completed: isDone(row) });
+const find = ({ id, ref }) => id && byId(id) || byId(`todo_${ref}`) || $(`li[data-key="${ref}"]`);
+function send(path, fields, rows, more) {
+  for (const error of $$('.error')) error.textContent = '';
+  const entry = change({ path, body: fields, rows, ...more });
+  if (more?.was) offerUndo(entry);
+  return entry;
+}
+hooks.apply = ({ key, rows }) => rows?.forEach(each => draw(each, key));
+function draw({ id, ref, title, completed, gone }, key) {
+  let row = find({ id, ref });
+  if (gone) return row && leave(row);
+  if (!row) {
+    if (title === undefined || completed === undefined) return;         // gone elsewhere
+    row = byId('blank').content.firstElementChild.cloneNode(true);
+    row.id = id ?? `todo_${ref}`;
+    row.dataset.key = ref;
+    row.dataset.pending = key;
+    $('form', row).setAttribute('action', `/todos/${ref}`);
+    $('.rename', row).setAttribute('href', `/todos/${ref}/edit`);
+    byId('todos').append(row);
+  }
+  if (title !== undefined && title !== titleOf(row)) {
+    $('label', row).textContent = title;
+    const says = { toggle: title, rename: `Edit ${title}`, destroy: `Remove ${title}` };
+    for (const name in says) $(`.${name}`, row).setAttribute('aria-label', says[name]);
+  }
+  if (completed !== undefined) {
+    $('.toggle', row).checked = completed;
+    row.classList.toggle('completed', completed);
+  }
+}
+
+hooks.ours = element => element.matches('.editor, dialog, [data-gone]');
 hooks.morphing = (from, to) => from.matches('.editing') && to.classList.add('editing');
-hooks.news = row => changes.length || row.matches('#todos > li') && row.toggleAttribute('data-flash', true);
+hooks.news = row => changes.length || row.toggleAttribute('data-flash', row.matches('#todos > li'));
 addEventListener('animationend', ({ target }) => target.removeAttribute('data-flash'));
 hooks.leave = leave;
 function leave(node) {
@@ -5932,91 +6175,128 @@ function closeGap(row, height) {
   }
 }
 function focusBeside(row) {
-  const rows = $$('#todos > :not([data-pending])');
-  const beside = rows[rows.indexOf(row) + 1] ?? rows[rows.indexOf(row) - 1];
+  const beside = row.nextElementSibling ?? row.previousElementSibling;
   const same = beside && $(`[class="${document.activeElement.className}"]`, beside);
   (same ?? (beside ? $('.rename', beside) : $('.new-todo'))).focus();
 }
 
-// A new todo has its row at once, pending until the real one comes; a page just loaded
-// may have that, and draws none until it must wait.
-const drawn = new WeakMap();
-hooks.queued = () => {
-  for (const entry of changes.filter(each => each.text && !each.before && !drawn.has(each))) {
-    $('#todos').insertAdjacentHTML('beforeend', `<li class="" data-pending><div
-      class="view"><input class="toggle" type="checkbox" disabled aria-hidden="true"><label
-      dir="auto"></label></div></li>`);
-    drawn.set(entry, $('#todos').lastElementChild);
-    $('#todos > :last-child label').textContent = entry.text;
-  }
+// What can be done
+function add(items, text) {
+  const key = newKey(), many = items.length > 1, [{ title }] = items;
+  const rows = items.map((item, number) => ({ ...item, ref: `${key}.${number}` }));
+  const said = many ? `Added ${items.length} todos.` : `Added ${title}.`;
+  send('/todos', many ? { text: asText(items) } : { title }, rows, { key, text, said,
+    was: many && rows.map(({ ref }) => ({ ref, gone: true })) });
+  announce(said);
+  find(rows.at(-1)).scrollIntoView({ block: 'nearest' });
+}
+function tick(row, completed) {
+  send(`/todos/${naming(row).ref}`, { _method: 'PATCH', completed: Number(completed) },
+    [{ ...naming(row), completed }]);
+}
+function tickAll(completed) {
+  const was = todos().map(stateOf).filter(each => each.completed !== completed);
+  send('/todos', { _method: 'PATCH', completed: Number(completed) },
+    was.map(({ id, ref }) => ({ id, ref, completed })),
+    { was, said: `Marked ${was.length} as ${completed ? '' : 'not '}done.` });
+}
+function rename(row, title) {
+  const was = [stateOf(row)], [{ ref, title: before }] = was;
+  if (!title) return remove(row);
+  send(`/todos/${ref}`, { _method: 'PATCH', title }, [{ ...naming(row), title }],
+    { was: [{ ...naming(row), title: before }], said: `Renamed “${before}”.`, text: title });
+}
+function remove(row) {
+  const { ref, title } = stateOf(row);
+  take(`/todos/${ref}`, [stateOf(row)], `Removed “${title}”.`);
+}
+function clear() {
+  const was = todos().filter(isDone).map(stateOf);
+  take('/todos/completed', was, `Cleared ${was.length} todo${was.length === 1 ? '' : 's'}.`);
+}
+function take(path, was, said) {
+  send(path, { _method: 'DELETE' }, was.map(({ id, ref }) => ({ id, ref, gone: true })),
+    { was, said });
+}
+hooks.settled = ({ key, rows, was, text }, answer) => {
+  if (answer.ok) return;
+  undos = undos.filter(each => each.key !== key);
+  if (was) rows.forEach((_, at) => draw(was[at]));
+  const row = answer.status !== 404 && was && find(rows[0]), field = $('.new-todo');
+  if (text && row) edit(row, text);
+  else if (text) field.value = `${text} ${field.value}`.trim();         // nothing typed is lost
+  visit();
 };
-hooks.submitting = (form, entry, button) => {
-  for (const error of $$('.error')) error.textContent = '';
-  if (form.matches('.editor')) {
-    save(form, true);
-    return false;
-  }
-  const row = form.closest('li'), field = $('.new-todo');
-  entry.row = row?.id;
-  if (form.id === 'new') {
-    entry.text = field.value = field.value.trim().replaceAll('\t', ' ');
-    field.defaultValue = '';        // it may hold what was refused before the script came
-    return entry.text !== '';
-  }
-  if (form.id === 'all') {
-    entry.all = true;
-    for (const box of $$('#todos .toggle:enabled')) tick(box, $('#toggle-all').checked);
-  }
-  if (button?.matches('.destroy')) leave(row);
+hooks.submitting = (form, button) => {
+  const row = form.closest('#todos > li'), field = $('.new-todo');
+  if (form.matches('.editor')) save(form, true);
+  else if (row && button?.matches('.destroy')) remove(row);
+  else if (row) tick(row, $('.toggle', row).checked);
+  else if (form.id === 'all') tickAll(byId('toggle-all').checked);
+  else if (form.id === 'clear') clear();
+  else if (form.id === 'undo') undo();
+  else if (form.id === 'new') {
+    const title = field.value.trim().replaceAll('\t', ' ');
+    field.value = field.defaultValue = '';      // it may hold what was refused before the script
+    if (title) add([{ title, completed: false }], title);
+  } else return true;
+  return false;
 };
-hooks.settled = (entry, answer) => {
-  const { row, text, before, all } = entry, element = answer.status !== 404 && byId(row);
-  if (!answer.ok && before) {
-    const field = $('.new-todo');
-    if (element) {
-      $('label', element).textContent = before;
-      edit(element, text);
-    } else field.value = `${text} ${field.value}`.trim();       // nothing typed is lost
-  }
-  if (answer.ok && text && !before) announce(`Added ${text}. `);
-  if (!answer.ok || all) visit();
-  // Once what is shown now has had its turn: then it is gone, or has become the real one.
-  wait(0).then(() => drawn.get(entry)?.closest('[data-pending]')?.remove());
-};
-
-// Boxes
 addEventListener('change', ({ target }) => {
-  if (target.matches('.toggle')) tick(target, target.checked);
-  if (target.matches('.toggle, .toggle-all')) target.form.requestSubmit($('.save', target.form));
+  if (target.matches('.toggle')) tick(target.closest('li'), target.checked);
+  if (target.id === 'toggle-all') tickAll(target.checked);
 });
-function tick(box, checked) {
-  box.checked = checked;
-  box.closest('li').classList.toggle('completed', checked);
+
+// Undo: of what waits, after a reload too, and else of what the server did last
+let undos = changes.filter(({ was }) => was), undoTimer;
+hooks.owned = () => { undos = []; };
+function offerUndo(entry) {
+  undos.push(entry);
+  $('#undo .undo-said').textContent = entry.said;
+  byId('undo').hidden = false;
+  announce(entry.said);
+  clearTimeout(undoTimer);
+  undoTimer = setTimeout(hideUndo, 8000);
+}
+function hideUndo() {
+  if (byId('undo').matches(':hover, :focus-within')) undoTimer = setTimeout(hideUndo, 2000);
+  else byId('undo').hidden = true;
+}
+function undo() {
+  const { key, was } = undos.pop() ?? {}, focused = byId('undo').contains(document.activeElement);
+  send('/undo', key ? { of: key } : {}, was);
+  byId('undo').hidden = true;
+  announce('Undone.');
+  const row = was && find(was[0]);
+  if (focused) (row?.matches('#todos > li') ? $('.toggle', row) : $('.new-todo')).focus();
 }
 
 // Editing in place: Enter or leaving the field saves, Escape does not
-function edit(row, text = $('label', row).textContent) {
+function edit(row, text = titleOf(row), caret = text.length) {
   for (const open of $$('.editor')) save(open);
-  row.insertAdjacentHTML('beforeend', `<form class="editor" method="post"><input type="text"
-    class="edit" dir="auto" autocomplete="off" enterkeyhint="done" aria-describedby="edit-error">
-    <p class="error" id="edit-error" role="alert"></p></form>`);
+  row.insertAdjacentHTML('beforeend', `<form class="editor" method="post"><textarea class="edit"
+    rows="1" dir="auto" autocomplete="off" enterkeyhint="done"
+    aria-describedby="edit-error"></textarea><p class="error" id="edit-error"
+    role="alert"></p></form>`);
   row.classList.add('editing');
   const field = $('.edit', row);
-  field.setAttribute('aria-label', $('.rename', row).getAttribute('aria-label'));
-  field.defaultValue = $('label', row).textContent;
+  field.setAttribute('aria-label', `Edit ${titleOf(row)}`);
+  field.defaultValue = titleOf(row);
   field.value = text;
+  grow(field);
   field.focus();
-  field.setSelectionRange(text.length, text.length);
+  field.setSelectionRange(caret, caret);
+}
+function grow(field) {
+  if (CSS.supports('field-sizing: content')) return;
+  field.style.height = 0;
+  field.style.height = `${field.scrollHeight}px`;
 }
 function save(form, refocus) {
-  const row = form.closest('li'), label = $('label', row), before = label.textContent;
-  const { value, defaultValue } = $('.edit', form), text = value.trim();
-  const path = $('form', row).getAttribute('action'), id = row.id;
-  const renamed = text !== defaultValue;
-  if (renamed && text) label.textContent = text;
+  const row = form.closest('li'), { value, defaultValue } = $('.edit', form);
+  const title = value.replace(/\s*\n\s*/g, ' ').trim();
   close(form, refocus);
-  if (renamed && !text) leave(row);
-  if (renamed) change({ path, row: id, body: { _method: 'PATCH', title: text }, text, before });
+  if (title !== defaultValue) rename(row, title);
 }
 function close(form, refocus) {
   const row = form.closest('li');
@@ -6025,58 +6305,189 @@ function close(form, refocus) {
   if (refocus) $('.rename', row).focus();
   if (row.matches('[data-gone]')) leave(row);
 }
-addEventListener('dblclick', ({ target }) => {
-  if (target.matches('#todos label[id]')) edit(target.closest('li'));
-});
+addEventListener('input', ({ target }) => target.matches('.editing textarea') && grow(target));
 addEventListener('focusout', ({ target }) => {
   if (target.matches('.editing .edit') && document.hasFocus()) save(target.form);
 });
-addEventListener('keydown', ({ target, key, isComposing, keyCode }) => {
-  const composes = isComposing || keyCode === 229;      // Safari says the latter at the end
-  if (key === 'Escape' && !composes && target.matches('.edit')) close(target.form, true);
-});
 onClick('.rename', link => edit(link.closest('li')));
+// A double click, or where there is no mouse a tap, which says where the caret is to be
+let touched;
+addEventListener('pointerdown', ({ pointerType }) => { touched = pointerType !== 'mouse'; });
+addEventListener('dblclick', event => touched || editAt(event));
+addEventListener('click', event => touched && event.detail && editAt(event));
+function editAt({ target, clientX, clientY }) {
+  if (!target.matches('#todos .view label')) return;
+  const at = touched && (document.caretPositionFromPoint?.(clientX, clientY) ??
+    document.caretRangeFromPoint?.(clientX, clientY));
+  const inside = at && target.contains(at.offsetNode ?? at.startContainer);
+  edit(target.closest('li'), titleOf(target.closest('li')),
+    inside ? at.offset ?? at.startOffset : undefined);
+}
 
-// What follows from a change of the page: order, title, announcements
-const number = row => row?.id === undefined ? 0 : Number(row.id.slice(5)) || Infinity;
-const counts = ({ active, completed } = $('#todo-count').dataset) => `${active}, ${completed}`;
-let said = '', speaking, counted = counts();
+// Filters: the page holds every todo, those that are not shown on a shelf
+function show() {
+  const path = SHOWING[location.pathname] ? location.pathname : '/';
+  const showing = SHOWING[path] ?? 'active completed';
+  byId('todos').dataset.showing = showing;
+  byId('shelf').dataset.showing = { active: 'completed', completed: 'active' }[showing] ?? '';
+  for (const link of $$('.filters a')) {
+    const selected = link.pathname === path;
+    link.classList.toggle('selected', selected);
+    if (selected) link.setAttribute('aria-current', 'page');
+    else link.removeAttribute('aria-current');
+  }
+  arrange();
+}
+hooks.turned = show;
+onClick('.filters a', link => {
+  if (link.pathname !== location.pathname) history.pushState(null, '', link.pathname);
+  show();
+  announce(`${link.textContent}: ${byId('todos').children.length} shown.`);
+});
+
+// In and out as text, a todo a line
+const asText = items =>
+  items.map(({ title, completed }) => `- [${completed ? 'x' : ' '}] ${title}\n`).join('');
+const LINE = /^\s*(?:[-*+•]\s+|\d+[.)]\s+)?(?:\[([ xX]?)\]\s+)?(.*?)\s*$/;
+addEventListener('paste', event => {
+  const text = event.clipboardData?.getData('text/plain') ?? '';
+  const items = text.split(/[\r\n]+/).map(line => LINE.exec(line))
+    .map(([, box, title]) => ({ title: title.replaceAll('\t', ' '), completed: /x/i.test(box) }))
+    .filter(({ title }) => title);
+  if (!event.target.matches('.new-todo') || items.length < 2) return;
+  event.preventDefault();
+  if (items.length <= 500 || confirm(`Add ${items.length} todos?`)) add(items, asText(items));
+});
+function copy(text, said) {
+  const done = () => tell(said);
+  navigator.clipboard?.writeText(text).then(done, () => tell('It could not be copied.'));
+  if (navigator.clipboard) return;
+  const field = document.body.appendChild(document.createElement('textarea'));
+  field.value = text;
+  field.select();
+  if (document.execCommand('copy')) done();
+  field.remove();
+}
+onClick('#copy', () => copy(asText(todos().map(stateOf)), 'Copied.'));
+
+// Keys
+const KEYS = { 'n or /': 'a new todo', '↑ ↓': 'from todo to todo', 'e': 'edit', 'x or Space':
+  'done, or not', 'Delete': 'remove', 'Ctrl Z, ⌘ Z': 'undo', '?': 'these keys' };
+const walk = step => {
+  const rows = [$('.new-todo'), ...$$('#todos .toggle')], row = document.activeElement.closest('li');
+  (rows[rows.indexOf(row ? $('.toggle', row) : rows[0]) + step] ?? rows[0]).focus();
+};
+const pressed = {
+  ArrowDown: () => walk(1),
+  ArrowUp: () => walk(-1),
+  n: () => $('.new-todo').focus(),
+  '/': () => $('.new-todo').focus(),
+  '?': () => dialog('Keys', Object.entries(KEYS).map(each => `<p><kbd>${each.join('</kbd> ')}</p>`)
+    .join('')),
+};
+const pressedOnRow = {
+  e: row => edit(row),
+  x: row => tick(row, !isDone(row)),
+  Delete: remove,
+};
+addEventListener('keydown', event => {
+  const { target, key, isComposing, keyCode } = event, row = target.closest('#todos > li');
+  if (isComposing || keyCode === 229) return;   // Safari says the latter at the end
+  const control = event.ctrlKey || event.metaKey;
+  // A field that is empty has nothing to undo itself.
+  const typing = target.matches(':read-write') && !(control && target.matches('.new-todo') &&
+    !target.value && !byId('undo').hidden);
+  let act = !typing && (pressed[key] || row && pressedOnRow[key]);
+  if (target.matches('.edit')) {
+    act = { Enter: () => save(target.form, true), Escape: () => close(target.form, true) }[key];
+  } else if (target.matches('.new-todo') && key === 'ArrowDown') act = pressed[key];
+  if (control) act = !typing && key === 'z' && undo;
+  if (!act || event.altKey || target.closest('dialog')) return;
+  event.preventDefault();
+  act(row);
+});
+function dialog(title, html) {
+  $('dialog')?.remove();
+  document.body.insertAdjacentHTML('beforeend', `<dialog aria-label="${title}"><h2>${title}</h2>
+    ${html}<form method="dialog"><button>Close</button></form></dialog>`);
+  const made = $('dialog');
+  if (made.showModal) made.showModal();
+  else made.setAttribute('open', '');
+  made.addEventListener('close', () => made.remove());
+  return made;
+}
+
+// What follows from a change of the page: places, counter, title, announcements
+let said = '', speaking, counted;
 function announce(text) {
-  said += text;
+  said += text && `${text} `;
   clearTimeout(speaking);
   speaking = setTimeout(() => {
-    $('#announcer').textContent = said + $('#todo-count').textContent;
+    byId('announcer').textContent = said + byId('todo-count').textContent;
     said = '';
   }, 100);
 }
-new MutationObserver(records => {
-  for (const { target, addedNodes } of records) {
-    for (let row of target.id === 'todos' ? addedNodes : []) {
-      // With the answer, or the cable before it: the pending row whose turn it is becomes the
-      // row that has its title.
-      const pending = $('#todos > [data-pending]'), title = pending?.textContent;
-      if (pending && row.id && row.isConnected && $('label', row)?.textContent === title) {
-        row.remove();
-        morph(pending, row);
-        row = pending;
-      }
-      let before = row;
-      while (number(before.previousElementSibling) > number(row)) {
-        before = before.previousElementSibling;
-      }
-      if (before !== row) before.before(row);
-    }
+function place(row) {
+  let before = row;
+  while (order(before.previousElementSibling?.id ?? '', row.id) > 0) {
+    before = before.previousElementSibling;
   }
-  if (counted === counts()) return;
-  counted = counts();
-  const active = Number($('#todo-count').dataset.active);
+  if (before !== row) before.before(row);
+}
+function arrange() {
+  const list = byId('todos'), { showing } = list.dataset;
+  for (const row of todos()) {
+    const home = row.matches('.editing') || showing.includes(isDone(row) ? 'completed' : 'active')
+      ? list : byId('shelf');
+    if (row.parentNode === home) continue;
+    if (row.contains(document.activeElement)) focusBeside(row);
+    home.append(row);
+    place(row);
+  }
+}
+function recount() {
+  const element = byId('todo-count'), all = todos().length, done = todos().filter(isDone).length;
+  const active = all - done, now = `${active}, ${done}`;
+  byId('toggle-all').checked = all && !active;
+  if (now === `${element.dataset.active}, ${element.dataset.completed}` && now === counted) return;
+  Object.assign(element.dataset, { active, completed: done });
+  $('strong', element).textContent = active;
+  $('strong', element).nextSibling.data = ` item${active === 1 ? '' : 's'} left`;
   document.title = active ? `${active} left · todol` : 'todol';
-  announce('');
-  if (!document.activeElement.checkVisibility({ visibilityProperty: true })) {
+  if (counted && now !== counted) announce('');
+  counted = now;
+  const { visibility } = getComputedStyle(document.activeElement);
+  if (visibility === 'hidden' || !document.activeElement.getClientRects().length) {
     $('.new-todo').focus();
   }
-}).observe($('#todoapp'), { childList: true, subtree: true,
-  attributeFilter: ['data-active', 'data-completed'] });
+}
+new MutationObserver(records => {
+  for (const { target, addedNodes } of records) {
+    const rows = target.matches('#todos, #shelf') ? addedNodes : [target];
+    for (const row of rows) if (row.parentNode?.matches('#todos, #shelf') && row.id) place(row);
+  }
+  arrange();
+  recount();
+}).observe(byId('todoapp'), { childList: true, subtree: true,
+  attributeFilter: ['id', 'class', 'data-active', 'data-completed', 'data-gone'] });
+
+// The page as it is kept has nothing of the moment.
+hooks.address = () => '/';
+hooks.keeping = root => {
+  for (const each of $$('.editor, dialog, turbo-stream', root)) each.remove();
+  for (const each of $$('.editing', root)) each.classList.remove('editing');
+  for (const each of $$('.error, [role=status]', root)) each.textContent = '';
+  $('#undo', root).hidden = true;
+  root.classList.remove('scripted');
+};
+
+// Boxes ticked before this ran; a page that the service worker has kept may be of another filter.
+for (const box of $$('#todos .toggle')) {
+  if (box.checked !== isDone(box.closest('li'))) tick(box.closest('li'), box.checked);
+}
+show();
+recount();
+document.documentElement.classList.add('scripted');     // last: what it replaces may go
 ''', 'text/javascript; charset=UTF-8')
 
 
