@@ -4017,7 +4017,7 @@ const itemOf = ({ key }) => `change:${owner}:${key}`;
 let newest = 0, delivering, waiting, wake = () => {};
 function newKey() {                     // later ones are greater, though the clock goes back
   newest = Math.max(newest + 1, Date.now());
-  return [newest, ...crypto.getRandomValues(new Uint32Array(3))].join('-');
+  return [newest, ...crypto.getRandomValues(new Uint32Array(2))].join('-');
 }
 function change(given) {
   const entry = { key: newKey(), ...given };
