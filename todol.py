@@ -5411,7 +5411,8 @@ TEMPLATES.update({
 % end
 </head>
 <body>
-{{!base}}</body>
+{{!base}}
+</body>
 </html>
 ''',
     'page': '''\
@@ -5456,21 +5457,25 @@ data-showing="{{'active completed' if showing == 'all' else showing}}">
 <button type="submit" class="clear-completed">Clear completed</button>
 </form>
 </footer>
+<div class="status">
 <form class="undo" id="undo" action="/undo" method="post" \
 data-turbo-permanent{{!'' if undo else ' hidden'}}>
 <input type="hidden" name="of" value="{{undo and undo[0]}}">
 <span class="undo-said">{{undo and undo[1]}}</span>
 <button type="submit">Undo</button>
 </form>
+<p class="connection" id="connection" role="status" data-connection data-turbo-permanent \
+hidden></p>
+<p class="all-done">All done. Enjoy the rest of the day.</p>
+<p class="hint"><span class="by-mouse">Double-click to edit a todo, ? for the keys</span>\
+<span class="by-touch">Tap a title to edit it</span></p>
+</div>
 <template id="blank">{{!blank}}</template>
-<p class="empty">All clear. What would you like to get done?</p>
-<p class="nothing">Nothing in this view.</p>
+<p class="empty quiet">All clear. What would you like to get done?</p>
+<p class="nothing quiet">Nothing in this view.</p>
 </section>
 </main>
 <footer class="info">
-<p>Double-click to edit a todo</p>
-<p class="connection" id="connection" role="status" data-connection data-turbo-permanent \
-hidden></p>
 </footer>
 <p class="visually-hidden" id="announcer" role="status" data-turbo-permanent></p>
 ''',
@@ -5888,48 +5893,68 @@ def invalid(error, target, user, **values):
 
 add_asset('todol.css', r'''
 :root {
-  color-scheme: light dark;
   --pencil: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 20 20'%3E%3Cpath d='M2 14v4h4L15 9l-4-4zM16 8l-4-4 2-2 4 4z'/%3E%3C/svg%3E");
   --plus: linear-gradient(currentColor 0 0) center / 2px 16px no-repeat,
     linear-gradient(currentColor 0 0) center / 16px 2px no-repeat;
+  --title: clamp(2.25rem, 7vw, 3rem);
   --text: clamp(1.0625rem, 1rem + .3vw, 1.1875rem);
   --row: calc(1.45 * var(--text) + 1.3rem);
   --quick: 150ms ease-out;
 
-  --paper: light-dark(#f9f6f1, #181612);
-  --field: light-dark(oklch(99.5% .008 85), oklch(25% .008 85));
-  --ink: light-dark(oklch(27% .008 85), oklch(90% .008 85));
-  --done: light-dark(oklch(49% .008 85), oklch(73% .008 85));
-  --line: light-dark(oklch(90% .008 85), oklch(31% .008 85));
-  --edge: light-dark(oklch(60% .008 85), oklch(58% .008 85));
-  --accent: light-dark(oklch(49% .17 262), oklch(76% .12 258));
-  --danger: light-dark(oklch(50% .18 27), oklch(76% .13 25));
-  --tint: color-mix(in oklab, var(--accent) 14%, #0000);
+  color-scheme: light;
+  --paper: #f9f6f1;
+  --field: #fffdf9;
+  --ink: #282520;
+  --done: #625e58;
+  --line: #e2ded8;
+  --edge: #827e78;
+  --accent: #2f57bd;
+  --danger: #b02a20;
+  --tint: #dde2ee;
+}
+/* What older browsers lack */
+@supports (color: light-dark(#000, oklch(0% 0 0))) {
+  :root {
+    color-scheme: light dark;
+    --paper: light-dark(#f9f6f1, #181612);
+    --field: light-dark(oklch(99.5% .008 85), oklch(25% .008 85));
+    --ink: light-dark(oklch(27% .008 85), oklch(90% .008 85));
+    --done: light-dark(oklch(49% .008 85), oklch(73% .008 85));
+    --line: light-dark(oklch(90% .008 85), oklch(31% .008 85));
+    --edge: light-dark(oklch(60% .008 85), oklch(58% .008 85));
+    --accent: light-dark(oklch(49% .17 262), oklch(76% .12 258));
+    --danger: light-dark(oklch(50% .18 27), oklch(76% .13 25));
+    --tint: color-mix(in oklab, var(--accent) 14%, var(--paper));
+  }
 }
 
-*, ::before, ::after { box-sizing: border-box; min-width: 0; min-height: 0; margin: 0; }
+*, ::before, ::after { box-sizing: border-box; min-width: 0; margin: 0; }
 [hidden], .error:empty { display: none !important; }
+/* Nothing in focus hides below what stays in reach. */
+html { scroll-padding-block: 5.5rem 6.5rem; }
 body {
   background: var(--paper); color: var(--ink);
-  font: var(--text)/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
+  font: var(--text)/1.45 system-ui, sans-serif; overflow-wrap: break-word;
 }
 main, .info {
   max-width: 36rem; margin: auto; padding: 0 max(.75rem, env(safe-area-inset-left));
 }
-main { padding-top: 7vh; }
+main { padding-top: 7vh; container-type: inline-size; }
 ul { padding: 0; list-style: none; }
-input, button { padding: 0; border: 0; background: none; color: inherit; font: inherit; }
-button, .toggle, .toggle-all { cursor: pointer; }
+input, textarea, button {
+  padding: 0; border: 0; border-radius: 0; background: none; color: inherit; font: inherit;
+}
+button, [type="checkbox"] { cursor: pointer; }
 :disabled { pointer-events: none; }
 button:hover, .filters a:hover { text-decoration: underline; }
 :focus-visible {
   outline: 2px solid var(--accent); outline-offset: -3px; border-radius: 10px;
 }
-a, .save, .clear-completed, .new::before { color: var(--accent); }
-::placeholder, .all, .completed label, .rename, .destroy, .footer, .empty, .nothing, .info {
+a, button, .new::before { color: var(--accent); }
+::placeholder, .all, .completed label, .rename, .destroy, .footer, .status, .info, .quiet {
   color: var(--done); opacity: 1;
 }
-.all, .error, .save, .footer, .info {
+.all, .error, .save, .footer, .status, .info {
   font-size: .875rem; font-variant-numeric: tabular-nums;
 }
 .error { grid-column: 1 / -1; padding: .5rem 0 0 48px; color: var(--danger); }
@@ -5937,17 +5962,18 @@ a, .save, .clear-completed, .new::before { color: var(--accent); }
   position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap;
 }
-.todoapp, .new, .all, li, .view, .editor, .toggle, .toggle-all, .footer { display: grid; }
-.new, .all, .editor, .footer { grid-template-columns: 1fr auto; align-items: center; }
+.new, .all, .todo-list li, .view, .editor, [type="checkbox"] { display: grid; }
+.new, .all, .editor { grid-template-columns: 1fr auto; align-items: center; }
 
 /* Entry */
 h1 {
-  margin: 0 0 1rem 48px; font-size: clamp(2.25rem, 7vw, 3rem); font-weight: 300;
-  line-height: 1.1; letter-spacing: -.025em;
+  margin: 0 0 .25rem 48px; font-size: var(--title); font-weight: 300; line-height: 1.1;
+  letter-spacing: -.025em;
 }
-.new { position: relative; margin-bottom: .75rem; }
+.header { margin: 0 -.5rem; padding: 0 .5rem .75rem; background: var(--paper); }
+.new { position: relative; padding-top: .75rem; }
 .new::before {
-  content: ""; position: absolute; top: 0; width: 48px; height: 3.5rem;
+  content: ""; position: absolute; top: .75rem; width: 48px; height: 3.5rem;
   background: var(--plus);
 }
 .new-todo {
@@ -5962,12 +5988,10 @@ h1 {
   border-radius: 10px;
 }
 .save:empty::before { content: "Save"; }
+/* Where the script is late or never runs, they come; where it runs, they are never seen. */
 .scripted .save { display: none; }
-/* No flash of them before the script runs; if it never does, they come. */
-@media (scripting: enabled) {
-  html:not(.scripted) .save { animation: appear 1ms 2s backwards; }
-}
-@keyframes appear { from { visibility: hidden; } }
+@media (scripting: enabled) { .save { animation: late 1ms 3s backwards; } }
+@keyframes late { from { position: absolute; visibility: hidden; } }
 
 /* Rows */
 .all { grid-template-columns: 48px 1fr auto; }
@@ -5975,40 +5999,37 @@ h1 {
   grid-template-rows: 1fr; border-top: 1px solid var(--line); transition: var(--quick);
   transition-property: grid-template-rows, opacity;
 }
-.todo-list form { grid-area: 1 / 1; overflow: clip; }
+.todo-list form { grid-area: 1 / 1; min-height: 0; overflow: clip; }
 .view { grid-template-columns: 48px 1fr auto 40px 40px; }
-.view label, .edit { padding: .65rem 0; }
+.view label, .edit { padding: .65rem 0; overflow-wrap: anywhere; text-align: start; }
 .completed label { text-decoration: line-through; text-decoration-thickness: 1px; }
 .view .save { grid-column: 3; align-self: center; }
 .rename, .destroy { grid-column: 4; height: var(--row); }
 .destroy { grid-column: 5; }
-:is(.rename, .destroy)::before {
+.rename::before, .destroy::before {
   content: ""; display: block; height: 100%; background: currentColor;
   mask: var(--pencil) center / 16px no-repeat;
 }
 .destroy::before { background: var(--plus); mask: none; rotate: 45deg; }
 .rename:hover, .destroy:hover { color: var(--accent); }
-@media (hover: hover) and (scripting: enabled) {
-  .todo-list li:not(:hover, :focus-within) :is(.rename, .destroy) { opacity: 0; }
-}
-
-.toggle, .toggle-all {
+[type="checkbox"] {
   appearance: none; place-items: center; width: 48px; height: var(--row);
-  &::before, &::after {
-    content: ""; grid-area: 1 / 1; width: 24px; height: 24px;
-    border: 1.5px var(--box, solid) var(--edge); border-radius: 8px;
-    background: var(--field); transition: var(--quick);
-  }
-  &::after {
-    width: 8px; height: 14px; border: solid var(--accent);
-    border-width: 0 2.5px 2.5px 0; border-radius: 0; background: none;
-    transform: translateY(-2px) rotate(45deg); clip-path: inset(100% 100% 0 0);
-  }
-  &:hover::before { border-color: var(--accent); }
-  &:checked::before { border-color: var(--tint); background: var(--tint); }
-  &:checked::after { clip-path: inset(0); }
 }
-.toggle-all { height: 44px; &::before, &::after { scale: .75; } }
+[type="checkbox"]::before, [type="checkbox"]::after {
+  content: ""; grid-area: 1 / 1; width: 24px; height: 24px;
+  border: 1.5px var(--box, solid) var(--edge); border-radius: 8px;
+  background: var(--field); transition: var(--quick);
+}
+[type="checkbox"]::after {
+  width: 8px; height: 14px; border: solid var(--accent);
+  border-width: 0 2.5px 2.5px 0; border-radius: 0; background: none;
+  transform: translateY(-2px) rotate(45deg); clip-path: inset(100% 100% 0 0);
+}
+[type="checkbox"]:hover::before { border-color: var(--accent); }
+[type="checkbox"]:checked::before { border-color: var(--tint); background: var(--tint); }
+[type="checkbox"]:checked::after { clip-path: inset(0); }
+.toggle-all { height: 44px; }
+.toggle-all::before, .toggle-all::after { scale: .75; }
 
 /* The editor lies on the row, text upon text. */
 .editing {
@@ -6016,7 +6037,8 @@ h1 {
   outline-offset: -2px;
 }
 .editing .view { visibility: hidden; }
-.editor { grid-template-columns: 1fr 72px; align-self: start; padding: 0 8px 0 48px; }
+.editor { grid-template-columns: 1fr auto; align-self: start; padding: 0 80px 0 48px; }
+.edit { width: 100%; field-sizing: content; resize: none; }
 .edit:focus { outline: 0; }
 .editor .error { padding: 0 0 .5rem; }
 
@@ -6033,64 +6055,110 @@ h1 {
   }
 }
 
-/* Small print */
-.footer {
-  order: 1; grid-template: "count filters clear" 44px / 1fr auto 1fr;
-  padding: .5rem 0 0 12px; border-top: 1px solid var(--line);
+/* Small print: the counts and filters, and below them one line with what there is to say now */
+.footer, .status {
+  order: 1; display: var(--bar); flex-wrap: wrap; align-items: center; gap: 0 .75rem;
+  padding-left: 12px; background: var(--paper);
 }
+.footer { border-top: 1px solid var(--line); }
 strong { color: var(--ink); }
-.filters { grid-area: filters; display: flex; justify-content: center; }
+.filters { display: flex; flex-wrap: wrap; }
 .filters a {
-  display: block; padding: 12px .75rem; color: inherit; text-decoration: none;
-  text-underline-offset: .5em;
+  display: block; min-width: 40px; padding: 12px .6rem; color: inherit; text-align: center;
+  text-decoration: none; text-underline-offset: .5em;
 }
 .filters .selected {
   color: var(--ink); text-decoration: underline; text-decoration-color: var(--accent);
   text-decoration-thickness: 2px;
 }
-.clear { grid-area: clear; justify-self: end; }
-.clear-completed { height: 44px; }
-.empty, .nothing { padding: 2.5rem 1rem; text-align: center; }
-.info {
-  display: flex; flex-wrap: wrap; justify-content: center; gap: 0 2rem;
-  padding-block: 1.5rem 5rem;
-}
-.connection:empty { display: none; }
+.clear { margin-left: auto; }
+.clear-completed, .undo button, .info a, .info button { min-height: 44px; }
+.status { display: flex; min-height: 44px; line-height: 1.25; }
+.undo { display: flex; align-items: center; gap: .75rem; }
+.undo span { max-height: 2.5em; overflow: hidden; overflow-wrap: anywhere; }
+.undo button { font-weight: 600; }
 .connection::before { content: "● " / ""; color: var(--danger); }
-.connection, .undo {
-  position: fixed; bottom: calc(1rem + env(safe-area-inset-bottom));
-  padding: .5rem 1rem; border: 1px solid var(--edge); border-radius: 2em;
-  background: var(--field); color: var(--ink);
+.info {
+  display: flex; flex-wrap: wrap; align-items: center; justify-content: center;
+  gap: 0 1.5rem; padding-block: 1rem 2rem;
 }
-.undo { display: flex; gap: 1rem; left: 50%; translate: -50%; z-index: 1; }
-.message p { margin: 0 0 .5rem 48px; }
 
-.empty, :has(#todos li) > .nothing { display: none; }
+.todoapp {
+  display: flex; flex-direction: column;
+  --list: block; --bar: flex; --beside: -44px; --empty: none; --none: none; --hint: block;
+  --rest: none;
+}
+.main { display: var(--list); }
+.empty { display: var(--empty); }
+.nothing { display: var(--none); }
+.hint { display: var(--hint); }
+.all-done { display: var(--rest); }
+.todoapp:where(:not(:has(.todo-list > li))) { --none: block; }
+.todoapp:where(:has([data-active="0"])) { --hint: none; --rest: block; }
 .todoapp:not(:has(.todo-count:not([data-active="0"][data-completed="0"]))) {
-  .main, .footer, .nothing { display: none; }
-  .empty { display: block; }
+  --list: none; --bar: none; --none: none; --empty: block; --rest: none;
+  --beside: 0;
 }
 [data-completed="0"] ~ .clear { visibility: hidden; }
+.undo:not([hidden]) ~ *, .connection:not([hidden], [data-state="live"]) ~ *,
+[data-state="live"], html:not(.scripted) .hint { display: none; }
 
-@media (width < 34rem) {
-  .footer { grid-template: "count clear" 44px "filters filters" / 1fr auto; }
-  .view .save { grid-area: 2 / 2; justify-self: start; margin: 0 0 .6rem; }
-}
-@media (hover: none), (scripting: none) { .info p:first-child { display: none; } }
-@media (forced-colors: active) {
-  .toggle, .toggle-all {
-    appearance: auto; width: 24px; margin: 0 12px;
-    &::before, &::after { display: none; }
+/* The field, the counter and the filters stay in reach, unless the text is large. */
+@media (min-height: 30rem) {
+  @container (min-width: 20rem) {
+    .header { position: sticky; top: calc(-1.1 * var(--title) - .25rem); z-index: 1; }
+    .footer, .status { position: sticky; bottom: var(--below, 0); }
   }
+}
+@container (20rem <= width < 33rem) {
+  .clear { flex-basis: 100%; text-align: end; }
+  .status { margin: var(--beside) 8rem 0 0; }
+}
+@container (width >= 33rem) {
+  .todoapp { --bar: grid; }
+  .footer { --below: 44px; grid-template: "count filters clear" 44px / 1fr auto 1fr; }
+  .filters { grid-area: filters; }
+  .status { justify-content: center; padding: 0; }
+}
+
+/* Help, and the pages with one thing to say or to ask */
+dialog {
+  max-width: min(26rem, 100vw - 1.5rem); margin: auto; padding: 1.25rem 1.5rem;
+  border: 1px solid var(--edge); border-radius: 14px; background: var(--field);
+  color: inherit;
+}
+::backdrop { background: #0006; }
+kbd { font: inherit; color: var(--accent); }
+.message :is(p, form) { margin: 0 0 .75rem 48px; }
+
+/* Where there is no mouse, a row is its title: a tap on it edits. */
+.by-touch { display: none; }
+@media (hover: hover) {
+  .scripted .todo-list li:not(:hover, :focus-within) :is(.rename, .destroy) { opacity: 0; }
+}
+@media (hover: none) {
+  .by-touch { display: inline; }
+  .by-mouse { display: none; }
+  .scripted .view { grid-template-columns: 48px 1fr auto 0 44px; }
+  .scripted .editor { padding-right: 44px; pointer-events: none; }
+  .editor > * { pointer-events: auto; }
+  .scripted .todo-list li:not(.editing, :has(:focus-visible)) :is(.rename, .destroy):not(:active) {
+    opacity: 0; pointer-events: none;
+  }
+  .editing .destroy { visibility: visible; }
+}
+@media (forced-colors: active) {
+  [type="checkbox"] { appearance: auto; width: 24px; margin: 0 12px; }
+  [type="checkbox"]::before, [type="checkbox"]::after { display: none; }
   .rename::before, .destroy::before { forced-color-adjust: none; }
 }
-/* Not none: the script waits for the end. */
 @media (prefers-reduced-motion), print {
   *, ::before, ::after { animation-duration: 1ms !important; transition: none !important; }
 }
 @media print {
   :root { color-scheme: light; --paper: #fff; }
-  .new, .all, .filters, .clear, .info, .view > :not(input, label) { display: none; }
+  .header, .footer { position: static; }
+  .new, .all, .filters, .clear, .status, .info, .view > :not(input, label) { display: none; }
 }
 ''', 'text/css; charset=UTF-8')
 ICON = r'''
