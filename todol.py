@@ -6076,7 +6076,7 @@ strong { color: var(--ink); }
 .status { display: flex; min-height: 44px; line-height: 1.25; }
 .undo { display: flex; align-items: center; gap: .75rem; }
 .undo span { max-height: 2.5em; overflow: hidden; overflow-wrap: anywhere; }
-.undo button { font-weight: 600; }
+.undo button { flex: none; font-weight: 600; }
 .connection::before { content: "● " / ""; color: var(--danger); }
 .info {
   display: flex; flex-wrap: wrap; align-items: center; justify-content: center;
@@ -6100,8 +6100,8 @@ strong { color: var(--ink); }
   --beside: 0;
 }
 [data-completed="0"] ~ .clear { visibility: hidden; }
-.undo:not([hidden]) ~ *, .connection:not([hidden], [data-state="live"]) ~ *,
-[data-state="live"], html:not(.scripted) .hint { display: none; }
+.undo:not([hidden]) ~ *, .connection:not(:empty) ~ *, .connection:empty,
+html:not(.scripted) .hint { display: none; }
 
 /* The field, the counter and the filters stay in reach, unless the text is large. */
 @media (min-height: 30rem) {
@@ -6121,14 +6121,19 @@ strong { color: var(--ink); }
   .status { justify-content: center; padding: 0; }
 }
 
-/* Help, and the pages with one thing to say or to ask */
+/* Dialogs, and the pages that say or ask one thing */
 dialog {
   max-width: min(26rem, 100vw - 1.5rem); margin: auto; padding: 1.25rem 1.5rem;
   border: 1px solid var(--edge); border-radius: 14px; background: var(--field);
   color: inherit;
 }
 ::backdrop { background: #0006; }
-kbd { font: inherit; color: var(--accent); }
+h2 { margin-bottom: .75rem; font-size: 1.25em; font-weight: 400; }
+kbd { display: inline-block; min-width: 8rem; font: inherit; color: var(--done); }
+dialog button, .message button {
+  min-height: 44px; margin: .5rem .5rem 0 0; padding: 0 1rem; border: 1px solid var(--edge);
+  border-radius: 10px;
+}
 .message :is(p, form) { margin: 0 0 .75rem 48px; }
 
 /* Where there is no mouse, a row is its title: a tap on it edits. */
