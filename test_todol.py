@@ -8010,6 +8010,219 @@ def test_check_finds_a_list_that_is_counted_wrong(stack):
         assert list(todol.miscounted_lists())[-1].startswith(f'the list of {user} has 2 todos')
 
 
+# === Devices: the same list in another browser ========================================================================
+
+def offered(client):
+    """What a program gets that offers its list."""
+    answer = client.post('/devices', accept=JSON)
+    assert answer.status == 200 and answer.json['seconds'] == 600
+    assert answer.json['link'].startswith(answer.json['join'] + '/') and answer.json['join'].endswith('/join')
+    return answer.json
+
+
+def path_of(offer):
+    return urllib.parse.urlsplit(offer['link']).path
+
+
+def user_of(client):
+    return session(client).split('.')[0]
+
+
+@pytest.mark.parametrize('by', ['link', 'code'])
+def test_a_list_opens_in_another_browser_by_pages_alone(listed, by):
+    other = WSGIClient()
+    shown = page(listed, '/devices')
+    assert page(listed).one('a', href='/devices') and shown.one('form', action='/devices').attributes['method'] == 'post'
+    shown = Page(listed.post('/devices').text)
+    link, code = shown.one(within=shown.one(class_='link')).attributes['href'], shown.one('output').text
+    assert re.fullmatch('[A-HJKMNP-Z2-9]{4} [A-HJKMNP-Z2-9]{4}', code) and link.startswith('http://todol.test/join/')
+    for _ in range(3):          # to look uses nothing up
+        assert other.get('/join').status == WSGIClient().get(link[17:]).status == other.get(link[17:]).status == 200
+    form = page(other, link[17:] if by == 'link' else '/join').one('form', action='/join')
+    assert form.attributes['method'] == 'post'
+    sent = {'token': link.rpartition('/')[2], 'own': 'leave'} if by == 'link' else {'code': f' {code.lower()}'}
+    answer = other.post('/join', sent)
+    assert (answer.status, answer.headers['location']) == (303, '/')
+    assert other.todos() == UNCHANGED and user_of(other) == user_of(listed)
+    other.create('third')
+    assert listed.todos()[-1] == ('third', False)
+    assert other.post('/join', sent).status == 303 and other.get(link[17:]).headers['location'] == '/', 'it is its own now'
+    late = WSGIClient()
+    late.get('/')
+    for answer in (late.get(link[17:]), late.post('/join', {'code': code}), late.post('/join', {
+            'token': link.rpartition('/')[2]})):
+        assert answer.status == 404 and 'not good any more' in answer.text, 'both are used up'
+    assert late.todos() == []
+
+
+def test_the_other_browser_is_asked_what_becomes_of_its_own_list(listed):
+    for own, titles in (('bring', ['first', 'second', 'mine', 'done']), ('leave', ['first', 'second'])):
+        other, twin = WSGIClient(), WSGIClient()
+        other.create('mine', key='k')
+        other.patch(f'/todos/{other.create("done", key="l")}', {'completed': '1'})
+        twin.cookies.update(other.cookies)
+        other.delete(f'/todos/{other.create("removed")}', {'key': 'd'})
+        offer = offered(listed)
+        for path, sent in ((path_of(offer), None), ('/join', {'code': offer['code']}), ('/join', {
+                'code': offer['code'], 'own': 'perhaps'})):
+            answer = other.request('POST' if sent else 'GET', path, sent)
+            shown = Page(answer.text)
+            assert answer.status == 200 and 'has a list of its own, with 2 todos' in shown.one('section').text
+            assert [each.attributes['value'] for each in shown.all('button', name='own')] == ['bring', 'leave']
+        for sent in {'code': offer['code']}, {'code': offer['code'], 'own': 'all'}:
+            assert 'own must be bring or leave' in other.post('/join', sent, accept=JSON).json['error']
+        assert user_of(other) != user_of(listed) and listed.todos() == UNCHANGED, 'nothing happened yet'
+        before, told = todol.count_todos(user_of(listed)).version, heard(listed)
+        answer = other.post('/join', {'token': shown.one('input', name='token').attributes['value'], 'own': own})
+        assert answer.status == 303 and user_of(other) == user_of(listed)
+        assert [title for title, _ in other.todos()] == titles
+        assert twin.todos() == ([] if own == 'bring' else [('mine', False), ('done', True)])
+        assert list(todol.miscounted_lists()) == [] and sum(todol.count_todos(user_of(twin))[:2]) == len(twin.todos())
+        if own == 'bring':
+            assert todol.count_todos(user_of(listed)).version == before + 1
+            eventually(lambda told=told: any('mine' in message.payload for message in told))
+            assert [other.post('/undo', {'of': 'd'}, accept=JSON).status for _ in range(2)] == [200, 404]
+            assert [title for title, _ in other.todos()] == [*titles, 'removed'] and twin.todos() == []
+            other.patch('/todos/k.0', {'title': 'mine still'})
+            assert ('mine still', False) in other.todos(), 'rows keep their keys'
+            for title in [*titles[2:], 'mine still', 'removed']:
+                for todo in other.get('/todos.json').json['todos']:
+                    if todo['title'] == title:
+                        other.delete(f'/todos/{todo["id"]}')
+
+
+def test_lists_that_used_the_same_keys_can_be_joined_and_undone(stack):
+    users = [todol.new_user() for _ in range(2)]
+    for user in users:
+        for key in 'ab':
+            todol.create_todo(user, f'{key} of {users.index(user)}', key)
+        todol.delete_todo(user, 'b.0', f'removed {users.index(user)}'.replace(' ', '-'))
+        todol.toggle_todos(user, True, key='marked')
+    todol.move_todos(*users)
+    assert {(todo.title, todo.key) for todo in todol.list_todos(users[1])} == {('a of 0', None), ('a of 1', 'a.0')}
+    assert todol.list_todos(users[0]) == [] and list(todol.miscounted_lists()) == []
+    for number in 1, 0:
+        assert len(todol.take_back(users[1], f'removed-{number}')) == 1
+    assert {(todo.title, todo.key) for todo in todol.list_todos(users[1])} == {
+        ('a of 0', None), ('a of 1', 'a.0'), ('b of 0', None), ('b of 1', 'b.0')}
+    assert len(todol.take_back(users[1], 'marked')) == 1, 'its own'
+
+
+def test_a_list_that_would_be_too_long_is_not_joined_and_the_link_stays_good(open_stack):
+    open_stack(TODOL_MAX_TODOS=2)
+    listed, other = WSGIClient(), WSGIClient()
+    for client, title in ((listed, 'a'), (listed, 'b'), (other, 'c')):
+        client.create(title)
+    offer = {'code': offered(listed)['code']}
+    answer = other.post('/join', {**offer, 'own': 'bring'}, accept=JSON)
+    assert answer.status == 422 and 'it has 2 todos' in answer.json['error']
+    assert (listed.todos(), other.todos()) == ([('a', False), ('b', False)], [('c', False)])
+    assert other.post('/join', {**offer, 'own': 'leave'}, accept=JSON).status == 200 and len(other.todos()) == 2
+
+
+def test_of_two_browsers_that_use_a_code_at_once_in_two_processes_one_gets_the_list(start_server):
+    servers = start_server(), start_server()
+    owner = servers[0].client()
+    owner.create('kept')
+    for _ in range(5):
+        clients = [server.client() for server in servers for _ in range(2)]
+        for client in clients:
+            client.create('mine')
+        offer, answers = offered(owner), []
+
+        def join(client, offer=offer, answers=answers):
+            answers.append((client.post('/join', {'code': offer['code'], 'own': 'bring'}, accept=JSON).status, client))
+
+        threads = [threading.Thread(target=join, args=(client,)) for client in clients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(status for status, _ in answers) == [200, 404, 404, 404]
+        for status, client in answers:
+            assert (client.todos()[0] == ('kept', False)) is (status == 200)
+            assert status == 200 or client.todos() == [('mine', False)]
+    assert len(owner.todos()) == 6
+
+
+def test_an_answer_that_was_lost_can_be_asked_for_again_and_moves_nothing_twice(listed):
+    other, again = WSGIClient(), WSGIClient()
+    other.create('mine')
+    again.cookies.update(other.cookies)
+    sent = {'code': offered(listed)['code'], 'own': 'bring'}
+    assert [client.post('/join', sent, accept=JSON).status for client in (other, again)] == [200, 200]
+    assert user_of(again) == user_of(other) == user_of(listed) and again.todos() == [*UNCHANGED, ('mine', False)]
+
+
+def test_a_link_is_good_for_ten_minutes_and_guessing_is_limited_by_session_and_address(listed, monkeypatch):
+    clock = types.SimpleNamespace(ahead=0)
+    monkeypatch.setattr(todol, 'now', lambda: time.time() + clock.ahead)
+    offers = [offered(listed) for _ in range(3)]
+    other, asked = WSGIClient(), collections.Counter()
+    other.get('/')
+    for _ in range(todol.MAX_GUESSES + 2):
+        asked[other.post('/join', {'code': 'AAAA AAAA'}, accept=JSON).status] += 1
+    assert asked == {404: todol.MAX_GUESSES, 429: 2}
+    answer = other.post('/join', {'code': offers[0]['code']})
+    assert answer.status == 429 and 'Too many codes' in Page(answer.text).one(id='join-error').text, 'the right one too'
+    assert other.get(path_of(offers[0])).status == 200, 'a link is no guess'
+    while WSGIClient().post('/join', {'code': 'x'}, accept=JSON).status == 404:
+        asked['strangers'] += 1
+    assert 5 * todol.MAX_GUESSES < asked['strangers'] <= 10 * todol.MAX_GUESSES
+    assert WSGIClient().post('/join', {'code': offers[0]['code']}, accept=JSON).status == 429
+    clock.ahead = 599
+    assert other.get(path_of(offers[0])).status == 200
+    clock.ahead = 601
+    assert other.post('/join', {'code': 'AAAA AAAA'}, accept=JSON).status == 404
+    for answer in (other.get(path_of(offers[0])), other.post('/join', {'code': offers[1]['code']}),
+                   other.post('/join', {'token': path_of(offers[2])[6:], 'own': 'leave'})):
+        assert answer.status == 404 and 'not good any more' in answer.text
+    for sent in ({}, {'token': 'x' * 22}, {'token': '\u0130' * 5000}, {'code': 'ß' * 5000}):
+        assert other.post('/join', json_body=sent, accept=JSON).status in (404, 429)
+    for sent in ({'token': 5}, {'code': ['x']}, {'token': {}}):
+        assert other.post('/join', json_body=sent, accept=JSON).status == 422
+    assert other.todos() == [] and user_of(other) != user_of(listed)
+
+
+def test_no_other_site_and_no_link_alone_takes_a_list_away(listed):
+    offer, other = offered(listed), WSGIClient()
+    other.create('mine')
+    token = path_of(offer)[6:]
+    for headers in ({'Sec-Fetch-Site': 'cross-site'}, {'Origin': 'https://evil.test'}, {'Origin': 'null'}):
+        for path, sent in (('/join', {'token': token, 'own': 'leave'}), ('/forget', {}), ('/fresh', {}), ('/devices', {})):
+            assert other.post(path, sent, headers=headers).status == 403
+        assert other.get(path_of(offer), headers=headers).status == 200
+    for method in 'GET', 'HEAD':
+        for path in ('/forget', '/fresh', '/undo'):
+            assert other.request(method, path).status in (404, 405)
+    assert other.todos() == [('mine', False)] and offered_still(offer)
+
+
+def offered_still(offer):
+    return WSGIClient().get(path_of(offer)).status == 200
+
+
+def test_a_browser_that_opens_its_own_link_keeps_its_list_and_the_link(listed):
+    offer = offered(listed)
+    assert listed.get(path_of(offer)).headers['location'] == '/'
+    assert listed.post('/join', {'code': offer['code']}).headers['location'] == '/'
+    assert listed.todos() == UNCHANGED and offered_still(offer)
+
+
+def test_a_device_forgets_its_list_and_a_fresh_one_starts_while_others_keep_it(listed):
+    for path, cleared in (('/fresh', None), ('/forget', '"storage"')):
+        other = WSGIClient()
+        other.post('/join', {'code': offered(listed)['code']})
+        assert other.todos() == UNCHANGED
+        old = dict(other.cookies)
+        assert page(other, '/devices').one('form', action=path).attributes['method'] == 'post'
+        answer = other.post(path)
+        assert (answer.status, answer.headers['location']) == (303, '/')
+        assert answer.headers.get('clear-site-data') == cleared and other.cookies != old
+        assert other.todos() == [] and user_of(other) != user_of(listed) and listed.todos() == UNCHANGED
+        assert other.post(path, accept=JSON).json == {}
+
+
 # === Templates ========================================================================================================
 
 @given(st.lists(st.characters() | st.sampled_from(
@@ -8099,6 +8312,13 @@ def test_every_page_and_every_stream_is_valid_html(client):
             ('POST', '/todos', {'title': ''}), ('PATCH', row, {'title': '<"\'>' * 200}), ('POST', '/up', {})):
         documents.append(client.request(method, path, form, headers=referer).text)
     documents.append(client.post('/todos', {'title': 'x'}, headers={'Origin': 'null'}).text)
+    documents += [client.get('/devices').text, client.get('/join').text, client.post('/devices').text]
+    link = re.search('href="(http.*?/join/.*?)"', documents[-1])[1]
+    documents += [each.get(link[17:]).text for each in (WSGIClient(), list_of_two())]
+    documents.append(client.post('/join', {'code': 'x'}).text)
+    client.delete(f'/todos/{ids[2]}')
+    documents.append(client.get('/').text)
+    assert 'Undo' in documents[-1]
     for request in (('GET', f'{row}/edit'), ('POST', '/todos', {'title': '<b>'}), ('POST', '/todos', {'title': ''}),
                     ('DELETE', row), ('DELETE', row), ('PATCH', f'/todos/{ids[1]}', {'completed': '1'}),
                     ('PATCH', '/todos', {'completed': '0'})):
@@ -8382,6 +8602,17 @@ def test_a_list_goes_in_and_out_as_text_and_as_json_and_is_one_change(client):
                  {'text': 'a\n' + 'x' * 501}, {'text': 5}, {'todos': [{}]}):
         answer = client.post('/todos', json_body=form, accept=JSON)
         assert answer.status == 422 and re.search('title|todos|completed', answer.json['error']) and not client.todos()
+
+
+def test_a_browser_that_keeps_no_cookies_is_told_before_anything_is_typed(client):
+    first = page(client)
+    style, line = first.all('link', href='/kept.css')[0], first.one(id='keeps-nothing')
+    assert style.attributes['rel'] == 'stylesheet' and 'hidden' in line.attributes and 'keeps no cookies' in line.text
+    kept, lost = client.get('/kept.css'), WSGIClient().get('/kept.css')
+    assert kept.headers['content-type'] == lost.headers['content-type'] == 'text/css; charset=UTF-8'
+    assert kept.text == '' and lost.text.startswith('#keeps-nothing { display: block')
+    assert 'set-cookie' not in lost.headers and lost.headers['cache-control'] == 'no-store'
+    assert not page(client).all('link', href='/kept.css'), 'a page with a known session asks for nothing'
 
 
 def test_a_title_that_can_not_be_kept_is_said_at_its_field_with_the_text_kept(listed):

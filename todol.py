@@ -2600,7 +2600,14 @@ def current_user():
     environ = bottle.request.environ
     if session_of(environ) is None:
         environ['stack.session'] = new_user(), RENEW_SESSION_SECONDS
+        environ['stack.is_new'] = True
     return environ['stack.session'][0]
+
+
+def become(user):
+    """Make this browser's session that of another user; the cookie goes out with the answer. Ask
+    before: what another site's link leads to must not do that by itself."""
+    bottle.request.environ['stack.session'] = user, RENEW_SESSION_SECONDS
 
 
 def wanted():
@@ -5018,9 +5025,22 @@ DELETE_TODO = '''
 CLEAR_TODOS = '''
     DELETE FROM todos WHERE user_id = ? AND completed = 1
     RETURNING id, title, completed, key, created_at'''
+# Lists that were joined may have had the same key.
 RESTORE_TODO = '''
     INSERT INTO todos (id, title, completed, key, created_at, user_id, version)
-    VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id, completed'''
+    VALUES (:id, :title, :completed, CASE WHEN EXISTS (
+            SELECT 1 FROM todos WHERE key = :key AND user_id = :user) THEN NULL ELSE :key END,
+            :created_at, :user, :version)
+    ON CONFLICT DO NOTHING RETURNING id, completed'''
+RESTORED = ('id', 'title', 'completed', 'key', 'created_at')
+MOVE_TODOS = '''
+    UPDATE todos SET user_id = :to, version = :version, key = CASE WHEN EXISTS (
+        SELECT 1 FROM todos AS theirs WHERE theirs.key = todos.key AND theirs.user_id = :to)
+        THEN NULL ELSE key END
+    WHERE user_id = :user RETURNING id'''
+MOVE_UNDO = '''
+    UPDATE changes SET user_id = :to WHERE user_id = :user AND undo IS NOT NULL AND NOT EXISTS (
+        SELECT 1 FROM changes AS theirs WHERE theirs.key = changes.key AND theirs.user_id = :to)'''
 UNMAKE_TODO = '''
     DELETE FROM todos WHERE user_id = ? AND id = ? AND title = ? RETURNING id, completed'''
 RENAME_BACK = '''
@@ -5233,6 +5253,19 @@ def find_todo(user, id):
     return todo
 
 
+@app_db.transaction
+def move_todos(user, to):
+    """Move all todos of a user to the list of another, with what can be undone. Raises
+    LimitError."""
+    active, completed, _ = count_todos(user)
+    moved = {'user': user, 'to': to, 'version': count_todos(to).version + 1}
+    ids = [id for id, in app_db.execute(MOVE_TODOS, moved)]
+    app_db.execute(MOVE_UNDO, moved)
+    if ids:
+        _changed(user, ids, -active, -completed)
+        _refuse_too_many(_changed(to, ids, active, completed))
+
+
 def what_was_done(user, key):
     """The change of that key in a sentence, if it can be undone; else None."""
     rows = app_db.execute(f'{NEWEST_UNDO} AND key = :key', {'user': user, 'key': key})
@@ -5328,7 +5361,8 @@ def _take_back(user, said, kind, data):
                 app_db.execute(UNMAKE_TODO, (user, id, title))]
     else:
         rows = [(id, 1 - done, done) for row in data for id, done in
-                app_db.execute(RESTORE_TODO, (*row, user, version))]
+                app_db.execute(RESTORE_TODO, {**dict(zip(RESTORED, row)), 'user': user,
+                                              'version': version})]
     ids, active, completed = ([row[column] for row in rows] for column in range(3))
     if ids:
         totals = _changed(user, ids, sum(active), sum(completed))
@@ -5377,6 +5411,68 @@ def miscounted_lists():
     """Lists whose row of counts says something else than their todos."""
     for user, counted, kept in app_db.execute(MISCOUNTED_LISTS):
         yield f'the list of {user} has {counted} todos, its row in lists says {kept}'
+
+
+# === Devices: the same list in another browser ===========================================
+# A list is opened elsewhere by a link or a code. Both name it for a while, in the cache, and are
+# used up together; who has used them may do so again, since an answer can be lost.
+
+LINK_SECONDS = 600
+CODE_CHARS = 'ABCDEFGHJKMNPQRSTUVWXYZ23456789'      # without look-alikes
+# Of a session, and ten times as many of an address, in LINK_SECONDS. A code has 40 bits.
+MAX_GUESSES = 10
+NO_LINK = ('That link or code is not good any more: each is good once, for ten minutes. Make a new '
+           'one on the other device.')
+
+
+class GuessError(AppError):
+    """Too many codes were tried."""
+    status = 429
+
+
+def offer_list(user):
+    """Make a link and a code for a user's list. Gives the link's token, and the code."""
+    token, code = secrets.token_urlsafe(16), ''.join(secrets.choice(CODE_CHARS) for _ in range(8))
+    cache.add(f'join {token}', user, LINK_SECONDS)
+    cache.add(f'join code {code}', token, LINK_SECONDS)
+    return token, code
+
+
+def token_of_code(code, user, address):
+    """The token that goes with a code, as a person types it. Raises NotFound and GuessError."""
+    for who, most in ((user, MAX_GUESSES), (address, 10 * MAX_GUESSES)):
+        if cache.incr(f'join guesses {who}', ttl=LINK_SECONDS) > most:
+            raise GuessError('Too many codes were tried from here. Wait ten minutes.')
+    token = cache.get(f'join code {re.sub("[^A-Z0-9]", "", code[:50].upper())}')
+    if token is None:
+        raise NotFound(NO_LINK)
+    return token
+
+
+def offered_list(token, user):
+    """Whose list a token offers; nothing is used up. Raises NotFound, also if another has used
+    it."""
+    owner = cache.get(f'join {token[:50]}')
+    if owner is None or owner != user and cache.get(f'joined {token}', user) != user:
+        raise NotFound(NO_LINK)
+    return owner
+
+
+def join_list(token, user, bring):
+    """Use a token up, and give whose list it offers. bring: move the todos of the user there.
+    Raises NotFound and LimitError."""
+    owner = offered_list(token, user)
+    if owner == user:
+        return owner
+    if not cache.add(f'joined {token}', user, LINK_SECONDS):
+        offered_list(token, user)           # another may have been faster
+    if bring:
+        try:
+            move_todos(user, owner)
+        except LimitError:
+            cache.delete(f'joined {token}')
+            raise
+    return owner
 
 
 # === Templates ===========================================================================
@@ -5432,6 +5528,10 @@ aria-describedby="new-todo-error" autocomplete="off" enterkeyhint="done" dir="au
 <p class="error" id="new-todo-error" role="alert" data-turbo-permanent>{{error}}</p>
 </form>
 <p class="error" id="notice" role="alert" data-turbo-permanent></p>
+% if first:
+<p class="error" id="keeps-nothing" role="alert" hidden>This browser keeps no cookies, so nothing \
+of this list stays. Allow them for this site.</p>
+% end
 </header>
 <section class="main" id="list" aria-label="Todos">
 <form class="all" action="/todos" method="post" id="all">
@@ -5476,8 +5576,13 @@ hidden></p>
 </section>
 </main>
 <footer class="info">
+<p class="devices">This list lives in this browser until you <a href="/devices">open it on another \
+device</a>.</p>
 </footer>
 <p class="visually-hidden" id="announcer" role="status" data-turbo-permanent></p>
+% if first:
+<link rel="stylesheet" href="/kept.css">
+% end
 ''',
     'todo': '''\
 <li class="{{state}}" id="todo_{{id}}" data-version="{{version}}"\
@@ -5545,6 +5650,59 @@ targets="[data-showing~={{state}}] > #todo_{{id}}"><template>{{!row}}</template>
 <turbo-stream action="remove" target="todo_{{id}}" data-row="todo_{{id}}" \
 data-version="{{version}}"></turbo-stream>
 ''',
+    'devices': '''\
+% rebase('layout', title='Devices · todol', live=False)
+<main><section class="todoapp message devices">
+<h1>Your devices</h1>
+% if link:
+<p>Open this link in the other browser, or type the code at <b>{{join}}</b>. Both are good once, \
+for ten minutes. Whoever opens one of them sees this list, and can change it.</p>
+<p class="link"><a href="{{link}}">{{link}}</a></p>
+<p class="code"><output>{{code}}</output></p>
+% else:
+<p>This list lives in this browser alone, until you open it in another one.</p>
+<form action="/devices" method="post"><button type="submit">Open on another device</button></form>
+% end
+<h2>A list from another device</h2>
+<p><a href="/join">I have a code</a></p>
+<h2>This device</h2>
+<p>This browser has {{number}}. If no other device has this list open, nobody finds it again \
+after one of these:</p>
+<form action="/fresh" method="post"><button type="submit">Start a fresh list</button></form>
+<form action="/forget" method="post"><button type="submit">Forget this device</button></form>
+<p><a href="/">Back to the list</a></p>
+</section></main>
+''',
+    'join': '''\
+% rebase('layout', title='Open a list · todol', live=False)
+<main><section class="todoapp message join">
+<h1>Open a list</h1>
+<form action="/join" method="post">
+% if not token:
+<p>On the device that has the list, choose “Open on another device”. It shows a code.</p>
+<label for="code">Code</label>
+<input type="text" class="code" id="code" name="code" autocomplete="off" spellcheck="false" \
+autocapitalize="characters" enterkeyhint="go" maxlength="50" required autofocus \
+aria-describedby="join-error">
+<button type="submit">Open the list</button>
+<p class="error" id="join-error" role="alert">{{error}}</p>
+% else:
+<input type="hidden" name="token" value="{{token}}">
+<p>Somebody has offered you a list. Open it only if you know whose it is: everybody who has it \
+open sees and changes the same todos.</p>
+% if own:
+<p>This browser has a list of its own, with {{own}}. They can move into the list that you open. Or \
+leave them: then only a device that also has them open shows them again.</p>
+<button type="submit" name="own" value="bring">Open it, and bring mine along</button>
+<button type="submit" name="own" value="leave">Open it, and leave mine</button>
+% else:
+<button type="submit" name="own" value="leave">Open the list here</button>
+% end
+% end
+</form>
+<p><a href="/">Back to my list</a></p>
+</section></main>
+''',
     'error': '''\
 % rebase('layout', title=f'{status} · todol', live=False)
 <main><section class="todoapp message">
@@ -5580,7 +5738,8 @@ def render_page(user, showing, todos, totals, editing=None, text='', error='', u
                   totals=totals, key=new_key(), editing=editing,
                   text=text, error=error, undo=undo, source=stream_source(todos_stream(user)),
                   count=render_count(totals), toggle_all=render_toggle_all(totals),
-                  filters=render_filters(showing), blank=render_todo(BLANK_TODO))
+                  filters=render_filters(showing), blank=render_todo(BLANK_TODO),
+                  first='stack.is_new' in bottle.request.environ)
     before, between, after = layout(f'{totals.active} left · todol' if totals.active else 'todol')
     return f'{before}{user}{between}{body}{after}'
 
@@ -5672,6 +5831,7 @@ def broadcast_todos(changes):
 
 # Each change takes a field key: see Todos. A row is named by its id, or by its key K.n.
 
+KEEPS_NOTHING = '#keeps-nothing { display: block !important }'
 UNDO_COOKIE = f'{APP}_undo'
 ID = r'<id:re:[0-9]{1,18}|[A-Za-z0-9_.:-]{1,100}\.[0-9]{1,5}>'        # ids: within 64 bits
 
@@ -5805,6 +5965,100 @@ def undo():
     if not ids:
         raise NotFound('There is nothing to undo any more.')
     return changed(user, ids, {'ids': ids})
+
+
+@app.get('/devices')
+def show_devices():
+    """How a list gets to another device, and how it leaves this one."""
+    return render_devices(current_user())
+
+
+@app.post('/devices')
+def offer():
+    """Make a link and a code that open this list in another browser."""
+    environ = bottle.request.environ
+    token, code = offer_list(current_user())
+    join = f'{"https" if is_https(environ) else "http"}://{host_of(environ)}/join'
+    code = f'{code[:4]} {code[4:]}'
+    if wanted() == 'json':
+        return as_json({'link': f'{join}/{token}', 'code': code, 'join': join,
+                        'seconds': LINK_SECONDS})
+    return render_devices(current_user(), link=f'{join}/{token}', join=join, code=code)
+
+
+@app.get('/join')
+def show_join():
+    """Where the code is typed."""
+    current_user()
+    return render('join', token='', error='')
+
+
+@app.get('/join/<token:re:[A-Za-z0-9_-]{22}>')
+def show_link(token):
+    """Ask before the list is opened: browsers and messengers look at links by themselves."""
+    user = current_user()
+    if offered_list(token, user) == user:
+        return respond(back='/')
+    return render_join(user, token)
+
+
+@app.post('/join')
+def join():
+    """Open the list of a token, or a code; own: bring or leave the todos that are here."""
+    user, form = current_user(), fields()
+    token, code, own = (form.get(name, '') for name in ('token', 'code', 'own'))
+    if not isinstance(token, str) or not isinstance(code, str):
+        raise InvalidField('give the token of a link, or a code')
+    try:
+        token = token or token_of_code(code, user, client_address(bottle.request.environ))
+        owner = offered_list(token, user)
+    except (NotFound, GuessError) as error:
+        if wanted() != 'html':
+            raise
+        bottle.response.status = error.status
+        return render('join', token='', error=str(error))
+    if owner != user and own not in ('bring', 'leave') and has_todos(user):
+        if wanted() == 'html':
+            return render_join(user, token)
+        raise InvalidField('own must be bring or leave: this browser has todos')
+    become(join_list(token, user, own == 'bring'))
+    return respond(data={}, back='/')
+
+
+@app.post('/fresh')
+def fresh():
+    """A new list for this browser."""
+    fields()
+    become(new_user())
+    return respond(data={}, back='/')
+
+
+@app.post('/forget')
+def forget_device():
+    """A new list, and nothing of the old one is left in this browser."""
+    bottle.response.set_header('Clear-Site-Data', '"storage"')
+    return fresh()
+
+
+@app.get('/kept.css')
+def kept():
+    """Shows a sentence where the cookie that came with the page does not come back: with and
+    without script, before anything is typed."""
+    bottle.response.content_type = 'text/css; charset=UTF-8'
+    return '' if session_of(bottle.request.environ) else KEEPS_NOTHING
+
+
+def has_todos(user):
+    return any(count_todos(user)[:2])
+
+
+def render_devices(user, **offer):
+    return render('devices', number=_todos(sum(count_todos(user)[:2])), **{'link': '', **offer})
+
+
+def render_join(user, token):
+    number = sum(count_todos(user)[:2])
+    return render('join', token=token, own=_todos(number) if number else '')
 
 
 def offered_undo(user):
