@@ -4543,10 +4543,9 @@ class Page(html.parser.HTMLParser):
     def rows(self, id=None):
         """{id: title} of the rows that are shown, those on the shelf left out; id: those of that list. Streams also have
         empty ones, in whose place the real ones come."""
-        of = {row.attributes['id']: row for row in self.all('li') if row.attributes.get('id', '').startswith('todo_')
-              and self.all(within=row) and [each.attributes['id'] for each in row.within
-                                            if each.tag == 'ul'] in ([id or 'todos'], [])}
-        return {int(id[5:]): self.one('label', within=row).text for id, row in of.items()}
+        lists = self.all('ul', id=id or 'todos') or self.all('turbo-stream')
+        rows = {row.attributes['id']: row for each in lists for row in self.all('li', within=each) if self.all(within=row)}
+        return {int(id[5:]): self.one('label', within=row).text for id, row in rows.items()}
 
 
 def page(client, path='/', **options):
@@ -8456,7 +8455,7 @@ def test_broadcasts_of_one_user_from_two_processes_stand_in_the_log_in_the_order
     for thread in threads:
         thread.join()
     last = first.create('last')
-    log = eventually(lambda: [log := log_of(servers[0], todos_of(first))] * (f'"title_{last}"' in log[-1][1]))[0]
+    log = eventually(lambda: [log := log_of(servers[0], todos_of(first))] * (f'action="/todos/{last}"' in log[-1][1]))[0]
     versions = [int(re.search(r'data-version="(\d+)"><strong>', message)[1]) for _, message in log]
     assert versions == sorted(versions) and versions[-1] == 242 and len(versions) > 20
 
@@ -8475,7 +8474,7 @@ def test_what_changed_of_one_user_at_once_goes_out_together(stack):
                            {'user': 'c', 'ids': None}, {'user': 'c', 'ids': ids['c'][1:2]},
                            *({'user': 'b', 'ids': [id]} for id in ids['b'][1:])])
     eventually(lambda: len(received) == 3 and len(received['b']) == 2)
-    rows = {user: [[int(id) for id in re.findall(r' id="title_(\d+)"', message)] for message in messages]
+    rows = {user: [[int(id) for id in re.findall(r' action="/todos/(\d+)"', message)] for message in messages]
             for user, messages in received.items()}
     assert rows == {'a': [[ids['a'][1], ids['a'][0], ids['a'][2]]],
                     'b': [ids['b'][:todol.BROADCAST_ROWS], ids['b'][-2:]], 'c': [[]]}
