@@ -2733,14 +2733,19 @@ def render(name, /, **values):
 
 # Assets
 
-# Of styles and scripts: indentation, blank lines, and comments that end a line.
-NEED_NOT_TRAVEL = re.compile(r'^\s*(//.*|/\*.*\*/)?\n|^[ \t]+|[ \t]{2,}// .*$', re.MULTILINE)
 _assets = {}        # name -> (content type, text or bytes, or a function that gives it)
 
 
 def add_asset(name, source, content_type):
     """Serve text or bytes (or what a function gives, called once) under a URL of its own."""
     _assets[name] = content_type, source
+
+
+def compact(source):
+    """A style or script without indentation, blank lines, and comments that end a line: those need
+    not travel. For what has none of that in its texts."""
+    return re.sub(r'^\s*(//.*|/\*.*\*/)?\n|^[ \t]+|[ \t]{2,}// .*$', '', source,
+                  flags=re.MULTILINE)
 
 
 def asset_path(name):
@@ -2758,10 +2763,8 @@ def _digest(name):
 
 @functools.cache
 def _asset_bytes(name, compressed=False):
-    content_type, source = _assets[name]
+    source = _assets[name][1]
     source = source() if callable(source) else source
-    if content_type.startswith(('text/css', 'text/javascript')) and isinstance(source, str):
-        source = NEED_NOT_TRAVEL.sub('', source)
     body = source.encode() if isinstance(source, str) else source
     return gzipped(body, 9) if compressed else body
 
@@ -3910,10 +3913,11 @@ function overtaken(page) {
     $$('[data-version]', page).some(({ id, dataset: { version } }) =>
       version < known(id) && known(id) < Infinity);
 }
-// The styles and scripts of a page: one with others can't be morphed in.
-const files = root => $$('link[rel=stylesheet], script[src]', root)
-  .map(each => each.getAttribute('href') ?? each.getAttribute('src'));
-let visiting, epoch, reached = true, stranger;
+// The styles and scripts of a page, and those that they may import (data-more): one with
+// others can't be morphed in.
+const files = root => $$('head link[rel=stylesheet], head script', root).flatMap(each =>
+  ['href', 'src', 'data-more'].map(name => each.getAttribute(name)).filter(Boolean));
+let visiting, epoch, reached = true;
 async function visit(url = location.href, push = false, pause = 100, given) {
   const current = visiting = {};
   let page;
@@ -3931,15 +3935,8 @@ async function visit(url = location.href, push = false, pause = 100, given) {
     }
   } catch { reached = false; }          // ask again
   cable.show();
-  // A page of another owner is asked for twice: if each is yet another's, no cookie comes back.
-  const other = page && ownerOf(page) || owner, twice = stranger === other;
-  if (other !== owner && !twice) {
-    if (stranger) return tell('This browser keeps no cookies, so nothing can be kept here.');
-    stranger = other;
-    return visit(url, push, pause);
-  }
-  stranger = undefined;
-  if (other !== owner) belong(other);
+  const other = page && ownerOf(page) || owner;
+  if (other !== owner && !belong(other)) return;
   const fresh = page && epochOf(page);
   if (fresh && fresh !== epoch) renewVersions(fresh);
   if (!page || overtaken(page)) {
@@ -3983,34 +3980,31 @@ function stored(act) {
   } catch { return undefined; }
 }
 
-// Whose page it is. With another owner, nothing of the former stays: what waits can't be
-// sent any more.
+// Whose page it is. When the cookie is gone, or that of another list has come, the page becomes
+// the other's, once: where no cookie comes back each page is yet another's. Nothing of the
+// former stays; what waits can't be sent any more.
 const ownerOf = root => $('meta[name=owner]', root)?.content ?? '';
-let owner = ownerOf(document);
+let owner = ownerOf(document), belonged = 0;
 function belong(other) {
-  const meta = $('meta[name=owner]');
-  owner = other;
-  if (meta) meta.content = other;
-  tellOfOther(changes.length);
+  if (belonged) return tell('This is another list by now. Load the page again.');
+  owner = $('meta[name=owner]').content = other;
+  belonged = 1;
+  forgetOthers(changes.length);
   changes.length = 0;
   epoch = null;
-  forgetOthers();
   hooks.owned();
+  return true;
 }
-function tellOfOther(lost) {
-  const unsent = lost ? ` ${count(lost)} of the former could not be sent.` : '';
-  tell(`This is not the list that was here before.${unsent}`);
-}
-function forgetOthers() {
+function forgetOthers(lost) {
   const others = stored(all => {
-    const names = Object.keys(all).filter(name =>
-      name.startsWith('change:') && !name.startsWith(`change:${owner}:`));
+    const names = kept(all).filter(name => !name.startsWith(itemOf('')));
     for (const name of names) all.removeItem(name);
     all.owner = owner;
     return names.length;
-  });
-  if (others) tellOfOther(others);
-  globalThis.caches?.delete(KEPT).catch(() => {});
+  }) || lost;
+  const unsent = others ? ` Not sent: ${count(others)} of the former.` : '';
+  if (unsent || belonged) tell(`This is not the list that was here before.${unsent}`);
+  globalThis.caches?.delete('page').catch(() => {});
 }
 
 // Changes go to the server one after another, in their order, each with a key: sent
@@ -4020,7 +4014,8 @@ function forgetOthers() {
 const changes = [];
 const order = new Intl.Collator('en', { numeric: true }).compare;
 const waits = key => key && changes.some(each => each.key === key);
-const itemOf = ({ key }) => `change:${owner}:${key}`;
+const itemOf = key => `change:${owner}:${key}`;
+const kept = all => Object.keys(all).filter(name => name.startsWith('change:')).sort(order);
 let newest = 0, delivering, waiting, wake = () => {};
 function newKey() {                     // later ones are greater, though the clock goes back
   newest = Math.max(newest + 1, Date.now());
@@ -4029,7 +4024,7 @@ function newKey() {                     // later ones are greater, though the cl
 function change(given) {
   const entry = { key: newKey(), ...given };
   entry.kept = stored(all => {
-    all.setItem(itemOf(entry), JSON.stringify({ ...entry, kept: true }));
+    all.setItem(itemOf(entry.key), JSON.stringify({ ...entry, kept: true }));
     return true;
   });
   take(entry);
@@ -4050,13 +4045,11 @@ function forget(key) {
   cable.show();
 }
 function takeKept() {
-  stored(all => Object.keys(all).sort(order).forEach(name => {
-    if (name.startsWith(`change:${owner}:`)) take(JSON.parse(all[name]));
-  }));
+  stored(all => kept(all).forEach(name => take(JSON.parse(all[name]))));
 }
 // In the other tabs. They send it themselves if the one that has it is closed.
 addEventListener('storage', ({ key: name, newValue }) => {
-  if (!name?.startsWith(`change:${owner}:`)) return;
+  if (!name?.startsWith(itemOf(''))) return;
   const entry = JSON.parse(newValue);
   if (entry && !entry.refused) {
     take(entry);
@@ -4065,8 +4058,9 @@ addEventListener('storage', ({ key: name, newValue }) => {
   if (entry?.refused) visit();
 });
 addEventListener('beforeunload', event => {
-  if (changes.some(({ kept }) => !kept)) event.returnValue = '';
-  if (changes.some(({ kept }) => !kept)) event.preventDefault();
+  if (changes.every(({ kept }) => kept)) return;
+  event.preventDefault();
+  event.returnValue = '';
 });
 async function deliver() {
   if (delivering) return;
@@ -4091,7 +4085,7 @@ async function deliver() {
 // wait, else nothing.
 async function attempt() {
   const [entry] = changes;
-  const elsewhere = stored(all => all.owner === owner && !(itemOf(entry) in all));
+  const elsewhere = stored(all => all.owner === owner && !(itemOf(entry.key) in all));
   if (!entry || entry.kept && elsewhere) return forget(entry?.key);
   const body = new URLSearchParams(entry.body), headers = { Accept: ACCEPT, 'X-Owner': owner };
   let answer, html;
@@ -4108,8 +4102,8 @@ async function attempt() {
     return Number(answer?.headers.get('Retry-After') ?? 0);
   }
   stored(all => {
-    if (!answer.ok) all.setItem(itemOf(entry), '{"refused": true}');    // the other tabs see it
-    all.removeItem(itemOf(entry));
+    if (!answer.ok) all.setItem(itemOf(entry.key), '{"refused": true}');    // the other tabs see it
+    all.removeItem(itemOf(entry.key));
   });
   forget(entry.key);
   queueMicrotask(() => settle(entry, answer, html));
@@ -4271,32 +4265,23 @@ setInterval(() => {
   cable.show(true);
 }, 3000);
 
-// The page as it is now, and the files that it names, for the service worker to show
-// where there is no network. Written a second after a change, and when hidden.
-const KEPT = 'page';
+// The page as it is now is given to the service worker, which shows it where there is no
+// network: a second after a change, and when it is hidden.
 let keepTimer;
 function keepSoon() {
-  clearTimeout(keepTimer);
-  keepTimer = setTimeout(keepPage, 1000);
+  keepTimer ??= setTimeout(keepPage, 1000);
 }
-async function keepPage() {
-  if (!globalThis.caches || !navigator.serviceWorker) return;
-  const copy = document.documentElement.cloneNode(true), named = files(document);
+function keepPage() {
+  keepTimer = clearTimeout(keepTimer);
+  const worker = navigator.serviceWorker?.controller;
+  if (!worker) return;
+  const copy = document.documentElement.cloneNode(true);
   for (const box of $$('[type=checkbox]', copy)) box.toggleAttribute('checked', box.checked);
   hooks.keeping(copy);
-  const headers = { 'Content-Type': 'text/html; charset=UTF-8', 'Content-Security-Policy':
-    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'" };
-  try {
-    const cache = await caches.open(KEPT);
-    const has = (await cache.keys()).map(({ url }) => new URL(url).pathname);
-    await cache.addAll(named.filter(file => !has.includes(file)));
-    await cache.put(hooks.address(), new Response(`<!DOCTYPE html>${copy.outerHTML}`, { headers }));
-    for (const file of has) {
-      if (file.startsWith('/assets/') && !named.includes(file)) await cache.delete(file);
-    }
-  } catch { /* without room for it the page opens with the network alone */ }
+  worker.postMessage({ address: hooks.address(), html: copy.outerHTML, files: files(document) });
 }
 addEventListener('visibilitychange', () => document.hidden && keepPage());
+navigator.serviceWorker?.addEventListener('controllerchange', keepPage);
 
 globalThis.live = { $, $$, byId, onClick, order, visit, change, changes, newKey, tell, count,
   renderStreams, morph, hooks };
@@ -4309,19 +4294,19 @@ addEventListener('DOMContentLoaded', () => {        // the app's script has set 
   customElements.get(SOURCE) ?? customElements.define(SOURCE, CableStreamSource);
   shown();
   deliver();
-  if (owner && before !== owner) visit();           // does the cookie come back?
   navigator.serviceWorker?.register('/sw.js').catch(() => {});
 });
 '''
-add_asset('live.js', LIVE_SCRIPT, 'text/javascript; charset=UTF-8')
+add_asset('live.js', compact(LIVE_SCRIPT), 'text/javascript; charset=UTF-8')
 
 
 SERVICE_WORKER = r'''
-// Shows the page as it was last seen where there is no network, or none in time. It keeps
-// nothing: live.js writes that page, and the files that it names, into the cache.
-const PATIENCE_MS = 4000;
+// Shows the page as it was last seen where there is no network, or none in time. live.js
+// gives it that page, and the names of the files that it needs.
+const CACHE = 'page', PATIENCE_MS = 4000;
 addEventListener('install', () => skipWaiting());       // a new one takes over at once
 addEventListener('activate', event => event.waitUntil(clients.claim()));
+addEventListener('message', event => event.waitUntil(keep(event.data)));
 addEventListener('fetch', event => {
   const { request } = event, { origin, pathname } = new URL(request.url);
   if (request.method !== 'GET' || origin !== location.origin) return;
@@ -4331,13 +4316,25 @@ addEventListener('fetch', event => {
 async function networkFirst(request) {
   const kept = await caches.match(request, { ignoreSearch: true }) ?? await caches.match('/');
   const asked = fetch(request).catch(() => null);
-  const late = new Promise(resolve => setTimeout(resolve, kept ? PATIENCE_MS : 2 ** 30));
+  if (!kept) return await asked ?? Response.error();
+  const late = new Promise(resolve => setTimeout(resolve, PATIENCE_MS));
   const answer = await Promise.race([asked, late]);
-  const down = !answer || [502, 503, 504].includes(answer.status);
-  return down && kept || answer || Response.error();
+  return !answer || [502, 503, 504].includes(answer.status) ? kept : answer;
 }
 async function cacheFirst(request) {
   return await caches.match(request) ?? fetch(request);
+}
+async function keep({ address, html, files }) {
+  const headers = { 'Content-Type': 'text/html; charset=UTF-8', 'Content-Security-Policy':
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'" };
+  try {
+    const cache = await caches.open(CACHE);
+    const has = (await cache.keys()).map(({ url }) => new URL(url).pathname);
+    await cache.addAll(files.filter(file => !has.includes(file)));
+    await cache.put(address, new Response(`<!DOCTYPE html>${html}`, { headers }));
+    const old = has.filter(file => file.startsWith('/assets/') && !files.includes(file));
+    for (const file of old) await cache.delete(file);   // of before a deploy
+  } catch { /* without room for it the page opens with the network alone */ }
 }
 '''
 
@@ -4347,7 +4344,7 @@ def service_worker():
     """The service worker. Browsers ask for it again with every visit."""
     bottle.response.content_type = 'text/javascript; charset=UTF-8'
     bottle.response.set_header('Cache-Control', 'no-cache')
-    return NEED_NOT_TRAVEL.sub('', SERVICE_WORKER)
+    return compact(SERVICE_WORKER)
 
 
 # === Process: open, serve, stop ==========================================================
@@ -5503,7 +5500,7 @@ TEMPLATES.update({
 <link rel="stylesheet" href="{{asset('todol.css')}}">
 % if live:
 <script type="module" src="{{asset('live.js')}}"></script>
-<script type="module" src="{{asset('todol.js')}}"></script>
+<script type="module" src="{{asset('todol.js')}}" data-more="{{asset('more.js')}}"></script>
 % end
 </head>
 <body>
@@ -5578,6 +5575,7 @@ hidden></p>
 <footer class="info">
 <p class="devices">This list lives in this browser until you <a href="/devices">open it on another \
 device</a>.</p>
+<p><a href="/todos.txt" id="copy">Copy as text</a></p>
 </footer>
 <p class="visually-hidden" id="announcer" role="status" data-turbo-permanent></p>
 % if first:
@@ -6145,7 +6143,7 @@ def invalid(error, target, user, **values):
 
 # === Styles: values, then meanings, then rules ===========================================
 
-add_asset('todol.css', r'''
+add_asset('todol.css', compact(r'''
 :root {
   --pencil: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 20 20'%3E%3Cpath d='M2 14v4h4L15 9l-4-4zM16 8l-4-4 2-2 4 4z'/%3E%3C/svg%3E");
   --plus: linear-gradient(currentColor 0 0) center / 2px 16px no-repeat,
@@ -6419,7 +6417,7 @@ dialog button, .message button {
   .header, .footer { position: static; }
   .new, .all, .filters, .clear, .status, .info, .view > :not(input, label) { display: none; }
 }
-''', 'text/css; charset=UTF-8')
+'''), 'text/css; charset=UTF-8')
 ICON = r'''
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="4.5" fill="#2c55b8"/><path d="m4 8.6 2.8 2.8L12.2 5" fill="none" stroke="#fff" stroke-width="2.2" stroke-linecap="round" stroke-linejoin="round"/></svg>
 '''
@@ -6433,11 +6431,11 @@ add_asset('manifest.webmanifest', lambda: json.dumps({
 
 # === Script: todos on top of the live script =============================================
 
-add_asset('todol.js', r'''
+add_asset('todol.js', compact(r'''
 // The todo list, on top of live.js: rows that don't wait for an answer, editing in
 // place, undo, filters, keys, focus, order, what is said.
-const { $, $$, byId, order, onClick, visit, change, changes, newKey, tell, hooks } =
-  globalThis.live;
+const { live } = globalThis;
+const { $, $$, byId, order, onClick, visit, change, changes, newKey, tell, hooks } = live;
 const SHOWING = { '/active': 'active', '/completed': 'completed' };
 if (location.pathname.endsWith('/edit')) history.replaceState(null, '', '/');
 
@@ -6685,21 +6683,26 @@ addEventListener('paste', event => {
   event.preventDefault();
   if (items.length <= 500 || confirm(`Add ${items.length} todos?`)) add(items, asText(items));
 });
-function copy(text, said) {
-  const done = () => tell(said);
-  navigator.clipboard?.writeText(text).then(done, () => tell('It could not be copied.'));
-  if (navigator.clipboard) return;
-  const field = document.body.appendChild(document.createElement('textarea'));
-  field.value = text;
-  field.select();
-  if (document.execCommand('copy')) done();
-  field.remove();
-}
-onClick('#copy', () => copy(asText(todos().map(stateOf)), 'Copied.'));
+live.copy = async (text, button) => {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {                             // on some addresses there is none
+    const field = document.createElement('textarea');
+    ($('dialog') ?? document.body).append(field);
+    field.value = text;
+    field.select();
+    document.execCommand('copy');
+    field.remove();
+  }
+  const before = button.textContent;
+  button.textContent = 'Copied';
+  announce('Copied.');
+  setTimeout(() => { button.textContent = before; }, 2000);
+};
+onClick('#copy', link => live.copy(asText(todos().map(stateOf)), link));
+onClick('.devices a', () => more('showDevices'));
 
-// Keys
-const KEYS = { 'n or /': 'a new todo', '↑ ↓': 'from todo to todo', 'e': 'edit', 'x or Space':
-  'done, or not', 'Delete': 'remove', 'Ctrl Z, ⌘ Z': 'undo', '?': 'these keys' };
+// Keys; `?` shows them
 const walk = step => {
   const rows = [$('.new-todo'), ...$$('#todos .toggle')], row = document.activeElement.closest('li');
   (rows[rows.indexOf(row ? $('.toggle', row) : rows[0]) + step] ?? rows[0]).focus();
@@ -6709,8 +6712,7 @@ const pressed = {
   ArrowUp: () => walk(-1),
   n: () => $('.new-todo').focus(),
   '/': () => $('.new-todo').focus(),
-  '?': () => dialog('Keys', Object.entries(KEYS).map(each => `<p><kbd>${each.join('</kbd> ')}</p>`)
-    .join('')),
+  '?': () => more('showKeys'),
 };
 const pressedOnRow = {
   e: row => edit(row),
@@ -6733,15 +6735,11 @@ addEventListener('keydown', event => {
   event.preventDefault();
   act(row);
 });
-function dialog(title, html) {
-  $('dialog')?.remove();
-  document.body.insertAdjacentHTML('beforeend', `<dialog aria-label="${title}"><h2>${title}</h2>
-    ${html}<form method="dialog"><button>Close</button></form></dialog>`);
-  const made = $('dialog');
-  if (made.showModal) made.showModal();
-  else made.setAttribute('open', '');
-  made.addEventListener('close', () => made.remove());
-  return made;
+// What is seldom asked for comes when it is.
+async function more(name) {
+  try {
+    await (await import($('[data-more]').dataset.more))[name]();
+  } catch { tell('For that the network is needed.'); }
 }
 
 // What follows from a change of the page: places, counter, title, announcements
@@ -6801,7 +6799,7 @@ new MutationObserver(records => {
 // The page as it is kept has nothing of the moment.
 hooks.address = () => '/';
 hooks.keeping = root => {
-  for (const each of $$('.editor, dialog, turbo-stream', root)) each.remove();
+  for (const each of $$('.editor, dialog, [href="/kept.css"]', root)) each.remove();
   for (const each of $$('.editing', root)) each.classList.remove('editing');
   for (const each of $$('.error, [role=status]', root)) each.textContent = '';
   $('#undo', root).hidden = true;
@@ -6815,7 +6813,46 @@ for (const box of $$('#todos .toggle')) {
 show();
 recount();
 document.documentElement.classList.add('scripted');     // last: what it replaces may go
-''', 'text/javascript; charset=UTF-8')
+'''), 'text/javascript; charset=UTF-8')
+add_asset('more.js', compact(r'''
+// What is seldom asked for: the list of keys, and how the list gets to another device.
+const { $, tell, copy } = globalThis.live;
+const KEYS = { 'n or /': 'a new todo', '↑ ↓': 'from todo to todo', 'e': 'edit', 'x or Space':
+  'done, or not', 'Delete': 'remove', 'Ctrl Z, ⌘ Z': 'undo', '?': 'these keys' };
+export function showKeys() {
+  const rows = Object.entries(KEYS).map(([key, does]) => `<dt><kbd>${key}</kbd></dt><dd>${does}</dd>`);
+  dialog('Keys', `<dl>${rows.join('')}</dl>`);
+}
+export async function showDevices() {
+  const answer = await fetch('/devices', { method: 'POST', headers: { Accept: 'application/json',
+    'X-Owner': $('meta[name=owner]').content } });
+  if (!answer.ok) return tell((await answer.json()).error);
+  const { link, code, join, seconds } = await answer.json();
+  const made = dialog('Open on another device', `<p>Open this link there:</p>
+    <p><input class="link" type="text" readonly aria-label="Link"></p>
+    <p><button type="button" data-copy>Copy the link</button>
+    <button type="button" data-share>Share …</button></p>
+    <p>Or go to <b class="join"></b> there, and type</p><p><output class="code"></output></p>
+    <p>Both are good once, for ${seconds / 60} minutes. Whoever opens one of them sees this list,
+    and can change it.</p><p><a href="/devices">More about devices</a></p>`);
+  $('.link', made).value = link;
+  $('.join', made).textContent = join;
+  $('.code', made).textContent = code;
+  $('[data-copy]', made).onclick = ({ target }) => copy(link, target);
+  $('[data-share]', made).hidden = !navigator.share;
+  $('[data-share]', made).onclick = () => navigator.share({ url: link }).catch(() => {});
+}
+function dialog(title, html) {
+  $('dialog')?.remove();
+  document.body.insertAdjacentHTML('beforeend', `<dialog aria-label="${title}"><h2>${title}</h2>
+    ${html}<form method="dialog"><button>Close</button></form></dialog>`);
+  const made = $('dialog');
+  made.addEventListener('close', () => made.remove());
+  if (made.showModal) made.showModal();
+  else made.setAttribute('open', '');
+  return made;
+}
+'''), 'text/javascript; charset=UTF-8')
 
 
 if __name__ == '__main__':
