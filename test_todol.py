@@ -47,6 +47,7 @@ import urllib.parse
 import wsgiref.util
 import wsgiref.validate
 import zipfile
+import zlib
 
 import gevent
 import gevent.pywsgi
@@ -8770,7 +8771,51 @@ def test_the_theme_colors_are_said_alike_in_page_styles_and_manifest(client):
     assert colors == list(todol.THEME_COLORS) and manifest['theme_color'] == manifest['background_color'] == colors[0]
     assert f'--paper: light-dark({colors[0]}, {colors[1]});' in asset_text('todol.css')
     assert not re.search(r'text-decoration: [^;]*\d', asset_text('todol.css')), 'Safari before 26.2 drops it whole'
-    assert client.get(manifest['icons'][0]['src']).status == 200 and manifest['start_url'] == '/'
+    assert manifest['start_url'] == '/' and manifest['name'] == 'todol'
+    assert manifest['description'] == shown.one('meta', name='description').attributes['content']
+
+
+def test_ios_and_android_find_icons_that_they_take(client):
+    shown = page(client)
+    manifest = client.get(shown.one('link', rel='manifest').attributes['href']).json
+    offered = {(each['sizes'], each.get('purpose')): each['src'] for each in manifest['icons']}
+    assert {('192x192', 'any'), ('512x512', 'any'), ('512x512', 'maskable')} <= offered.keys()
+    offered['180x180', 'touch'] = shown.one('link', rel='apple-touch-icon').attributes['href']
+    for (sizes, _), path in offered.items():
+        answer = client.get(path)
+        if sizes == 'any':
+            assert answer.headers['content-type'].startswith('image/svg+xml')
+            continue
+        size, pixels = int(sizes.partition('x')[0]), png_pixels(answer.body)
+        assert answer.headers['content-type'] == 'image/png' and len(answer.body) < 3000
+        assert (len(pixels), len(pixels[0])) == (size, size)
+        # The ground reaches every corner, the tick stays within the middle four fifths, and it is there.
+        ground, tick = ((44, 85, 184), (255, 255, 255))
+        assert {pixels[y][x] for y in (0, -1) for x in (0, -1)} == {ground}
+        inked = [(x + .5 - size / 2, y + .5 - size / 2) for y, line in enumerate(pixels)
+                 for x, pixel in enumerate(line) if pixel != ground]
+        assert max(math.hypot(*each) for each in inked) < .4 * size
+        assert pixels[round(size * 11.4 / 16)][round(size * 6.8 / 16)] == tick
+        assert .08 < len(inked) / size ** 2 < .2
+    assert client.get('/icon-64.png').status == 404
+
+
+def png_pixels(data):
+    """[[(red, green, blue), ...], ...] of a PNG with a palette of at most 256 colors and no filters."""
+    assert data.startswith(b'\x89PNG\r\n\x1a\n')
+    chunks, at = {}, 8
+    while at < len(data):
+        length, kind = struct.unpack_from('>I4s', data, at)
+        chunks[kind] = data[at + 8:at + 8 + length]
+        assert struct.unpack_from('>I', data, at + 8 + length)[0] == zlib.crc32(kind + chunks[kind])
+        at += length + 12
+    width, height, *form = struct.unpack('>IIBBBBB', chunks[b'IHDR'])
+    palette, lines = chunks[b'PLTE'], zlib.decompress(chunks[b'IDAT'])
+    assert form == [8, 3, 0, 0, 0] and b'IEND' in chunks and len(lines) == height * (width + 1)
+    colors = [tuple(palette[at:at + 3]) for at in range(0, len(palette), 3)]
+    lines = [lines[at:at + width + 1] for at in range(0, len(lines), width + 1)]
+    assert not any(line[0] for line in lines)
+    return [[colors[index] for index in line[1:]] for line in lines]
 
 
 # === Script: todos on top of the live script ==========================================================================

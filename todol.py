@@ -5478,6 +5478,7 @@ def join_list(token, user, bring):
 # holds nothing but completed and editing, the field for a new todo has no id.
 
 PATHS = {'all': '/', 'active': '/active', 'completed': '/completed'}        # of the filters
+DESCRIPTION = 'A todo list that is live, works offline, and forgets nothing.'
 THEME_COLORS = ('#f9f6f1', '#181612')       # as --paper in the styles: light, dark
 
 TEMPLATES.update({
@@ -5491,11 +5492,13 @@ TEMPLATES.update({
 % if live:
 <meta name="owner" content="{{owner}}">
 % end
+<meta name="description" content="{{description}}">
 <meta name="theme-color" content="{{colors[0]}}" media="(prefers-color-scheme: light)">
 <meta name="theme-color" content="{{colors[1]}}" media="(prefers-color-scheme: dark)">
 <meta name="turbo-refresh-method" content="morph">
 <meta name="turbo-refresh-scroll" content="preserve">
 <link rel="icon" href="{{asset('icon.svg')}}" type="image/svg+xml">
+<link rel="apple-touch-icon" href="/icon-180.png">
 <link rel="manifest" href="{{asset('manifest.webmanifest')}}">
 <link rel="stylesheet" href="{{asset('todol.css')}}">
 % if live:
@@ -5713,7 +5716,7 @@ leave them: then only a device that also has them open shows them again.</p>
 </section></main>
 ''',
 })
-Template.defaults['colors'] = THEME_COLORS
+Template.defaults.update(colors=THEME_COLORS, description=DESCRIPTION)
 
 
 BLANK_TODO = Todo(0, '', False, 0)     # of which the script makes a row before the answer
@@ -6418,15 +6421,70 @@ dialog button, .message button {
   .new, .all, .filters, .clear, .status, .info, .view > :not(input, label) { display: none; }
 }
 '''), 'text/css; charset=UTF-8')
-ICON = r'''
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="4.5" fill="#2c55b8"/><path d="m4 8.6 2.8 2.8L12.2 5" fill="none" stroke="#fff" stroke-width="2.2" stroke-linecap="round" stroke-linejoin="round"/></svg>
-'''
-add_asset('icon.svg', ICON.strip(), 'image/svg+xml')
+
+# The icon, drawn once: a tick on a square of 16. An SVG for browsers; PNGs for phones, which cut it
+# to a shape of their own, so there the ground reaches the edges, and the tick stays within the
+# middle that Android's masks leave.
+TICK = (4 + 8.6j, 6.8 + 11.4j, 12.2 + 5j)       # x + yj
+TICK_WIDTH = 2.2
+ICON_COLORS = ('2c55b8', 'ffffff')              # ground, tick
+ICON_SIZES = (180, 192, 512)                    # of iOS, of Android
+SHADES = 16                                     # from one colour to the other, for a smooth edge
+
+add_asset('icon.svg', """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">\
+<rect width="16" height="16" rx="4.5" fill="#%s"/><path d="M%s" fill="none" stroke="#%s" \
+stroke-width="%s" stroke-linecap="round" stroke-linejoin="round"/></svg>""" % (
+    ICON_COLORS[0], ' '.join(f'{point.real:g} {point.imag:g}' for point in TICK), ICON_COLORS[1],
+    TICK_WIDTH), 'image/svg+xml')
 add_asset('manifest.webmanifest', lambda: json.dumps({
-    'name': 'todol', 'start_url': '/', 'display': 'standalone', 'theme_color': THEME_COLORS[0],
-    'background_color': THEME_COLORS[0], 'icons': [
-        {'src': asset_path('icon.svg'), 'type': 'image/svg+xml', 'sizes': 'any'}]}),
+    'id': '/', 'name': APP, 'description': DESCRIPTION, 'start_url': '/', 'scope': '/',
+    'display': 'standalone', 'theme_color': THEME_COLORS[0], 'background_color': THEME_COLORS[0],
+    'icons': [{'src': asset_path('icon.svg'), 'type': 'image/svg+xml', 'sizes': 'any'}] + [
+        {'src': f'/icon-{size}.png', 'type': 'image/png', 'sizes': f'{size}x{size}',
+         'purpose': purpose} for size in ICON_SIZES[1:] for purpose in ('any', 'maskable')]}),
     'application/manifest+json')
+
+
+@app.get('/icon-<size:int>.png')
+def icon(size):
+    """The icon as a PNG."""
+    if size not in ICON_SIZES:
+        raise NotFound('There is no icon of that size.')
+    bottle.response.content_type = 'image/png'
+    bottle.response.set_header('Cache-Control', 'public, max-age=86400')
+    return in_thread(icon_png, size)        # some tenths of a second
+
+
+@functools.cache
+def icon_png(size):
+    """The icon as the bytes of a PNG, of size x size pixels. Source: w3.org/TR/png-3"""
+    pixel, lines = 16 / size, bytearray()
+    for y in range(size):
+        lines.append(0)                         # no filter
+        lines += bytes(_shade((x + .5 + (y + .5) * 1j) * pixel, pixel) for x in range(size))
+    ground, tick = map(bytes.fromhex, ICON_COLORS)
+    palette = bytes(round(one + (other - one) * shade / (SHADES - 1))
+                    for shade in range(SHADES) for one, other in zip(ground, tick, strict=True))
+    header = struct.pack('>IIBBBBB', size, size, 8, 3, 0, 0, 0)       # 8 bits, of a palette
+    chunks = ((b'IHDR', header), (b'PLTE', palette), (b'IDAT', zlib.compress(lines, 9)),
+              (b'IEND', b''))
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+        for kind, data in chunks)
+
+
+def _shade(point, pixel):
+    """How much of a pixel the tick covers, as a number of SHADES."""
+    away = min(_distance(point, start, end) for start, end in itertools.pairwise(TICK))
+    covered = (TICK_WIDTH / 2 - away) / pixel + .5
+    return round((SHADES - 1) * min(max(covered, 0), 1))
+
+
+def _distance(point, start, end):
+    """Between a point and a line from start to end."""
+    line, way = end - start, point - start
+    along = (way.real * line.real + way.imag * line.imag) / abs(line) ** 2
+    return abs(way - line * min(max(along, 0), 1))
 
 
 # === Script: todos on top of the live script =============================================
