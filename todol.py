@@ -2733,6 +2733,8 @@ def render(name, /, **values):
 
 # Assets
 
+TEXTS = r''''(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*"|`(?:\\.|[^`\\])*`'''
+SCRIPT_MARKS, STYLE_MARKS = r'[][{}()=,;:?&|<>*]', r'[{};,>]|:(?= )'
 _assets = {}        # name -> (content type, text or bytes, or a function that gives it)
 
 
@@ -2741,11 +2743,13 @@ def add_asset(name, source, content_type):
     _assets[name] = content_type, source
 
 
-def compact(source):
-    """A style or script without indentation, blank lines, and comments that end a line: those need
-    not travel. For what has none of that in its texts."""
-    return re.sub(r'^\s*(//.*|/\*.*\*/)?\n|^[ \t]+|[ \t]{2,}// .*$', '', source,
-                  flags=re.MULTILINE)
+def compact(source, marks):
+    """A style or script without what need not travel: indentation, blank lines, comments that end a
+    line, and spaces around marks. For what has no such thing in a text of several lines, and no
+    text in a text."""
+    source = re.sub(r'^\s*(//.*|/\*.*\*/)?\n|^[ \t]+|[ \t]{2,}// .*$', '', source,
+                    flags=re.MULTILINE)
+    return re.sub(fr'({TEXTS})|[ \t]*({marks})[ \t]*', lambda found: found[1] or found[2], source)
 
 
 def asset_path(name):
@@ -4087,9 +4091,10 @@ async function attempt() {
   const [entry] = changes;
   const elsewhere = stored(all => all.owner === owner && !(itemOf(entry.key) in all));
   if (!entry || entry.kept && elsewhere) return forget(entry?.key);
-  const body = new URLSearchParams(entry.body), headers = { Accept: ACCEPT, 'X-Owner': owner };
+  const body = new URLSearchParams(entry.body), headers = { Accept: ACCEPT };
   let answer, html;
   body.set('key', entry.key);
+  if (owner) headers['X-Owner'] = owner;
   try {
     answer = await fetch(entry.path, { method: 'POST', body, headers, signal: limit(ANSWER_MS) });
     html = await answer.text();
@@ -4297,7 +4302,7 @@ addEventListener('DOMContentLoaded', () => {        // the app's script has set 
   navigator.serviceWorker?.register('/sw.js').catch(() => {});
 });
 '''
-add_asset('live.js', compact(LIVE_SCRIPT), 'text/javascript; charset=UTF-8')
+add_asset('live.js', compact(LIVE_SCRIPT, SCRIPT_MARKS), 'text/javascript; charset=UTF-8')
 
 
 SERVICE_WORKER = r'''
@@ -4344,7 +4349,7 @@ def service_worker():
     """The service worker. Browsers ask for it again with every visit."""
     bottle.response.content_type = 'text/javascript; charset=UTF-8'
     bottle.response.set_header('Cache-Control', 'no-cache')
-    return compact(SERVICE_WORKER)
+    return compact(SERVICE_WORKER, SCRIPT_MARKS)
 
 
 # === Process: open, serve, stop ==========================================================
@@ -4812,7 +4817,7 @@ def show_room():
     return render('room', title=APP.capitalize(), source=stream_source(ROOM),
                   messages=[render_message(*row) for row in reversed(rows)],
                   said=cache.get('said', 0), name=cache.get(f'name of {current_user()}', ''),
-                  key=secrets.token_urlsafe(9))
+                  key=secrets.token_urlsafe(9), owner=current_user())
 
 
 @app.post('/messages')
@@ -4867,6 +4872,7 @@ TEMPLATES['room'] = """\
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{title}}</title>
+<meta name="owner" content="{{owner}}">
 <link rel="icon" href="data:,">
 <link rel="stylesheet" href="{{asset('room.css')}}">
 <script type="module" src="{{asset('live.js')}}"></script>
@@ -5557,7 +5563,7 @@ data-showing="{{'active completed' if showing == 'all' else showing}}">
 <button type="submit" class="clear-completed">Clear completed</button>
 </form>
 </footer>
-<div class="status">
+<div class="status" id="status">
 <form class="undo" id="undo" action="/undo" method="post" \
 data-turbo-permanent{{!'' if undo else ' hidden'}}>
 <input type="hidden" name="of" value="{{undo and undo[0]}}">
@@ -6420,7 +6426,7 @@ dialog button, .message button {
   .header, .footer { position: static; }
   .new, .all, .filters, .clear, .status, .info, .view > :not(input, label) { display: none; }
 }
-'''), 'text/css; charset=UTF-8')
+''', STYLE_MARKS), 'text/css; charset=UTF-8')
 
 # The icon, drawn once: a tick on a square of 16. An SVG for browsers; PNGs for phones, which cut it
 # to a shape of their own, so there the ground reaches the edges, and the tick stays within the
@@ -6493,7 +6499,7 @@ add_asset('todol.js', compact(r'''
 // The todo list, on top of live.js: rows that don't wait for an answer, editing in
 // place, undo, filters, keys, focus, order, what is said.
 const { live } = globalThis;
-const { $, $$, byId, order, onClick, visit, change, changes, newKey, tell, hooks } = live;
+const { $, $$, byId, order, onClick, change, changes, newKey, tell, hooks } = live;
 const SHOWING = { '/active': 'active', '/completed': 'completed' };
 if (location.pathname.endsWith('/edit')) history.replaceState(null, '', '/');
 
@@ -6509,8 +6515,7 @@ const find = ({ id, ref }) => id && byId(id) || byId(`todo_${ref}`) || $(`li[dat
 function send(path, fields, rows, more) {
   for (const error of $$('.error')) error.textContent = '';
   const entry = change({ path, body: fields, rows, ...more });
-  if (more?.was) offerUndo(entry);
-  return entry;
+  if (more?.was) later('offerUndo', entry);
 }
 hooks.apply = ({ key, rows }) => rows?.forEach(each => draw(each, key));
 function draw({ id, ref, title, completed, gone }, key) {
@@ -6564,13 +6569,15 @@ function focusBeside(row) {
 }
 
 // What can be done
+const asText = items =>
+  items.map(({ title, completed }) => `- [${completed ? 'x' : ' '}] ${title}\n`).join('');
 function add(items, text) {
   const key = newKey(), many = items.length > 1, [{ title }] = items;
   const rows = items.map((item, number) => ({ ...item, ref: `${key}.${number}` }));
   const said = many ? `Added ${items.length} todos.` : `Added ${title}.`;
   send('/todos', many ? { text: asText(items) } : { title }, rows, { key, text, said,
     was: many && rows.map(({ ref }) => ({ ref, gone: true })) });
-  announce(said);
+  if (!many) announce(said);
   find(rows.at(-1)).scrollIntoView({ block: 'nearest' });
 }
 function tick(row, completed) {
@@ -6582,12 +6589,6 @@ function tickAll(completed) {
   send('/todos', { _method: 'PATCH', completed: Number(completed) },
     was.map(({ id, ref }) => ({ id, ref, completed })),
     { was, said: `Marked ${was.length} as ${completed ? '' : 'not '}done.` });
-}
-function rename(row, title) {
-  const was = [stateOf(row)], [{ ref, title: before }] = was;
-  if (!title) return remove(row);
-  send(`/todos/${ref}`, { _method: 'PATCH', title }, [{ ...naming(row), title }],
-    { was: [{ ...naming(row), title: before }], said: `Renamed “${before}”.`, text: title });
 }
 function remove(row) {
   const { ref, title } = stateOf(row);
@@ -6601,23 +6602,15 @@ function take(path, was, said) {
   send(path, { _method: 'DELETE' }, was.map(({ id, ref }) => ({ id, ref, gone: true })),
     { was, said });
 }
-hooks.settled = ({ key, rows, was, text }, answer) => {
-  if (answer.ok) return;
-  undos = undos.filter(each => each.key !== key);
-  if (was) rows.forEach((_, at) => draw(was[at]));
-  const row = answer.status !== 404 && was && find(rows[0]), field = $('.new-todo');
-  if (text && row) edit(row, text);
-  else if (text) field.value = `${text} ${field.value}`.trim();         // nothing typed is lost
-  visit();
-};
+hooks.settled = (entry, answer) => answer.ok || later('refused', entry, answer);
 hooks.submitting = (form, button) => {
   const row = form.closest('#todos > li'), field = $('.new-todo');
-  if (form.matches('.editor')) save(form, true);
+  if (form.matches('.editor')) later('save', form, true);
   else if (row && button?.matches('.destroy')) remove(row);
   else if (row) tick(row, $('.toggle', row).checked);
   else if (form.id === 'all') tickAll(byId('toggle-all').checked);
   else if (form.id === 'clear') clear();
-  else if (form.id === 'undo') undo();
+  else if (form.id === 'undo') later('undo');
   else if (form.id === 'new') {
     const title = field.value.trim().replaceAll('\t', ' ');
     field.value = field.defaultValue = '';      // it may hold what was refused before the script
@@ -6630,82 +6623,34 @@ addEventListener('change', ({ target }) => {
   if (target.id === 'toggle-all') tickAll(target.checked);
 });
 
-// Undo: of what waits, after a reload too, and else of what the server did last
-let undos = changes.filter(({ was }) => was), undoTimer;
-hooks.owned = () => { undos = []; };
-function offerUndo(entry) {
-  undos.push(entry);
-  $('#undo .undo-said').textContent = entry.said;
-  byId('undo').hidden = false;
-  announce(entry.said);
-  clearTimeout(undoTimer);
-  undoTimer = setTimeout(hideUndo, 8000);
+// The rest is fetched when there is a todo, or somebody is there who may make one: editing,
+// undo, keys, in and out.
+let rest;
+async function later(name, ...values) {
+  try {
+    rest ??= await import($('[data-more]').dataset.more);
+  } catch { return name && tell('For that the network is needed.'); }
+  return rest[name]?.(...values);
 }
-function hideUndo() {
-  if (byId('undo').matches(':hover, :focus-within')) undoTimer = setTimeout(hideUndo, 2000);
-  else byId('undo').hidden = true;
+for (const name of ['pointermove', 'pointerdown', 'keydown']) {
+  addEventListener(name, () => later(), { once: true });
 }
-function undo() {
-  const { key, was } = undos.pop() ?? {}, focused = byId('undo').contains(document.activeElement);
-  send('/undo', key ? { of: key } : {}, was);
-  byId('undo').hidden = true;
-  announce('Undone.');
-  const row = was && find(was[0]);
-  if (focused) (row?.matches('#todos > li') ? $('.toggle', row) : $('.new-todo')).focus();
-}
-
-// Editing in place: Enter or leaving the field saves, Escape does not
-function edit(row, text = titleOf(row), caret = text.length) {
-  for (const open of $$('.editor')) save(open);
-  row.insertAdjacentHTML('beforeend', `<form class="editor" method="post"><textarea class="edit"
-    rows="1" dir="auto" autocomplete="off" enterkeyhint="done"
-    aria-describedby="edit-error"></textarea><p class="error" id="edit-error"
-    role="alert"></p></form>`);
-  row.classList.add('editing');
-  const field = $('.edit', row);
-  field.setAttribute('aria-label', `Edit ${titleOf(row)}`);
-  field.defaultValue = titleOf(row);
-  field.value = text;
-  grow(field);
-  field.focus();
-  field.setSelectionRange(caret, caret);
-}
-function grow(field) {
-  if (CSS.supports('field-sizing: content')) return;
-  field.style.height = 0;
-  field.style.height = `${field.scrollHeight}px`;
-}
-function save(form, refocus) {
-  const row = form.closest('li'), { value, defaultValue } = $('.edit', form);
-  const title = value.replace(/\s*\n\s*/g, ' ').trim();
-  close(form, refocus);
-  if (title !== defaultValue) rename(row, title);
-}
-function close(form, refocus) {
-  const row = form.closest('li');
-  row.classList.remove('editing');      // first: removing the field blurs it
-  form.remove();
-  if (refocus) $('.rename', row).focus();
-  if (row.matches('[data-gone]')) leave(row);
-}
-addEventListener('input', ({ target }) => target.matches('.editing textarea') && grow(target));
-addEventListener('focusout', ({ target }) => {
-  if (target.matches('.editing .edit') && document.hasFocus()) save(target.form);
-});
-onClick('.rename', link => edit(link.closest('li')));
-// A double click, or where there is no mouse a tap, which says where the caret is to be
-let touched;
+onClick('.rename', link => later('edit', link.closest('li')));
+onClick('#copy', link => later('copyList', link));
+onClick('.devices a', () => later('showDevices'));
+// A double click edits, or where there is no mouse a tap, which says where the caret is to be.
+let touched = false;
 addEventListener('pointerdown', ({ pointerType }) => { touched = pointerType !== 'mouse'; });
-addEventListener('dblclick', event => touched || editAt(event));
-addEventListener('click', event => touched && event.detail && editAt(event));
-function editAt({ target, clientX, clientY }) {
-  if (!target.matches('#todos .view label')) return;
-  const at = touched && (document.caretPositionFromPoint?.(clientX, clientY) ??
-    document.caretRangeFromPoint?.(clientX, clientY));
-  const inside = at && target.contains(at.offsetNode ?? at.startContainer);
-  edit(target.closest('li'), titleOf(target.closest('li')),
-    inside ? at.offset ?? at.startOffset : undefined);
-}
+for (const name of ['click', 'dblclick']) addEventListener(name, event => {
+  if (!event.target.matches('#todos .view label') || touched !== (name === 'click')) return;
+  later('edit', event.target.closest('li'), undefined, touched && event);
+});
+addEventListener('paste', event => {
+  const text = event.clipboardData?.getData('text/plain') ?? '';
+  if (!event.target.matches('.new-todo') || !/\S\s*[\r\n]\s*\S/.test(text)) return;
+  event.preventDefault();
+  later('paste', text);
+});
 
 // Filters: the page holds every todo, those that are not shown on a shelf
 function show() {
@@ -6727,78 +6672,6 @@ onClick('.filters a', link => {
   show();
   announce(`${link.textContent}: ${byId('todos').children.length} shown.`);
 });
-
-// In and out as text, a todo a line
-const asText = items =>
-  items.map(({ title, completed }) => `- [${completed ? 'x' : ' '}] ${title}\n`).join('');
-const LINE = /^\s*(?:[-*+•]\s+|\d+[.)]\s+)?(?:\[([ xX]?)\]\s+)?(.*?)\s*$/;
-addEventListener('paste', event => {
-  const text = event.clipboardData?.getData('text/plain') ?? '';
-  const items = text.split(/[\r\n]+/).map(line => LINE.exec(line))
-    .map(([, box, title]) => ({ title: title.replaceAll('\t', ' '), completed: /x/i.test(box) }))
-    .filter(({ title }) => title);
-  if (!event.target.matches('.new-todo') || items.length < 2) return;
-  event.preventDefault();
-  if (items.length <= 500 || confirm(`Add ${items.length} todos?`)) add(items, asText(items));
-});
-live.copy = async (text, button) => {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {                             // on some addresses there is none
-    const field = document.createElement('textarea');
-    ($('dialog') ?? document.body).append(field);
-    field.value = text;
-    field.select();
-    document.execCommand('copy');
-    field.remove();
-  }
-  const before = button.textContent;
-  button.textContent = 'Copied';
-  announce('Copied.');
-  setTimeout(() => { button.textContent = before; }, 2000);
-};
-onClick('#copy', link => live.copy(asText(todos().map(stateOf)), link));
-onClick('.devices a', () => more('showDevices'));
-
-// Keys; `?` shows them
-const walk = step => {
-  const rows = [$('.new-todo'), ...$$('#todos .toggle')], row = document.activeElement.closest('li');
-  (rows[rows.indexOf(row ? $('.toggle', row) : rows[0]) + step] ?? rows[0]).focus();
-};
-const pressed = {
-  ArrowDown: () => walk(1),
-  ArrowUp: () => walk(-1),
-  n: () => $('.new-todo').focus(),
-  '/': () => $('.new-todo').focus(),
-  '?': () => more('showKeys'),
-};
-const pressedOnRow = {
-  e: row => edit(row),
-  x: row => tick(row, !isDone(row)),
-  Delete: remove,
-};
-addEventListener('keydown', event => {
-  const { target, key, isComposing, keyCode } = event, row = target.closest('#todos > li');
-  if (isComposing || keyCode === 229) return;   // Safari says the latter at the end
-  const control = event.ctrlKey || event.metaKey;
-  // A field that is empty has nothing to undo itself.
-  const typing = target.matches(':read-write') && !(control && target.matches('.new-todo') &&
-    !target.value && !byId('undo').hidden);
-  let act = !typing && (pressed[key] || row && pressedOnRow[key]);
-  if (target.matches('.edit')) {
-    act = { Enter: () => save(target.form, true), Escape: () => close(target.form, true) }[key];
-  } else if (target.matches('.new-todo') && key === 'ArrowDown') act = pressed[key];
-  if (control) act = !typing && key === 'z' && undo;
-  if (!act || event.altKey || target.closest('dialog')) return;
-  event.preventDefault();
-  act(row);
-});
-// What is seldom asked for comes when it is.
-async function more(name) {
-  try {
-    await (await import($('[data-more]').dataset.more))[name]();
-  } catch { tell('For that the network is needed.'); }
-}
 
 // What follows from a change of the page: places, counter, title, announcements
 let said = '', speaking, counted;
@@ -6870,11 +6743,162 @@ for (const box of $$('#todos .toggle')) {
 }
 show();
 recount();
+live.list = { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, asText, tick,
+  remove, announce };
+if (todos().length) later();
 document.documentElement.classList.add('scripted');     // last: what it replaces may go
-'''), 'text/javascript; charset=UTF-8')
+''', SCRIPT_MARKS), 'text/javascript; charset=UTF-8')
 add_asset('more.js', compact(r'''
-// What is seldom asked for: the list of keys, and how the list gets to another device.
-const { $, tell, copy } = globalThis.live;
+// What is not needed at once: undo, editing, text in and out, keys, other devices.
+const { $, $$, byId, onClick, visit, changes, tell, hooks, list } = globalThis.live;
+const { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, asText, tick, remove,
+  announce } = list;
+
+// Undo: of what waits, after a reload too, and else of what the server did last
+let undos = changes.filter(({ was }) => was), undoTimer;
+hooks.owned = () => { undos = []; };
+export function offerUndo(entry) {
+  if (!undos.includes(entry)) undos.push(entry);
+  $('#undo .undo-said').textContent = entry.said;
+  byId('undo').hidden = false;
+  announce(entry.said);
+  clearTimeout(undoTimer);
+  undoTimer = setTimeout(hideUndo, 8000);
+}
+function hideUndo() {
+  if (byId('undo').matches(':hover, :focus-within')) undoTimer = setTimeout(hideUndo, 2000);
+  else byId('undo').hidden = true;
+}
+export function undo() {
+  const { key, was } = undos.pop() ?? {}, focused = byId('undo').contains(document.activeElement);
+  send('/undo', key ? { of: key } : {}, was);
+  byId('undo').hidden = true;
+  announce('Undone.');
+  const row = was && find(was[0]);
+  if (focused) (row?.matches('#todos > li') ? $('.toggle', row) : $('.new-todo')).focus();
+}
+
+// Editing in place: Enter or leaving the field saves, Escape does not
+export function edit(row, text = titleOf(row), tap = null) {
+  for (const open of $$('.editor')) save(open);
+  const caret = tap ? caretAt($('label', row), tap) : text.length;
+  row.insertAdjacentHTML('beforeend', `<form class="editor" method="post"><textarea class="edit"
+    rows="1" dir="auto" autocomplete="off" enterkeyhint="done"
+    aria-describedby="edit-error"></textarea><p class="error" id="edit-error"
+    role="alert"></p></form>`);
+  row.classList.add('editing');
+  const field = $('.edit', row);
+  field.setAttribute('aria-label', `Edit ${titleOf(row)}`);
+  field.defaultValue = titleOf(row);
+  field.value = text;
+  grow(field);
+  field.focus();
+  field.setSelectionRange(caret, caret);
+}
+function grow(field) {
+  if (CSS.supports('field-sizing: content')) return;
+  field.style.height = 0;
+  field.style.height = `${field.scrollHeight}px`;
+}
+export function save(form, refocus) {
+  const row = form.closest('li'), { value, defaultValue } = $('.edit', form);
+  const title = value.replace(/\s*\n\s*/g, ' ').trim();
+  close(form, refocus);
+  if (title !== defaultValue) rename(row, title);
+}
+function close(form, refocus) {
+  const row = form.closest('li');
+  row.classList.remove('editing');      // first: removing the field blurs it
+  form.remove();
+  if (refocus) $('.rename', row).focus();
+  if (row.matches('[data-gone]')) leave(row);
+}
+addEventListener('input', ({ target }) => target.matches('.editing textarea') && grow(target));
+addEventListener('focusout', ({ target }) => {
+  if (target.matches('.editing .edit') && document.hasFocus()) save(target.form);
+});
+function caretAt(label, { clientX, clientY }) {
+  const at = document.caretPositionFromPoint?.(clientX, clientY) ??
+    document.caretRangeFromPoint?.(clientX, clientY);
+  const inside = at && label.contains(at.offsetNode ?? at.startContainer);
+  return inside ? at.offset ?? at.startOffset : label.textContent.length;
+}
+function rename(row, title) {
+  const was = [stateOf(row)], [{ ref, title: before }] = was;
+  if (!title) return remove(row);
+  send(`/todos/${ref}`, { _method: 'PATCH', title }, [{ ...naming(row), title }],
+    { was: [{ ...naming(row), title: before }], said: `Renamed “${before}”.`, text: title });
+}
+export function refused({ key, rows, was, text }, answer) {
+  undos = undos.filter(each => each.key !== key);
+  if (was) rows.forEach((_, at) => draw(was[at]));
+  const row = answer.status !== 404 && was && find(rows[0]), field = $('.new-todo');
+  if (text && row) edit(row, text);
+  else if (text) field.value = `${text} ${field.value}`.trim();         // nothing typed is lost
+  visit();
+}
+
+// In and out as text, a todo a line
+const LINE = /^\s*(?:(?:[-*+•]|\d{1,4}[.)])(?:\s+|$))?(?:\[([ xX]?)\](?:\s+|$))?(.*?)\s*$/;
+export function paste(text) {
+  const items = text.split(/[\r\n]+/).map(line => LINE.exec(line))
+    .map(([, box, title]) => ({ title: title.replaceAll('\t', ' '), completed: /x/i.test(box) }))
+    .filter(({ title }) => title);
+  if (items.length <= 500 || confirm(`Add ${items.length} todos?`)) add(items, asText(items));
+}
+export const copyList = link => copy(asText(todos().map(stateOf)), link);
+async function copy(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {                             // on some addresses there is none
+    const field = document.createElement('textarea');
+    ($('dialog') ?? document.body).append(field);
+    field.value = text;
+    field.select();
+    document.execCommand('copy');
+    field.remove();
+  }
+  const before = button.textContent;
+  button.textContent = 'Copied';
+  announce('Copied.');
+  setTimeout(() => { button.textContent = before; }, 2000);
+}
+
+// Keys; `?` shows them
+const walk = step => {
+  const rows = [$('.new-todo'), ...$$('#todos .toggle')], row = document.activeElement.closest('li');
+  (rows[rows.indexOf(row ? $('.toggle', row) : rows[0]) + step] ?? rows[0]).focus();
+};
+const pressed = {
+  ArrowDown: () => walk(1),
+  ArrowUp: () => walk(-1),
+  n: () => $('.new-todo').focus(),
+  '/': () => $('.new-todo').focus(),
+  '?': () => showKeys(),
+};
+const pressedOnRow = {
+  e: row => edit(row),
+  x: row => tick(row, !isDone(row)),
+  Delete: remove,
+};
+addEventListener('keydown', event => {
+  const { target, key, isComposing, keyCode } = event, row = target.closest('#todos > li');
+  if (isComposing || keyCode === 229) return;   // Safari says the latter at the end
+  const control = event.ctrlKey || event.metaKey;
+  // A field that is empty has nothing to undo itself.
+  const typing = target.matches(':read-write') && !(control && target.matches('.new-todo') &&
+    !target.value && !byId('undo').hidden);
+  let act = !typing && (pressed[key] || row && pressedOnRow[key]);
+  if (target.matches('.edit')) {
+    act = { Enter: () => save(target.form, true), Escape: () => close(target.form, true) }[key];
+  } else if (target.matches('.new-todo') && key === 'ArrowDown') act = pressed[key];
+  if (control) act = !typing && key === 'z' && undo;
+  if (!act || event.altKey || target.closest('dialog')) return;
+  event.preventDefault();
+  act(row);
+});
+
+// Dialogs
 const KEYS = { 'n or /': 'a new todo', '↑ ↓': 'from todo to todo', 'e': 'edit', 'x or Space':
   'done, or not', 'Delete': 'remove', 'Ctrl Z, ⌘ Z': 'undo', '?': 'these keys' };
 export function showKeys() {
@@ -6910,7 +6934,7 @@ function dialog(title, html) {
   else made.setAttribute('open', '');
   return made;
 }
-'''), 'text/javascript; charset=UTF-8')
+''', SCRIPT_MARKS), 'text/javascript; charset=UTF-8')
 
 
 if __name__ == '__main__':
