@@ -3995,6 +3995,7 @@ function belong(other) {
   belonged = 1;
   forgetOthers(changes.length);
   changes.length = 0;
+  waiting = false;
   epoch = null;
   hooks.owned();
   return true;
