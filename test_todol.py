@@ -8005,6 +8005,9 @@ def test_what_can_not_be_undone_any_more_is_gone_from_the_files_and_keys_a_month
     after(30.1 * 24)
     assert todol.app_db.execute('SELECT count(*) FROM changes') == [(0,)]
     assert todol.list_todos(user) == [kept]
+    anew = todol.create_todo(user, 'anew', 'kept')
+    assert todol.list_todos(user) == [kept, anew] and (kept.key, anew.key) == ('kept.0', None)
+    assert todol.create_todo(user, 'anew', 'kept') == anew
 
 
 def test_a_change_and_the_job_that_tells_it_are_one_transaction(stack, monkeypatch):
@@ -8203,6 +8206,18 @@ def test_a_link_is_good_for_ten_minutes_and_guessing_is_limited_by_session_and_a
     for sent in ({'token': 5}, {'code': ['x']}, {'token': {}}):
         assert other.post('/join', json_body=sent, accept=JSON).status == 422
     assert other.todos() == [] and user_of(other) != user_of(listed)
+
+
+def test_while_the_cache_can_not_be_written_no_link_is_made_and_none_used(listed, monkeypatch):
+    monkeypatch.setattr(todol, 'BUSY_SECONDS', 0.05)
+    offer, other = offered(listed), WSGIClient()
+    other.create('mine')
+    with write_lock(todol.databases['cache']):
+        for accept in (JSON, 'text/html'):
+            answer = listed.post('/devices', accept=accept)
+            assert answer.status == 503 and 'can not be made now' in answer.text
+        answer = other.post('/join', {'token': path_of(offer)[6:], 'own': 'bring'}, accept=JSON)
+        assert answer.status == 404 and other.todos() == [('mine', False)] and listed.todos() == UNCHANGED
 
 
 def test_no_other_site_and_no_link_alone_takes_a_list_away(listed):

@@ -2604,6 +2604,11 @@ def current_user():
     return environ['stack.session'][0]
 
 
+def is_new_session():
+    """Whether the request came without a session, so that nobody knows if its cookie comes back."""
+    return 'stack.is_new' in bottle.request.environ
+
+
 def become(user):
     """Make this browser's session that of another user; the cookie goes out with the answer. Ask
     before: what another site's link leads to must not do that by itself."""
@@ -5017,24 +5022,24 @@ BLANK = re.compile(r'[\s\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060
 LINE = re.compile(r'\s*(?:(?:[-*+•]|[0-9]{1,4}[.)])(?:\s+|$))?(?:\[([ xX]?)\](?:\s+|$))?(.*)')
 
 SELECT_TODOS = 'SELECT id, title, completed, version, key FROM todos WHERE user_id = ?'
+# A row that was there first keeps its key: the change may be forgotten, or lists were joined.
+FREE_KEY = '''CASE WHEN EXISTS (SELECT 1 FROM todos WHERE key = :key AND user_id = :user)
+                   THEN NULL ELSE :key END'''
 # The version is that of the list after COUNT_CHANGE, which comes next.
-INSERT_TODO = '''
+INSERT_TODO = f'''
     INSERT INTO todos (user_id, title, completed, version, key, created_at)
     VALUES (:user, :title, :completed,
-            coalesce((SELECT version FROM lists WHERE user_id = :user), 0) + 1, :key, now_s())
-    RETURNING id'''
+            coalesce((SELECT version FROM lists WHERE user_id = :user), 0) + 1, {FREE_KEY}, now_s())
+    RETURNING id, key'''
 DELETE_TODO = '''
     DELETE FROM todos WHERE user_id = ? AND id = ?
     RETURNING id, title, completed, key, created_at'''
 CLEAR_TODOS = '''
     DELETE FROM todos WHERE user_id = ? AND completed = 1
     RETURNING id, title, completed, key, created_at'''
-# Lists that were joined may have had the same key.
-RESTORE_TODO = '''
+RESTORE_TODO = f'''
     INSERT INTO todos (id, title, completed, key, created_at, user_id, version)
-    VALUES (:id, :title, :completed, CASE WHEN EXISTS (
-            SELECT 1 FROM todos WHERE key = :key AND user_id = :user) THEN NULL ELSE :key END,
-            :created_at, :user, :version)
+    VALUES (:id, :title, :completed, {FREE_KEY}, :created_at, :user, :version)
     ON CONFLICT DO NOTHING RETURNING id, completed'''
 RESTORED = ('id', 'title', 'completed', 'key', 'created_at')
 MOVE_TODOS = '''
@@ -5152,22 +5157,21 @@ def create_todos(user, todos, key=None):
     todos = [(clean_title(title), bool(completed)) for title, completed in todos]
     if not all(title for title, _ in todos):
         raise TitleError('A todo needs a title.')
-    done = touched_before(user, key)
-    if done is not None:
-        return [todo for todo in map(functools.partial(_look_up, user), done) if todo]
+    before = touched_before(user, key)
+    if before is not None:
+        return [todo for todo in map(functools.partial(_look_up, user), before) if todo]
     if len(todos) > 1:
         key = key or new_key()          # it can be undone
-    ids = [app_db.execute(INSERT_TODO, {'user': user, 'title': title, 'completed': int(completed),
-                                        'key': f'{key}.{number}' if key else None})[0][0]
-           for number, (title, completed) in enumerate(todos[:settings.max_todos + 1])]
-    done = sum(completed for _, completed in todos)
+    rows = [app_db.execute(INSERT_TODO, {'user': user, 'title': title, 'completed': int(completed),
+                                         'key': f'{key}.{number}' if key else None})[0]
+            for number, (title, completed) in enumerate(todos[:settings.max_todos + 1])]
+    ids, done = [id for id, _ in rows], sum(completed for _, completed in todos)
     totals = _changed(user, ids, active=len(ids) - done, completed=done)
     _refuse_too_many(totals)
-    rows = [(id, *todo) for id, todo in zip(ids, todos)]
-    _record(user, key, ids, len(rows) > 1 and (
-        f'Added {_todos(len(rows))}.', 'made', [row[:2] for row in rows]))
-    return [Todo(*row, totals.version, f'{key}.{number}' if key else None)
-            for number, row in enumerate(rows)]
+    _record(user, key, ids, len(ids) > 1 and (
+        f'Added {_todos(len(ids))}.', 'made', [(id, title) for id, (title, _) in zip(ids, todos)]))
+    return [Todo(id, title, completed, totals.version, key)
+            for (id, key), (title, completed) in zip(rows, todos)]
 
 
 @app_db.transaction
@@ -5220,6 +5224,16 @@ def delete_todo(user, id, key=None):
 
 
 @app_db.transaction
+def clear_completed(user, key=None):
+    """Delete the user's completed todos, and give their ids."""
+    done = touched_before(user, key)
+    if done is not None:
+        return done
+    rows = app_db.execute(CLEAR_TODOS, (user,))
+    return _removed(user, rows, key, f'Cleared {_todos(len(rows))}.')
+
+
+@app_db.transaction
 def take_back(user, of=None, key=None):
     """Undo the change that has the key `of`, or else the user's newest that can be undone, and give
     the ids of the todos that are other now. Only what that change itself did is taken back; if all
@@ -5237,16 +5251,6 @@ def take_back(user, of=None, key=None):
     if done is None:
         _record(user, key, ids)
     return ids
-
-
-@app_db.transaction
-def clear_completed(user, key=None):
-    """Delete the user's completed todos, and give their ids."""
-    done = touched_before(user, key)
-    if done is not None:
-        return done
-    rows = app_db.execute(CLEAR_TODOS, (user,))
-    return _removed(user, rows, key, f'Cleared {_todos(len(rows))}.')
 
 
 def find_todo(user, id):
@@ -5435,10 +5439,15 @@ class GuessError(AppError):
 
 
 def offer_list(user):
-    """Make a link and a code for a user's list. Gives the link's token, and the code."""
-    token, code = secrets.token_urlsafe(16), ''.join(secrets.choice(CODE_CHARS) for _ in range(8))
+    """Make a link and a code for a user's list. Gives the link's token, and the code. Raises
+    StorageError if the cache does not keep them."""
+    token, kept = secrets.token_urlsafe(16), False
     cache.add(f'join {token}', user, LINK_SECONDS)
-    cache.add(f'join code {code}', token, LINK_SECONDS)
+    while not kept:                     # never the code of another list
+        code = ''.join(secrets.choice(CODE_CHARS) for _ in range(8))
+        kept = cache.add(f'join code {code}', token, LINK_SECONDS)
+    if cache.get(f'join {token}') != user:
+        raise StorageError('A link can not be made now. Try again in a moment.')
     return token, code
 
 
@@ -5468,8 +5477,9 @@ def join_list(token, user, bring):
     owner = offered_list(token, user)
     if owner == user:
         return owner
-    if not cache.add(f'joined {token}', user, LINK_SECONDS):
-        offered_list(token, user)           # another may have been faster
+    cache.add(f'joined {token}', user, LINK_SECONDS)
+    if cache.get(f'joined {token}') != user:        # another was faster, or nothing can be kept
+        raise NotFound(NO_LINK)
     if bring:
         try:
             move_todos(user, owner)
@@ -5747,7 +5757,7 @@ def render_page(user, showing, todos, totals, editing=None, text='', error='', u
                   text=text, error=error, undo=undo, source=stream_source(todos_stream(user)),
                   count=render_count(totals), toggle_all=render_toggle_all(totals),
                   filters=render_filters(showing), blank=render_todo(BLANK_TODO),
-                  first='stack.is_new' in bottle.request.environ)
+                  first=is_new_session())
     before, between, after = layout(f'{totals.active} left · todol' if totals.active else 'todol')
     return f'{before}{user}{between}{body}{after}'
 
@@ -5882,9 +5892,10 @@ def create():
     except (TitleError, LimitError) as error:
         return invalid(error, 'new-todo-error', user, text=title)
     data = [public(todo) for todo in todos]
-    names = [f'{key}.{number}' for number in range(len(given or [title]))] if key else [
-        todo.id for todo in todos]
-    return changed(user, names, {'todos': data} if given else data[0] if data else {}, status=201)
+    ids, kept = [todo.id for todo in todos], {todo.key for todo in todos}
+    if key:                             # the script may show rows that are gone since
+        ids += {f'{key}.{number}' for number in range(len(given or [title]))} - kept
+    return changed(user, ids, {'todos': data} if given else data[0] if data else {}, status=201)
 
 
 def given_todos(form):
