@@ -2750,8 +2750,8 @@ def add_asset(name, source, content_type):
 
 def compact(source, marks):
     """A style or script without what need not travel: indentation, blank lines, comments that end a
-    line, and spaces around marks. For what has no such thing in a text of several lines, and no
-    text in a text."""
+    line, and spaces around marks. For what has no such thing in a text of several lines or in a
+    regular expression, and no text in a text."""
     source = re.sub(r'^\s*(//.*|/\*.*\*/)?\n|^[ \t]+|[ \t]{2,}// .*$', '', source,
                     flags=re.MULTILINE)
     return re.sub(fr'({TEXTS})|[ \t]*({marks})[ \t]*', lambda found: found[1] or found[2], source)
@@ -4221,7 +4221,7 @@ const cable = {
   // Words for trouble alone: nothing while all is well, or rests
   show(idle) {
     const element = $('[data-connection]');
-    const offline = waiting || !this.live && !(reached && navigator.onLine);
+    const offline = changes.length && waiting || !this.live && !(reached && navigator.onLine);
     const unsent = changes.length ? ` ${count(changes.length)} will be sent.` : '';
     const text = offline && !idle ? `No connection.${unsent}` : '';
     if (!element) return;
@@ -6851,7 +6851,7 @@ export function refused({ key, rows, was, text }, answer) {
 }
 
 // In and out as text, a todo a line
-const LINE = /^\s*(?:(?:[-*+•]|\d{1,4}[.)])(?:\s+|$))?(?:\[([ xX]?)\](?:\s+|$))?(.*?)\s*$/;
+const LINE = /^\s*(?:(?:[-*+•]|\d{1,4}[.)])(?:\s+|$))?(?:\[([\sxX]?)\](?:\s+|$))?(.*?)\s*$/;
 export function paste(text) {
   const items = text.split(/[\r\n]+/).map(line => LINE.exec(line))
     .map(([, box, title]) => ({ title: title.replaceAll('\t', ' '), completed: /x/i.test(box) }))
