@@ -6826,9 +6826,9 @@ function close(form, refocus) {
   if (row.matches('[data-gone]')) leave(row);
 }
 addEventListener('input', ({ target }) => target.matches('.editing textarea') && grow(target));
-addEventListener('focusout', ({ target }) => {
-  if (target.matches('.editing .edit') && document.hasFocus()) save(target.form);
-});
+addEventListener('blur', ({ target }) => {
+  if (target.matches?.('.editing .edit') && document.hasFocus()) save(target.form);
+}, true);
 function caretAt(label, { clientX, clientY }) {
   const at = document.caretPositionFromPoint?.(clientX, clientY) ??
     document.caretRangeFromPoint?.(clientX, clientY);
