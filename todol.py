@@ -6176,27 +6176,27 @@ add_asset('todol.css', compact(r'''
 
   color-scheme: light;
   --paper: #f9f6f1;
-  --field: #fffdf9;
-  --ink: #282520;
-  --done: #625e58;
-  --line: #e2ded8;
-  --edge: #827e78;
-  --accent: #2f57bd;
-  --danger: #b02a20;
+  --field: #fffdf7;
+  --ink: #282622;
+  --done: #62605b;
+  --line: #e0ded8;
+  --edge: #82807b;
+  --accent: #2559bf;
+  --danger: #b32322;
   --tint: #dde2ee;
 }
 /* What older browsers lack */
-@supports (color: light-dark(#000, oklch(0% 0 0))) {
+@supports (color: light-dark(#000, #000)) {
   :root {
     color-scheme: light dark;
     --paper: light-dark(#f9f6f1, #181612);
-    --field: light-dark(oklch(99.5% .008 85), oklch(25% .008 85));
-    --ink: light-dark(oklch(27% .008 85), oklch(90% .008 85));
-    --done: light-dark(oklch(49% .008 85), oklch(73% .008 85));
-    --line: light-dark(oklch(90% .008 85), oklch(31% .008 85));
-    --edge: light-dark(oklch(60% .008 85), oklch(58% .008 85));
-    --accent: light-dark(oklch(49% .17 262), oklch(76% .12 258));
-    --danger: light-dark(oklch(50% .18 27), oklch(76% .13 25));
+    --field: light-dark(#fffdf7, #23211d);
+    --ink: light-dark(#282622, #e0ded8);
+    --done: light-dark(#62605b, #aaa7a2);
+    --line: light-dark(#e0ded8, #32302c);
+    --edge: light-dark(#82807b, #7c7a75);
+    --accent: light-dark(#2559bf, #80b3fd);
+    --danger: light-dark(#b32322, #f98f87);
     --tint: color-mix(in oklab, var(--accent) 14%, var(--paper));
   }
 }
@@ -6405,9 +6405,18 @@ h2 { margin-bottom: .75rem; font-size: 1.25em; font-weight: 400; }
 kbd { display: inline-block; min-width: 8rem; font: inherit; color: var(--done); }
 dialog button, .message button {
   min-height: 44px; margin: .5rem .5rem 0 0; padding: 0 1rem; border: 1px solid var(--edge);
-  border-radius: 10px;
+  border-radius: 10px; background: var(--field);
 }
-.message :is(p, form) { margin: 0 0 .75rem 48px; }
+.message > * { margin: 0 0 1rem 48px; }
+.message h2 { margin: 1.5rem 0 .5rem 48px; }
+.message p { margin-bottom: .5rem; }
+.message input {
+  width: 100%; height: 3.5rem; padding: 0 1rem; border: 1px solid var(--edge);
+  border-radius: 14px; background: var(--field);
+}
+.message .error { padding-left: 0; }
+.code { font-size: 1.5em; letter-spacing: .15em; }
+.link { overflow-wrap: anywhere; }
 
 /* Where there is no mouse, a row is its title: a tap on it edits. */
 .by-touch { display: none; }
