@@ -8804,6 +8804,10 @@ WRONG_FIELDS = [('POST', '/todos', fields) for fields in (
 WRONG_FIELDS += [('PATCH', '/todos/{id}', fields) for fields in (
     {}, {'title': None}, {'title': ['a']}, {'completed': 'yes'}, {'completed': 2}, {'completed': None}, {'unknown': 1},
     {'completed': []}, {'title': 'good', 'completed': 'x'}, {'title': 'x' * 501, 'completed': True})]
+WRONG_FIELDS += [(method, path, {**fields, 'key': key}) for method, path, fields in (
+    ('PATCH', '/todos/{id}', {'title': 'x'}), ('PATCH', '/todos/{id}', {'completed': 1}), ('DELETE', '/todos/{id}', {}),
+    ('PATCH', '/todos', {'completed': 1}), ('DELETE', '/todos/completed', {}), ('POST', '/undo', {})) for key in (
+        'ü', 'k' * 5000, ['k'], 'k; k', 5)]
 WRONG_FIELDS += [('PATCH', '/todos', fields) for fields in (
     {'completed': 'x'}, {'ids': [1]}, *({'completed': True, 'ids': ids} for ids in (
         5, '1', {}, ['x'], [-1], [1.0], [True], [[1]], ['9' * 19], ['1\n'])))]

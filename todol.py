@@ -5382,12 +5382,17 @@ def _take_back(user, said, kind, data):
 def touched_before(user, key):
     """The ids of what the change of that key touched, or None if there was none. Raises
     InvalidField."""
-    if key in (None, ''):
+    check_key(key)
+    if not key:
         return None
-    if not (isinstance(key, str) and CHANGE_KEY.fullmatch(key)):
-        raise InvalidField('key must be up to 100 letters, digits or any of . : - _')
     rows = app_db.execute('SELECT touched FROM changes WHERE key = ? AND user_id = ?', (key, user))
     return json.loads(rows[0][0]) if rows else None
+
+
+def check_key(key):
+    """Raises InvalidField if it is no key of a change, and not left out either."""
+    if key not in (None, '') and not (isinstance(key, str) and CHANGE_KEY.fullmatch(key)):
+        raise InvalidField('key must be up to 100 letters, digits or any of . : - _')
 
 
 def _record(user, key, ids, undo=None):
@@ -6097,9 +6102,10 @@ def change_key():
     """The key that the client gave to its change. Without script it gets one, in a cookie by which
     the next page offers to undo it."""
     key = fields().get('key')
+    check_key(key)
     if wanted() == 'html':
         key = key or new_key()
-        bottle.response.set_cookie(UNDO_COOKIE, str(key), path='/', max_age=60, httponly=True,
+        bottle.response.set_cookie(UNDO_COOKIE, key, path='/', max_age=60, httponly=True,
                                    samesite='lax', secure=is_https(bottle.request.environ))
     return key
 
