@@ -10347,6 +10347,273 @@ def test_beside_the_real_turbo_both_do_their_part(open_tab):
     assert page.evaluate('window.mark') == 1 and unsent(page) == '[]'
 
 
+# --- what the script promises, in Chromium: offline, undo, keys, touch, other owners ---
+
+def waiting(page):
+    """How many changes the page has yet to deliver."""
+    return page.evaluate('live.changes.length')
+
+
+def delivered(page):
+    """The keys of the changes that were answered, as often as they were; filled while the page is used."""
+    keys = []
+
+    def noted(response):
+        if response.request.method == 'POST' and response.ok:
+            keys.extend(urllib.parse.parse_qs(response.request.post_data)['key'])
+    page.context.on('response', noted)
+    return keys
+
+
+def test_everything_done_offline_outlives_the_tab_shows_when_opened_without_network_and_is_done_once(
+        open_tab, visitor):
+    page = open_tab('milk', 'tea', 'beer', 'wine', service_workers='allow', expected='Failed to load|WebSocket')
+    keys = delivered(page)
+    becomes(page, lambda page: page.evaluate("caches.match('/').then(Boolean)"), True)
+    page.context.set_offline(True)
+    add(page, 'bread', 'jam')
+    for title in ('tea', 'jam', 'beer'):
+        toggle(page, title) if title != 'jam' else page.locator('#todos > li:last-child .toggle').click()
+    page.locator('#todos > li', has_text='bread').locator('label').dblclick()
+    page.fill('.edit', 'black bread')
+    page.press('.edit', 'Enter')
+    page.locator('#todos > li', has_text='milk').hover()
+    page.locator('#todos > li', has_text='milk').locator('.destroy').click()
+    page.click('.clear-completed')
+    page.keyboard.press('Control+z')                    # tea, beer and jam are back, at their places
+    page.locator('#todos > li', has_text='wine').hover()
+    page.locator('#todos > li', has_text='wine').locator('.destroy').click()
+    expected = ['tea', 'beer', 'black bread', 'jam']
+
+    def shows(page):
+        assert page.locator('#todos .view label').all_text_contents() == expected
+        page.click('.filters >> text=Active')
+        assert page.locator('#todos .view label').all_text_contents() == ['black bread']
+        assert (path_shown(page), counter(page)) == ('/active', '1 item left')
+        page.click('.filters >> text=All')
+        becomes(page, connection, 'No connection. 10 changes will be sent.')
+
+    shows(page)
+    page.close()
+    page, other = page.context.new_page(), page.context.new_page()
+    for each in (page, other):
+        each.goto(visitor_url := f'http://127.0.0.1:{visitor.port}/')
+        shows(each)
+    page.keyboard.press('Control+z')                    # what waits can be taken back by the next tab
+    expected.insert(2, 'wine')
+    assert page.locator('#todos .view label').all_text_contents() == expected
+    becomes(other, lambda page: page.locator('#todos .view label').all_text_contents(), expected)
+    page.context.set_offline(False)
+    for each in (page, other):
+        becomes(each, waiting, 0, 30)
+        becomes(each, connection, 'live', 30)
+        assert rows(each) == visitor.todos()
+    assert len(keys) == 11 == len(set(keys)), 'each is sent by one tab, once'
+    assert visitor.todos() == [('tea', True), ('beer', True), ('wine', False), ('black bread', False), ('jam', True)]
+    assert page.url == visitor_url and unsent(page) == '[]'
+
+
+def test_a_row_can_be_ticked_renamed_and_removed_before_the_server_knows_of_it(open_tab, visitor):
+    page = open_tab()
+    asked = hold(page)
+    add(page, 'milk', 'tea', 'beer')
+    new = page.locator('#todos > li')
+    new.nth(0).locator('.toggle').click()
+    new.nth(1).locator('label').dblclick()
+    page.fill('.edit', 'green tea')
+    page.press('.edit', 'Enter')
+    new.nth(2).locator('.toggle').focus()
+    page.keyboard.press('Delete')
+    assert pending(page) == ['milk', 'green tea'] and counter(page) == '1 item left'
+    page.locator('#todos .rename').last.focus()
+    page.evaluate("window.row = document.activeElement.closest('li')")
+    for number in range(3):
+        asked(number).continue_()
+    becomes(page, waiting, 0)
+    becomes(page, lambda _: visitor.todos(), [('milk', True), ('green tea', False)])
+    assert rows(page) == visitor.todos() and page.locator('[data-pending]').count() == 0
+    assert page.evaluate('row.isConnected && row.contains(document.activeElement)'), 'it is the same element'
+
+
+def test_undo_takes_back_several_steps_in_every_tab_and_says_so(open_tab, visitor):
+    page, other = open_tab('milk', 'tea', 'beer'), open_tab()
+    line = page.locator('#undo')
+    remove(page, 'tea')
+    assert line.is_visible() and page.locator('.undo-said').text_content() == 'Removed “tea”.'
+    becomes(page, announced, 'Removed “tea”. 2 items left')
+    becomes(other, titles, ['milk', 'beer'])
+    page.click('.toggle-all')
+    assert page.locator('.undo-said').text_content() == 'Marked 2 as done.'
+    rename(page, 'milk', 'oat milk')
+    page.click('.clear-completed')
+    assert page.locator('.undo-said').text_content() == 'Cleared 2 todos.' and titles(page) == []
+    page.click('#undo button')
+    becomes(page, focused, 'toggle oat milk')
+    assert not line.is_visible()
+    for expected in ([('milk', True), ('beer', True)], [('milk', False), ('beer', False)],
+                     [('milk', False), ('tea', False), ('beer', False)]):
+        page.keyboard.press('Control+z')
+        becomes(page, rows, expected)
+        becomes(other, rows, expected)
+    becomes(page, announced, 'Undone. 3 items left')
+    assert visitor.todos() == rows(page)
+    page.fill('.new-todo', 'half')
+    page.keyboard.press('Control+z')        # the field's own
+    assert titles(page) == ['milk', 'tea', 'beer']
+
+
+NO_STORAGE = {
+    'blocked': """Object.defineProperty(window, 'localStorage', {
+        get() { throw new DOMException('no', 'SecurityError'); }})""",
+    'full': """Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }"""}
+
+
+@pytest.mark.parametrize('how', NO_STORAGE)
+def test_without_storage_what_waits_is_kept_as_long_as_the_page_which_asks_before_it_goes(open_tab, visitor, how):
+    page = open_tab(script=NO_STORAGE[how], expected='Failed to load|WebSocket')
+    add(page, 'one')
+    becomes(page, lambda _: visitor.todos(), [('one', False)])
+    page.context.set_offline(True)
+    add(page, 'two')
+    becomes(page, connection, 'No connection. 1 change will be sent.')
+    asked = []
+    page.once('dialog', lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
+    page.close(run_before_unload=True)
+    becomes(page, lambda _: asked, ['beforeunload'])
+    page.context.set_offline(False)
+    becomes(page, titles, ['one', 'two'])
+    becomes(page, lambda _: visitor.todos(), [('one', False), ('two', False)])
+
+
+def test_the_page_of_another_owner_is_shown_whole_and_nothing_of_the_former_reaches_it(open_tab, visitor):
+    page = open_tab('milk', 'tea', expected='Failed to load|WebSocket|409')
+    requests = []
+    page.context.set_offline(True)
+    add(page, 'lost')
+    page.context.clear_cookies()
+    page.on('request', lambda request: requests.append(request.url))
+    page.context.set_offline(False)
+    becomes(page, text_of('#notice'),
+            'This is not the list that was here before. Not sent: 1 change of the former.')
+    becomes(page, lambda page: page.locator('#todos > li, #shelf > li').count(), 0)
+    add(page, 'new')
+    becomes(page, titles, ['new'])
+    becomes(page, connection, 'live')
+    assert visitor.todos() == [('milk', False), ('tea', False)] and unsent(page) == '[]'
+    assert len(requests) < 15, 'it hammers'
+    page.reload()
+    assert titles(page) == ['new'] and text_of('#notice')(page) == ''
+
+
+def test_a_filter_is_switched_without_a_request_and_said(open_tab):
+    page = open_tab('one', 'two', 'three')
+    toggle(page, 'two')
+    becomes(page, waiting, 0)
+    requests = []
+    page.on('request', lambda request: '/assets/' in request.url or requests.append(request.url))
+    for name, shown, path in (('Active', ['one', 'three'], '/active'), ('Completed', ['two'], '/completed')):
+        page.click(f'.filters >> text={name}')
+        assert (titles(page), path_shown(page)) == (shown, path)
+        assert page.locator('.filters [aria-current=page]').all_text_contents() == [name]
+        becomes(page, announced, f'{name}: {len(shown)} shown. 2 items left')
+    assert focused(page) == 'selected'
+    page.evaluate('history.back()')
+    becomes(page, titles, ['one', 'three'])
+    assert requests == []
+
+
+def paste(page, text):
+    page.evaluate('''text => {
+        const clipboardData = new DataTransfer();
+        clipboardData.setData('text/plain', text);
+        document.querySelector('.new-todo').dispatchEvent(
+            new ClipboardEvent('paste', {clipboardData, bubbles: true, cancelable: true})); }''', text)
+
+
+def test_lines_that_are_pasted_become_todos_in_one_change_and_are_copied_in_the_same_form(open_tab, visitor):
+    page = open_tab(permissions=['clipboard-read', 'clipboard-write'])
+    paste(page, 'one line')
+    assert page.locator('#todos > li').count() == 0, 'that is the field\'s own'
+    paste(page, '- [x] milk\r\n\r\n* tea\n 3. beer \n[ ] wine\n\tbread\n2026 is a title\n')
+    expected = [('milk', True), *((title, False) for title in ('tea', 'beer', 'wine', 'bread', '2026 is a title'))]
+    becomes(page, rows, expected)
+    assert visitor.todos() == expected and page.locator('.undo-said').text_content() == 'Added 6 todos.'
+    page.click('#copy')
+    becomes(page, text_of('#copy'), 'Copied')
+    assert page.evaluate('navigator.clipboard.readText()') == visitor.get('/todos.txt').text
+    page.click('#undo button')
+    becomes(page, lambda _: visitor.todos(), [])
+    asked = []
+    page.on('dialog', lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    paste(page, 'line\n' * 501)
+    becomes(page, lambda _: asked, ['Add 501 todos?'])
+    assert page.locator('#todos > li').count() == 0
+
+
+def test_keys_walk_the_rows_and_act_on_the_one_in_focus(open_tab, visitor):
+    page = open_tab('one', 'two', 'three')
+    page.click('h1')
+
+    def press(*keys):
+        for key in keys:
+            page.keyboard.press(key)
+
+    press('n')
+    assert focused(page) == 'new-todo'
+    press('ArrowDown', 'ArrowDown')
+    assert focused(page) == 'toggle two'
+    press('x')
+    assert rows(page)[1] == ('two', True)
+    press('e', '!', 'Enter')
+    assert titles(page)[1] == 'two!' and focused(page) == 'rename two!'
+    press('ArrowDown', 'Delete')
+    assert titles(page) == ['one', 'two!'] and focused(page) == 'toggle two!'
+    press('ArrowUp', 'ArrowUp')
+    assert focused(page) == 'new-todo'
+    press(*'n/?x')
+    assert page.input_value('.new-todo') == 'n/?x', 'in a field they are text'
+    page.click('h1')
+    press('?')
+    page.locator('dialog', has_text='these keys').wait_for()
+    press('x', 'Escape', '/')
+    becomes(page, focused, 'new-todo')
+    assert page.locator('dialog').count() == 0
+    becomes(page, lambda _: visitor.todos(), [('one', False), ('two!', True)])
+
+
+def test_a_tap_on_a_title_edits_it_where_it_was_tapped_and_the_field_grows(open_tab, visitor):
+    page = open_tab('a title that needs several lines on a phone. ' * 4, 'short', has_touch=True, is_mobile=True,
+                    viewport={'width': 360, 'height': 640})
+    label = page.locator('#todos label').first
+    height = label.bounding_box()['height']
+    assert height > 60
+    label.tap(position={'x': 60, 'y': height - 20})
+    page.locator('.edit').wait_for()
+    field = page.evaluate('''() => { const {selectionStart, value, offsetHeight} = document.querySelector('.edit');
+        return [selectionStart > 50 && selectionStart < value.length, offsetHeight]; }''')
+    assert field[0] and abs(field[1] - height) < 8
+    page.keyboard.insert_text('X')
+    page.keyboard.press('Enter')
+    becomes(page, lambda _: 'X' in visitor.todos()[0][0][50:], True)
+    for number in range(15):
+        add(page, f'more {number}')
+    assert page.evaluate('''() => { const {top, bottom} = document.querySelector('#todos > :last-child')
+        .getBoundingClientRect(); return top >= 0 && bottom <= innerHeight; }'''), 'a new todo is seen'
+
+
+def test_the_list_is_offered_to_another_device_by_link_and_code(open_tab, visitor, page_server):
+    page = open_tab('milk', permissions=['clipboard-read', 'clipboard-write'])
+    page.click('.devices a')
+    page.locator('dialog .code').wait_for()
+    link, code = page.input_value('dialog .link'), page.locator('dialog .code').text_content()
+    page.click('dialog [data-copy]')
+    becomes(page, lambda page: page.evaluate('navigator.clipboard.readText()'), link)
+    page.keyboard.press('Escape')
+    becomes(page, lambda page: page.locator('dialog').count(), 0)
+    other = page_server.client()
+    assert other.post('/join', {'code': code}).status == 303 and other.todos() == [('milk', False)]
+
+
 # === New: an app made from the stack ==================================================================================
 
 POLL_APP = r'''# === The app: polls, each with a stream of its own =======================================

@@ -4000,7 +4000,6 @@ function belong(other) {
   belonged = 1;
   forgetOthers(changes.length);
   changes.length = 0;
-  waiting = false;
   epoch = null;
   hooks.owned();
   return true;
@@ -6802,7 +6801,8 @@ export function undo() {
   byId('undo').hidden = true;
   announce('Undone.');
   const row = was && find(was[0]);
-  if (focused) (row?.matches('#todos > li') ? $('.toggle', row) : $('.new-todo')).focus();
+  // Once the list is shown again: what is not can't have the focus.
+  if (focused) queueMicrotask(() => (row?.closest('#todos') ? $('.toggle', row) : $('.new-todo')).focus());
 }
 
 // Editing in place: Enter or leaving the field saves, Escape does not
