@@ -6254,11 +6254,12 @@ h1 {
   content: ""; position: absolute; top: .75rem; width: 48px; height: 3.5rem;
   background: var(--plus);
 }
-.new-todo {
-  height: 3.5rem; padding: 0 1rem 0 47px; border: 1px solid var(--edge);
+.new-todo, .message input, dialog input {
+  width: 100%; height: 3.5rem; padding: 0 1rem; border: 1px solid var(--edge);
   border-radius: 14px; background: var(--field);
 }
-.new-todo:focus {
+.new-todo { padding-left: 47px; }
+.new-todo:focus, .message input:focus, dialog input:focus {
   border-radius: 14px; outline-offset: -1px; box-shadow: 0 0 0 5px var(--tint);
 }
 .save {
@@ -6358,9 +6359,10 @@ strong { color: var(--ink); }
 .connection::before { content: "● " / ""; color: var(--danger); }
 .info {
   display: flex; flex-wrap: wrap; align-items: center; justify-content: center;
-  gap: 0 1.5rem; padding-block: 1rem 2rem;
+  gap: .5rem 1.5rem; padding-block: 1rem 2rem; text-align: center;
 }
 
+.quiet { padding: 2.5rem 1rem; text-align: center; }
 .todoapp {
   display: flex; flex-direction: column;
   --list: block; --bar: flex; --beside: -44px; --empty: none; --none: none; --hint: block;
@@ -6379,7 +6381,8 @@ strong { color: var(--ink); }
 }
 [data-completed="0"] ~ .clear { visibility: hidden; }
 .undo:not([hidden]) ~ *, .connection:not(:empty) ~ *, .connection:empty,
-html:not(.scripted) .hint { display: none; }
+html:not(.scripted) .hint,
+:has([data-active="0"][data-completed="0"]) > .info #copy { display: none; }
 
 /* The field, the counter and the filters stay in reach, unless the text is large. */
 @media (min-height: 30rem) {
@@ -6407,18 +6410,16 @@ dialog {
 }
 ::backdrop { background: #0006; }
 h2 { margin-bottom: .75rem; font-size: 1.25em; font-weight: 400; }
-kbd { display: inline-block; min-width: 8rem; font: inherit; color: var(--done); }
+dialog dl { display: grid; grid-template-columns: auto 1fr; gap: .25rem 1.5rem; }
+dt, kbd { font: inherit; color: var(--done); }
 dialog button, .message button {
   min-height: 44px; margin: .5rem .5rem 0 0; padding: 0 1rem; border: 1px solid var(--edge);
   border-radius: 10px; background: var(--field);
 }
 .message > * { margin: 0 0 1rem 48px; }
 .message h2 { margin: 1.5rem 0 .5rem 48px; }
-.message p { margin-bottom: .5rem; }
-.message input {
-  width: 100%; height: 3.5rem; padding: 0 1rem; border: 1px solid var(--edge);
-  border-radius: 14px; background: var(--field);
-}
+p { margin-bottom: .5rem; }
+.error, .info p, .status p { margin: 0; }
 .message .error { padding-left: 0; }
 .code { font-size: 1.5em; letter-spacing: .15em; }
 .link { overflow-wrap: anywhere; }
