@@ -1119,8 +1119,8 @@ def html_validate(*documents):
 
 SECTION = re.compile(r'^# === ([A-Z][A-Za-z -]*?)(?:: .*?)? =+$', re.MULTILINE)
 SECTIONS = ['Settings', 'Database', 'Processes', 'Cache', 'Jobs', 'Cable', 'Sessions', 'Web', 'WebSocket', 'HTTP',
-            'Live script', 'Process', 'Backups', 'Command line', 'The app', 'Todos', 'Templates', 'Broadcasts',
-            'Routes', 'Styles', 'Script']
+            'Live script', 'Process', 'Backups', 'Command line', 'The app', 'Todos', 'Devices', 'Templates',
+            'Broadcasts', 'Routes', 'Styles', 'Script']
 PACKAGES = {'bottle': '0.13', 'gevent': '23.9', 'gevent-websocket': '0.10.1'}
 
 
