@@ -5609,11 +5609,11 @@ device</a>.</p>
     'todo': '''\
 <li class="{{state}}" id="todo_{{id}}" data-version="{{version}}"\
 {{!f' data-key="{key}"' if key else ''}}>
-<form action="/todos/{{id}}" method="post">
+<form action="/todos/{{id}}" method="post" autocomplete="off">
 <div class="view">
 <input type="hidden" name="completed" value="0">
 <input class="toggle" type="checkbox" name="completed" value="1" \
-aria-label="{{title}}" autocomplete="off"{{' checked' if completed else ''}}>
+aria-label="{{title}}"{{' checked' if completed else ''}}>
 <label dir="auto" translate="no">{{title}}</label>
 <button type="submit" class="save" name="_method" value="PATCH" \
 aria-label="Save {{title}}"></button>
@@ -5740,7 +5740,7 @@ leave them: then only a device that also has them open shows them again.</p>
 Template.defaults.update(colors=THEME_COLORS, description=DESCRIPTION)
 
 
-BLANK_TODO = Todo(0, '', False, 0)     # of which the script makes a row before the answer
+BLANK_TODO = Todo(0, '\u2026', False, 0)     # of which the script makes a row before the answer
 
 
 def render_page(user, showing, todos, totals, editing=None, text='', error='', undo=''):
