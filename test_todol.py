@@ -10261,6 +10261,60 @@ def test_axe_finds_nothing_in_a_page_without_script_nor_in_an_error_page(open_ta
             assert_no_violations(page)
 
 
+@pytest.mark.parametrize('size', [{'viewport': {'width': 360, 'height': 740}, 'has_touch': True, 'is_mobile': True},
+                                  {'viewport': {'width': 1280, 'height': 800}}], ids=['phone', 'wide'])
+def test_field_counter_and_filters_stay_in_reach_and_never_over_the_row_in_focus(open_tab, size):
+    page = open_tab(*(f'Todo {number}' for number in range(40)), **size)
+    toggle(page, 'Todo 3')
+    between = '''selector => {
+        const seen = document.querySelector(selector).getBoundingClientRect();
+        const [field, bar] = ['.new-todo', '.footer'].map(each => document.querySelector(each).getBoundingClientRect());
+        return field.bottom <= seen.top && seen.bottom <= bar.top; }'''
+    for top in (0, 500, 10_000):
+        page.evaluate('top => scrollTo(0, top)', top)
+        for needed in ('.new-todo', '.todo-count', '.filters', '.clear-completed', '.hint'):
+            assert page.evaluate('''needed => {
+                const {top, bottom} = document.querySelector(needed).getBoundingClientRect();
+                return top >= 0 && bottom <= innerHeight; }''', needed), (needed, top)
+    page.evaluate('scrollTo(0, 0)')
+    add(page, 'The newest')
+    becomes(page, lambda page: page.evaluate(between, '#todos > :last-child'), True)
+    for number in (38, 20, 3):
+        page.locator('#todos .toggle').nth(number).focus()
+        assert page.evaluate(between, f'#todos > :nth-child({number + 1})'), number
+
+
+def test_words_stay_whole_and_nothing_overlaps_where_the_text_is_twice_as_large(open_tab):
+    page = open_tab(viewport={'width': 360, 'height': 740})
+    show_three(page)
+    page.evaluate("document.documentElement.style.fontSize = '200%'")
+    assert page.evaluate('''[...document.querySelectorAll('.filters a, .clear-completed, .todo-count strong')].map(each => {
+        const range = document.createRange();
+        return each.textContent.split(' ').map((word, at, words) => {
+            const from = words.slice(0, at).join(' ').length + (at ? 1 : 0);
+            range.setStart(each.firstChild, from);
+            range.setEnd(each.firstChild, from + word.length);
+            return range.getClientRects().length; }); }).flat()''') == [1] * 6
+    boxes = page.evaluate('''[...document.querySelectorAll('.todo-count, .filters, .clear, .hint, #todos > li')].map(each => {
+        const {left, top, right, bottom} = each.getBoundingClientRect();
+        return [left, top, right, bottom]; })''')
+    for one, other in itertools.combinations(boxes, 2):
+        assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1], (one, other)
+
+
+def test_a_browser_without_light_dark_gets_plain_colours(open_tab):
+    page = open_tab(live=False)
+    page.route('**/todol.css', lambda route: route.fulfill(
+        body=asset_text('todol.css').replace('light-dark(', 'other('), content_type='text/css'))
+    page.reload()
+    show_three(page)
+    colours = page.evaluate('''[[document.body, '', 'backgroundColor'], [document.querySelector('.toggle'), '::before',
+        'borderTopColor'], [document.querySelector('#todos li'), '', 'borderTopColor']].map(
+        ([element, pseudo, name]) => getComputedStyle(element, pseudo)[name])''')
+    assert colours == ['rgb(249, 246, 241)', 'rgb(130, 128, 123)', 'rgb(224, 222, 216)']
+    assert_no_violations(page)
+
+
 @pytest.mark.parametrize('form', ['mobile', 'desktop'])
 def test_lighthouse_gives_full_marks(page_server, form):
     options = ['--preset=desktop'] if form == 'desktop' else []
