@@ -831,16 +831,19 @@ class Window:
         def acted():
             element = self._element(selector)
             with contextlib.suppress(WebDriverError):
-                if place(element) == (time.sleep(0.035), place(element))[1] != 'covered':
-                    self._pointer({'type': 'pointerMove', 'origin': element, 'x': 0, 'y': 0}, *actions)
+                first, _, then = place(element), time.sleep(0.035), place(element)
+                if first and first == then:
+                    self._pointer({'type': 'pointerMove', **first}, *actions)
                     return True
 
-        def place(element):     # asked for twice, since timers do not run in a page without script
+        def place(element):     # in the window, if nothing moves or covers it
             return self.evaluate('''element => {
+                const moves = document.getAnimations().some(({playState, effect}) =>
+                    playState === 'running' && effect.getComputedTiming().endTime < 500);
                 element.scrollIntoView({block: 'nearest'});
-                const {x, y, width, height} = element.getBoundingClientRect();
-                const top = document.elementFromPoint(x + width / 2, y + height / 2);
-                return element.contains(top) ? `${x} ${y} ${width} ${height}` : 'covered'; }''', element)
+                const {left, top, width, height} = element.getBoundingClientRect();
+                const [x, y] = [Math.floor(left + width / 2), Math.floor(top + height / 2)];
+                return !moves && element.contains(document.elementFromPoint(x, y)) ? {x, y} : null; }''', element)
         eventually(acted, what=f'{selector} reached')
 
     def _pointer(self, *actions):
