@@ -6347,7 +6347,8 @@ strong { color: var(--ink); }
   text-decoration-thickness: 2px;
 }
 .clear { margin-left: auto; }
-.clear-completed, .undo button, .info a, .info button { min-height: 44px; }
+.clear-completed, .undo button, .info button { min-height: 44px; }
+.info a { display: inline-block; padding: .75rem 0; }
 .status { display: flex; min-height: 44px; line-height: 1.25; }
 .undo { display: flex; align-items: center; gap: .75rem; }
 .undo span { max-height: 2.5em; overflow: hidden; overflow-wrap: anywhere; }
@@ -6699,7 +6700,7 @@ onClick('.filters a', link => {
 // What follows from a change of the page: places, counter, title, announcements
 let said = '', speaking, counted;
 function announce(text) {
-  said += text && `${text} `;
+  if (text && !said.includes(text)) said += `${text} `;
   clearTimeout(speaking);
   speaking = setTimeout(() => {
     byId('announcer').textContent = said + byId('todo-count').textContent;
