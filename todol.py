@@ -6800,7 +6800,8 @@ export function undo() {
   announce('Undone.');
   const row = was && find(was[0]);
   // Once the list is shown again: what is not can't have the focus.
-  if (focused) queueMicrotask(() => (row?.closest('#todos') ? $('.toggle', row) : $('.new-todo')).focus());
+  if (focused) queueMicrotask(() =>
+    (row?.closest('#todos') ? $('.toggle', row) : $('.new-todo')).focus());
 }
 
 // Editing in place: Enter or leaving the field saves, Escape does not
@@ -6891,7 +6892,8 @@ async function copy(text, button) {
 
 // Keys; `?` shows them
 const walk = step => {
-  const rows = [$('.new-todo'), ...$$('#todos .toggle')], row = document.activeElement.closest('li');
+  const rows = [$('.new-todo'), ...$$('#todos .toggle')];
+  const row = document.activeElement.closest('li');
   (rows[rows.indexOf(row ? $('.toggle', row) : rows[0]) + step] ?? rows[0]).focus();
 };
 const pressed = {
@@ -6927,7 +6929,8 @@ addEventListener('keydown', event => {
 const KEYS = { 'n or /': 'a new todo', '↑ ↓': 'from todo to todo', 'e': 'edit', 'x or Space':
   'done, or not', 'Delete': 'remove', 'Ctrl Z, ⌘ Z': 'undo', '?': 'these keys' };
 export function showKeys() {
-  const rows = Object.entries(KEYS).map(([key, does]) => `<dt><kbd>${key}</kbd></dt><dd>${does}</dd>`);
+  const rows = Object.entries(KEYS).map(([key, does]) =>
+    `<dt><kbd>${key}</kbd></dt><dd>${does}</dd>`);
   dialog('Keys', `<dl>${rows.join('')}</dl>`);
 }
 export async function showDevices() {
