@@ -422,6 +422,11 @@ def need_front_end():
     return FRONT_END
 
 
+# Those after --no-first-run keep it from calling home: on a closed network each such call fails, slowly.
+CHROMIUM_FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+                  '--disable-component-update', '--disable-sync']
+
+
 @pytest.fixture(scope='session')
 def browser():
     """Debian's Chromium, driven by Playwright. One for the whole run: a second one in this thread is refused."""
@@ -432,10 +437,7 @@ def browser():
     chromium = shutil.which('chromium') or shutil.which('chromium-browser')
     need(chromium, 'chromium is not installed: apt-get install chromium')
     with sync_playwright() as playwright:
-        # The flags after --no-first-run keep it from calling home: on a closed network each such call fails, slowly.
-        running = playwright.chromium.launch(executable_path=chromium, args=[
-            '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-            '--disable-component-update', '--disable-sync'])
+        running = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
         yield running
         running.close()
 
@@ -678,38 +680,42 @@ class Engine:
 
     name: chromium, firefox or webkit. options: more arguments of the browser. profile: a directory that is kept.
     """
-    HEADLESS = ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
-                '--disable-background-networking', '--disable-component-update', '--window-size=1280,900',
-                # as if there were a mouse, which a server has not
-                '--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4')
-    MOUSE = {'ui.primaryPointerCapabilities': 6, 'ui.allPointerCapabilities': 6}        # the same for Firefox
+    # As if there were a mouse, which a server has not: in Chromium, in Firefox
+    MOUSE = '--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4'
+    MOUSE_PREFERENCES = {'ui.primaryPointerCapabilities': 6, 'ui.allPointerCapabilities': 6}
 
     def __init__(self, name, options=(), preferences=None, profile=None):
         self.name = name
         self._directory = tempfile.mkdtemp()    # short: there are sockets in it
         self.options, self.preferences, self.profile = list(options), preferences or {}, profile
-        self._processes = []
+        self._processes, self._driver, self._path = [], None, ''
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        self.window = self.first = self.call('GET', '/window')
+        self.clicked_at = 0.0
+
+    def _start(self):
         environment = {**os.environ, 'HOME': self._directory, 'TMPDIR': self._directory}
-        driver, capabilities = getattr(self, f'_{name}')(environment)
+        driver, capabilities = getattr(self, f'_{self.name}')(environment)
         with socket.create_server(('127.0.0.1', 0)) as free:
             port = free.getsockname()[1]
         self._run([driver, f'--port={port}'], environment)
         self._driver = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
         eventually(lambda: self._listens(port), what=f'{driver} listening')
-        self._path = ''
         session = self.call('POST', '/session', capabilities={'alwaysMatch': {
             'unhandledPromptBehavior': 'accept', **capabilities}})
         self._path = f"/session/{session['sessionId']}"
-        self.window = self.first = self.call('GET', '/window')
-        self.clicked_at = 0.0
 
     def _chromium(self, environment):
         need(shutil.which('chromium') and shutil.which('chromedriver'),
              'chromium or its driver is not installed: apt-get install chromium chromium-driver')
         kept = [f'--user-data-dir={self.profile}'] if self.profile else []
         return 'chromedriver', {'goog:chromeOptions': {
-            'binary': shutil.which('chromium'), 'args': [*self.HEADLESS, *self.options, *kept],
-            'prefs': self.preferences}}
+            'binary': shutil.which('chromium'), 'prefs': self.preferences, 'args': [
+                *CHROMIUM_FLAGS, '--headless=new', '--window-size=1280,900', self.MOUSE, *self.options, *kept]}}
 
     def _firefox(self, environment):
         need(shutil.which('firefox-esr'), 'firefox is not installed: apt-get install firefox-esr')
@@ -720,7 +726,7 @@ class Engine:
         driver.chmod(0o755)
         kept = ['-profile', str(self.profile)] if self.profile else []
         return str(driver), {'moz:firefoxOptions': {
-            'binary': shutil.which('firefox-esr'), 'prefs': {**self.MOUSE, **self.preferences},
+            'binary': shutil.which('firefox-esr'), 'prefs': {**self.MOUSE_PREFERENCES, **self.preferences},
             'args': ['-headless', '-width', '1280', '-height', '900', '-remote-allow-system-access', *kept]}}
 
     def _webkit(self, environment):
@@ -762,8 +768,10 @@ class Engine:
     def close(self):
         """End the browser, its driver and its display."""
         with contextlib.suppress(OSError, WebDriverError, http.client.HTTPException):
-            self.call('DELETE', '')
-        self._driver.close()
+            if self._path:
+                self.call('DELETE', '')
+        if self._driver:
+            self._driver.close()
         for process in reversed(self._processes):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
