@@ -9679,6 +9679,10 @@ def test_the_list_of_another_user_is_shown_whole_and_said_and_not_asked_for_agai
     assert len(visitor.todos()) == 10
     page.reload()
     becomes(page, titles, ['mine'])
+    page.call('DELETE', '/cookie')
+    line.hang_up()                          # and it finds out by itself
+    becomes(page, titles, [], 30)
+    becomes(page, lambda page: 'not the list that was here before' in page.text_content('#notice'), True)
 
 
 def test_a_tab_without_a_socket_or_with_a_silent_one_looks_by_itself_though_the_clock_goes_back(
