@@ -10337,7 +10337,9 @@ def test_lighthouse_gives_full_marks(page_server, form):
         scores, failed = audited(f'http://127.0.0.1:{page_server.port}/', *options)
         if {name for name, score in scores.items() if score < 100} != {'performance'}:
             break
-    assert scores == dict.fromkeys(('performance', 'accessibility', 'best-practices', 'seo'), 100), failed
+    busy = os.getloadavg()[0] > 2 * os.cpu_count()
+    assert scores.pop('performance') >= (90 if busy else 100), failed
+    assert scores == dict.fromkeys(('accessibility', 'best-practices', 'seo'), 100), failed
 
 
 def test_playwrights_own_tests_of_a_todomvc_app_pass(page_server, tmp_path):
