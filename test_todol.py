@@ -99,7 +99,7 @@ def open_database(tmp_path):
 
 def environment_with(**changes):
     """The environment of this process with changes, and without the settings that it may have."""
-    inherited = {name: value for name, value in os.environ.items() if not re.match('TODOL_|PORT$|HOST$', name)}
+    inherited = {name: value for name, value in os.environ.items() if not re.match('TODOL_|LISTEN_|(PORT|HOST|WEB_CONCURRENCY)$', name)}
     return {**inherited, **changes}
 
 
@@ -756,6 +756,7 @@ NOT_NUMBERS = ['abc', '-1', '1.5', '1e3', ' 1', '1 ', '1\n', '0x10', '\u0663', '
                '9' * 5000]
 BAD_VALUES = {
     'PORT': [*NOT_NUMBERS, '65536'],
+    'WEB_CONCURRENCY': [*NOT_NUMBERS, '0', '1001'],
     'TODOL_ENV': ['prod', '../production', 'test '],
     'TODOL_SECRET': ['short', 'x' * 31],
     'TODOL_SYNC': ['OFF', 'EXTRA', 'FULL; DROP TABLE todos'],
@@ -5753,7 +5754,7 @@ def echoes():
     servers = [gevent.pywsgi.WSGIServer(('127.0.0.1', 0), echo, log=None, error_log=None, handler_class=handler)
                for handler in (Stock, Strict)]
     for server in servers:
-        server.waiting = set()
+        server.waiting, server.hung_up = set(), False
         server.start()
     yield types.SimpleNamespace(stock=servers[0].server_port, strict=servers[1].server_port)
     for server in servers:
@@ -6050,23 +6051,37 @@ def test_a_client_that_does_not_read_its_answer_is_hung_up_on_and_that_is_no_err
         assert ended.wait(10), 'it waits for ever'
 
 
-def test_a_drain_hangs_up_on_who_is_idle_and_lets_a_request_end_but_not_the_next_one_begin(serve):
+def test_a_drain_answers_who_has_come_so_far_once_more_and_hangs_up_then(serve, monkeypatch):
+    monkeypatch.setattr(todol, 'QUIET_SECONDS', 20)
+    monkeypatch.setattr(todol, 'LAST_SECONDS', 0.5)
+    monkeypatch.setattr(todol, 'DRAIN_SECONDS', 20)
     port = serve()
     with contextlib.ExitStack() as close:
-        new, idle, half, busy = (close.enter_context(connect_to(port)) for _ in range(4))
-        idle.sendall(NEXT)
-        assert idle.recv(65536).startswith(b'HTTP/1.1 200')
+        idle, silent, half, busy, old = (close.enter_context(connect_to(port)) for _ in range(5))
+        for each in (idle, silent):
+            each.sendall(NEXT)
+            assert each.recv(65536).startswith(b'HTTP/1.1 200')
         half.sendall(b'GET /up')
         busy.sendall(POST + b'Expect: 100-continue\r\nContent-Length: 14\r\n\r\n{"title"')
-        assert busy.recv(65536).startswith(b'HTTP/1.1 100')
-        draining = gevent.spawn(serve.drain)
-        started = time.monotonic()
-        assert [statuses(rest_of(each)) for each in (new, idle)] == [[], []] and statuses(rest_of(half)) in ([], [400])
-        assert time.monotonic() - started < 0.35, 'they were not hung up on, but fell silent'
-        with pytest.raises(ConnectionRefusedError):
-            connect_to(port)
-        busy.sendall(b': "x"}' + NEXT)
-        assert statuses(rest_of(busy)) == [201]
+        old.sendall(b'GET /up HTTP/1.0\r\nConnection: keep-alive\r\n\r\n')
+        assert busy.recv(65536).startswith(b'HTTP/1.1 100') and b'\r\nConnection: keep-alive\r\n' in old.recv(65536)
+        with socket.create_connection(('127.0.0.1', port)) as fresh:    # in the kernel; no turn for the server until here
+            draining = gevent.spawn(serve.drain)
+            gevent.sleep(0)
+            with pytest.raises(ConnectionRefusedError):
+                connect_to(port)
+            fresh.sendall(NEXT + NEXT)
+            idle.sendall(NEXT + NEXT)
+            busy.sendall(b': "x"}' + NEXT)
+            old.sendall(b'GET /up HTTP/1.0\r\nConnection: keep-alive\r\n\r\n')
+            started = time.monotonic()
+            answers = [rest_of(each) for each in (gevent.socket.socket(fileno=os.dup(fresh.fileno())), idle, busy, old)]
+            assert [statuses(each) for each in answers] == [[200], [200], [201], [200]], 'the next was not answered'
+            assert all(each.lower().count(b'\r\nconnection: ') == each.count(b'\r\nConnection: close\r\n') == 1
+                       for each in answers), 'it did not say that it was the last'
+            assert time.monotonic() - started < 0.4
+        assert [statuses(rest_of(each)) for each in (silent, half)] in ([[], []], [[], [400]])
+        assert 0.4 < time.monotonic() - started < 5, 'they were hung up on when their time was over'
         draining.join(1)
         assert draining.ready(), 'it waits for nobody'
 

@@ -199,6 +199,8 @@ app_settings(
     Setting('PORT', '8080', 'TCP port to listen on; 0 takes a free one',
             whole_number(0, 65535), prefixed=False),
     Setting('HOST', '127.0.0.1', 'address to listen on; 0.0.0.0 for all', str, prefixed=False),
+    Setting('WEB_CONCURRENCY', '1', 'processes that serve and run jobs; SIGHUP replaces them if '
+            'there are several', whole_number(1, 1000), prefixed=False),
     Setting('ENV', 'development', 'development, test or production: names the files, sets '
             'what errors show', one_of('development', 'test', 'production')),
     Setting('DATA', 'db', 'directory of the database files', absolute_path),
@@ -206,14 +208,15 @@ app_settings(
             'app database', secret_text, secret=True),
     Setting('SYNC', 'NORMAL', 'synchronous of the app database: NORMAL, or FULL to survive '
             'power loss', one_of('NORMAL', 'FULL')),
-    Setting('JOB_WORKERS', '20', 'jobs that run at once', whole_number(1, 10_000)),
+    Setting('JOB_WORKERS', '20', 'jobs that run at once in a process', whole_number(1, 10_000)),
     Setting('MAX_BODY_BYTES', '262144', 'largest request body, bytes',
             whole_number(1024, 2**30)),
     Setting('MAX_MESSAGE_BYTES', '65536', 'largest WebSocket message from a client, bytes',
             whole_number(1024, 2**30)),
-    Setting('MAX_SOCKETS', '100', 'most WebSockets of one user', whole_number(1, 1_000_000)),
-    Setting('WRITES_PER_MINUTE', '600', 'most changes of one session in a minute, ten times as '
-            'many of one address; above it 429', whole_number(1, 10**9)),
+    Setting('MAX_SOCKETS', '100', 'most WebSockets of one user to a process',
+            whole_number(1, 1_000_000)),
+    Setting('WRITES_PER_MINUTE', '600', 'most changes of one session that a process takes in a '
+            'minute, ten times as many of one address; above it 429', whole_number(1, 10**9)),
     Setting('IDLE_SECONDS', '0', 'a visible tab without a sign of life drops its socket after '
             'this; 0: never', whole_number(0, 10**6)),
     Setting('HOSTS', '', 'names that it answers to, between commas; others get 421; unset: any',
@@ -3427,6 +3430,7 @@ heartbeat = Heartbeat()
 
 QUIET_SECONDS = 75          # how long a connection may be silent, between requests or within one
 DRAIN_SECONDS = 3.5         # requests may go on so long when the process stops
+LAST_SECONDS = 1            # of these: so long the next request of a connection is answered too
 SEND_BYTES = 65_536         # a client has QUIET_SECONDS for as many
 MAX_CONNECTIONS = 20_000
 MAX_HEADERS = 100           # of a request
@@ -3513,7 +3517,7 @@ class Handler(WebSocketHandler):
         """The first line of a request. Until it comes the server may hang up."""
         self.server.waiting.add(self)
         try:
-            return '' if self.server.closed else super().read_requestline()
+            return '' if self.server.hung_up else super().read_requestline()
         finally:
             self.server.waiting.discard(self)
 
@@ -3564,6 +3568,11 @@ class Handler(WebSocketHandler):
         for name, value in self.headers.items():
             if '_' not in name and name not in ('content-type', 'content-length'):
                 yield 'HTTP_' + name.replace('-', '_').upper(), value
+
+    def start_response(self, status, headers, exc_info=None):
+        if self.server.closed:              # the last answer of this connection
+            headers = [*headers, ('Connection', 'close')]
+        return super().start_response(status, headers, exc_info)
 
     def _handle_client_error(self, error):
         # As shipped, some of these print a traceback past the log.
@@ -3644,6 +3653,8 @@ class Handler(WebSocketHandler):
         if offered and protocol is None:
             return ('400 Bad Request',
                     f'the protocols spoken here are {", ".join(PROTOCOLS[:2])}')
+        if self.server.closed:
+            return '503 Service Unavailable', 'this process is stopping'
         if len(connections.get(user, ())) >= settings.max_sockets:
             return '429 Too Many Requests', f'{settings.max_sockets} sockets are open already'
         return None
@@ -3665,24 +3676,64 @@ class Server(WSGIServer):
 
     def __init__(self, listener):
         self.waiting = set()        # handlers between two requests
+        self.hung_up = False        # on these
+        # With wsgi.multiprocess gevent accepts one connection a turn: others on the same listener
+        # get their share.
         super().__init__(listener, application, spawn=gevent.pool.Pool(MAX_CONNECTIONS), log=None,
                          error_log=log, handler_class=Handler,
-                         environ={'SERVER_NAME': settings.host})
+                         environ={'SERVER_NAME': settings.host, 'wsgi.multiprocess': True})
 
     def drain(self):
-        """Accept nothing more, let requests end and sockets close, for DRAIN_SECONDS at most."""
+        """Accept nothing more, let requests end and sockets close, for DRAIN_SECONDS at most.
+
+        A connection between two requests is not hung up on at once, for the next may be on its
+        way: for LAST_SECONDS that is answered, with the word that it was the last.
+        """
+        if self.started:            # accept whom the kernel has let in already
+            self.max_accept = MAX_CONNECTIONS
+            self._do_read()
         self.close()
+        for connection in [each for group in connections.values() for each in group]:
+            connection.disconnect('server_restart', reconnect=True)
+        self.pool.join(LAST_SECONDS)
+        self.hung_up = True
         for handler in list(self.waiting):
             with contextlib.suppress(OSError):
                 handler.socket.shutdown(socket.SHUT_RD)
-        for connection in [each for group in connections.values() for each in group]:
-            connection.disconnect('server_restart', reconnect=True)
-        self.pool.join(DRAIN_SECONDS)
+        self.pool.join(DRAIN_SECONDS - LAST_SECONDS)
         self.pool.kill(timeout=0.5)
 
 
+LISTENER_FD, PARENT_FD = 3, 4       # what a process may inherit
+FD_NAMES = 'listener:parent'        # of both; systemd has other names for the first
+
+
+def inherit(environ):
+    """(listener, whether there is a parent): what the process was started with. Source:
+    sd_listen_fds(3). Raises SettingError.
+
+    systemd passes on a listener, a parent of ours (see Process) also the line to itself. The
+    variables that say so are taken out of the environment: they are not for what we start.
+    """
+    count, pid, names = (environ.pop(f'LISTEN_{word}', '') for word in ('FDS', 'PID', 'FDNAMES'))
+    has_parent = names == FD_NAMES
+    if not has_parent and pid != str(os.getpid()):
+        return None, False
+    try:
+        listener = gevent.socket.socket(fileno=LISTENER_FD)
+        if listener.family not in (socket.AF_INET, socket.AF_INET6) or count != str(1 + has_parent):
+            raise OSError(f'{count} sockets, the first of {listener.family!r}')
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for fd in range(LISTENER_FD, LISTENER_FD + 1 + has_parent):
+            os.set_inheritable(fd, False)
+    except OSError as error:
+        raise SettingError(f'LISTEN_FDS passes on what is not one listening TCP socket: '
+                           f'{error}') from None
+    return listener, has_parent
+
+
 def listen():
-    """The listening socket. Raises SettingError if the address can't be had."""
+    """A listening socket. Raises SettingError if the address can't be had."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -4131,7 +4182,13 @@ add_asset('live.js', LIVE_SCRIPT, 'text/javascript; charset=UTF-8')
 # SIGINT, in less than Docker's 10 seconds: no new connections, requests end, sockets are told to
 # come back, jobs are given back, files are closed, exit status 0 (on any other, Litestream skips
 # its last sync).
+#
+# With WEB_CONCURRENCY a parent binds the port and opens no file. Its children are this program
+# again, and find each other as any processes on one directory do. Who has died is replaced; at
+# SIGHUP each in turn is, by what the file of the program has become.
 
+READY_SECONDS = 60          # a child that takes longer does not replace another
+CHILD_STOP_SECONDS = 9      # then it is killed: longer than its longest stop, shorter than Docker's
 LITESTREAM_SECONDS = 3      # before that it has not seen new files (litestream #436)
 RESTORING = '.restoring'    # suffix of the file that is there while restore() changes the others
 
@@ -4140,8 +4197,8 @@ class JsonLines(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record):
-        line = {'time': round(record.created, 3), 'level': record.levelname.lower(),
-                'message': record.getMessage()}
+        line = {'time': round(record.created, 3), 'pid': record.process,
+                'level': record.levelname.lower(), 'message': record.getMessage()}
         if record.exc_info:
             line['traceback'] = self.formatException(record.exc_info)
         return json.dumps(line)
@@ -4151,7 +4208,7 @@ def start_logging(form='text'):
     """Log to stderr, as text or json."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == 'json' else
-                         logging.Formatter('%(asctime)s %(levelname)-7s %(message)s'))
+                         logging.Formatter('%(asctime)s %(process)d %(levelname)-7s %(message)s'))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -4176,6 +4233,13 @@ def open_stack(environ=None, run_jobs=False):
             raise SettingError(f'{name} {version} is too old here: {least[0]}.{least[1]} or later '
                                f'is needed')
     load_settings(os.environ if environ is None else environ)
+    with open_services(run_jobs):
+        yield
+
+
+@contextlib.contextmanager
+def open_services(run_jobs):
+    """open_stack(), with the settings as they were loaded."""
     bottle.BaseRequest.MEMFILE_MAX = settings.max_body_bytes    # bottle's bound of forms and JSON
     make_data_directory()
     with contextlib.ExitStack() as opened:
@@ -4215,18 +4279,123 @@ def _close_quietly(service):
         log.exception('could not close %s', type(service).__name__)
 
 
+class Child:
+    """Another process of this program, on our listener, which is its fd 3. Its fd 4 is a line to us:
+    there it says that it is ready, and each side hears of the other's end."""
+    running = set()
+
+    def __init__(self, listener):
+        self.ready = gevent.event.AsyncResult()     # whether it came so far
+        self.ended = gevent.event.Event()
+        line, theirs = gevent.socket.socketpair()
+        # Copied out of the way first, or one could take the other's number.
+        fds = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 10) for each in (listener, theirs)]
+        try:
+            self.pid = os.posix_spawn(
+                sys.executable, [sys.executable, *sys.orig_argv[1:]],
+                {**os.environ, 'LISTEN_FDS': '2', 'LISTEN_FDNAMES': FD_NAMES},
+                file_actions=[(os.POSIX_SPAWN_DUP2, fds[0], LISTENER_FD),
+                              (os.POSIX_SPAWN_DUP2, fds[1], PARENT_FD)],
+                setsigmask=[signal.SIGINT, signal.SIGHUP])      # a terminal sends them to all
+        finally:
+            theirs.close()
+            for fd in fds:
+                os.close(fd)
+        self.running.add(self)
+        gevent.spawn(self._listen, line)
+
+    def _listen(self, line):
+        with line:
+            self.ready.set(line.recv(1) != b'')
+            line.recv(1)
+        os.kill(self.pid, signal.SIGKILL)       # who has hung up is dead, or must be
+        os.waitpid(self.pid, 0)
+        self.running.discard(self)
+        self.ended.set()
+
+    def stop(self):
+        """Tell it to end, and wait until it has."""
+        for number, seconds in ((signal.SIGTERM, CHILD_STOP_SECONDS), (signal.SIGKILL, None)):
+            if not self.ended.is_set():
+                os.kill(self.pid, number)
+            self.ended.wait(seconds)
+
+
+class Parent:
+    """Keeps WEB_CONCURRENCY children on a listener until an event is set."""
+
+    def __init__(self, listener, stopping):
+        self._listener, self._stopping = listener, stopping
+        self._hung_up = gevent.event.Event()
+        self._children = [Child(listener) for _ in range(settings.web_concurrency)]
+        self._status = 0
+
+    def run(self):
+        """Gives the exit status; it is 1 if one of the first children does not get ready."""
+        gevent.signal_handler(signal.SIGHUP, self._hung_up.set)
+        gevent.spawn(self._begin)
+        work = [Loop('replacing', self._replace)]
+        work += [Loop(f'child {index}', functools.partial(self._keep, index))
+                 for index in range(len(self._children))]
+        self._stopping.wait()
+        log.info('stopping')
+        for loop in work:
+            loop.stop()
+        self._listener.close()
+        gevent.joinall([gevent.spawn(child.stop) for child in Child.running])
+        log.info('stopped')
+        return self._status
+
+    def _begin(self):
+        if all([child.ready.get() for child in self._children]):
+            say_where(self._listener)
+        else:
+            self._status = 1
+            self._stopping.set()
+
+    def _keep(self, index):
+        """Wait for the end of a child, and start another."""
+        child = self._children[index]
+        child.ended.wait()
+        gevent.sleep(RESTART_SECONDS if child.ready.value else MAX_RESTART_SECONDS)
+        if child is self._children[index]:      # else it was replaced
+            log.error('child %s had ended, another starts', child.pid)
+            self._children[index] = Child(self._listener)
+
+    def _replace(self):
+        """At SIGHUP, replace one child after the other, until a new one fails."""
+        self._hung_up.wait()
+        self._hung_up.clear()
+        for index in range(len(self._children)):
+            new = Child(self._listener)
+            if not new.ready.wait(READY_SECONDS):
+                log.error('child %s did not get ready, child %s stays', new.pid,
+                          self._children[index].pid)
+                return new.stop()
+            old, self._children[index] = self._children[index], new
+            log.info('child %s takes the place of %s', new.pid, old.pid)
+            old.stop()
+
+
 def serve():
     """Run until SIGTERM or SIGINT. Gives the exit status."""
     started_at = time.monotonic()
     stopping = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, stopping.set)
-    with open_stack(run_jobs=True):
-        server = Server(listen())
+    load_settings(os.environ)
+    listener, has_parent = inherit(os.environ)
+    if has_parent:
+        gevent.spawn(end_with_parent)
+    elif settings.web_concurrency > 1:
+        return Parent(listener or listen(), stopping).run()
+    with open_services(run_jobs=True):
+        server = Server(listener or listen())
         server.start()
-        host, port = server.socket.getsockname()[:2]
-        log.info('%s %s is at http://%s:%s (data in %s; Ctrl-C stops it)', APP, __version__,
-                 f'[{host}]' if ':' in host else host, port, settings.data)
+        if has_parent:
+            os.write(PARENT_FD, b'!')           # ready
+        else:
+            say_where(server.socket)
         stopping.wait()
         log.info('stopping')
         server.drain()
@@ -4234,6 +4403,19 @@ def serve():
             gevent.sleep(max(0, started_at + LITESTREAM_SECONDS - time.monotonic()))
     log.info('stopped')
     return 0
+
+
+def say_where(listener):
+    host, port = listener.getsockname()[:2]
+    log.info('%s %s is at http://%s:%s (data in %s; Ctrl-C stops it)', APP, __version__,
+             f'[{host}]' if ':' in host else host, port, settings.data)
+
+
+def end_with_parent():
+    """A child whose parent was killed is killed too: Litestream, if it started that, copies once
+    more now, and would not see what is acknowledged later."""
+    gevent.socket.wait_read(PARENT_FD)
+    os._exit(1)
 
 
 # === Backups: copies, restores, checks, for those without Litestream =====================
