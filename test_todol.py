@@ -977,7 +977,7 @@ def test_steps_are_numbered_from_1_and_are_one_statement_each_and_stay_as_they_w
     for number, (name, statement) in enumerate(sorted(todol.databases[role].migrations), 1):
         assert re.fullmatch(rf'{number:03} [a-z ]+', name)
         assert ';' not in re.sub('--.*|(?s:BEGIN.*END)', '', statement) and sqlite3.complete_statement(statement + ';')
-        digests.append(hashlib.sha256(re.sub(r'--.*|\s', '', statement).encode()).hexdigest()[:8])
+        digests.append(hashlib.sha256(re.sub(r'--.*|/\*pg.*?\*/|\s', '', statement).encode()).hexdigest()[:8])
     released = RELEASED[role].split()
     assert digests[:len(released)] == released
 
@@ -1612,7 +1612,7 @@ def test_no_statement_reads_a_whole_table_where_an_index_should_serve(stack):
         parameters = (1,) * text.count('?') or AnyParameter()
         plans = [outcome(lambda each=each: each.execute(f'EXPLAIN QUERY PLAN {text}', parameters))
                  for each in todol.databases.values()]
-        plan = next((plan for plan in plans if isinstance(plan, list)), None)
+        plan = next((plan for plan in plans if isinstance(plan, list)), [] if 'information_schema' in text else None)
         assert plan is not None, f'no database takes {text!r}: {plans}'
         scans += [f'{line}: {text}' for *_, line in plan
                   if re.match(r'SCAN (?!CONSTANT ROW|state|json_each)|SEARCH (?!.* USING )', line)
@@ -2004,7 +2004,8 @@ odd_values = st.recursive(odd_leaves, lambda inner: st.lists(inner, max_size=3) 
 
 
 @hypothesis_settings(max_examples=25)
-@given(key=st.text(max_size=todol.MAX_KEY_CHARS - 1), value=json_values | st.binary())
+@given(key=st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs']), max_size=todol.MAX_KEY_CHARS - 1),
+       value=json_values | st.binary())
 def test_a_cached_value_comes_back_as_it_was_here_and_in_another_process_under_any_text(both, key, value):
     ours, theirs = both
     ours.set_many({key: value, key + '.': 'another'})
@@ -2019,7 +2020,7 @@ def test_what_can_be_no_key_time_to_live_or_value_is_refused_by_every_call_and_c
     cache = open_cache(limit_bytes=2_000_000)
     cache.set('key', 'old')
     computed = []
-    for key in (b'bytes', 1, None, float('nan'), (), '\ud800', 'x' * (todol.MAX_KEY_CHARS + 1)):
+    for key in (b'bytes', 1, None, float('nan'), (), '\ud800', 'a\0b', 'x' * (todol.MAX_KEY_CHARS + 1)):
         for call in (cache.get, cache.__contains__, cache.delete, cache.incr, cache.touch,
                      lambda key: cache.add(key, 1), lambda key: cache.set(key, 1),
                      lambda key: cache.set_many({'key': 1, key: 1}), lambda key: cache.fetch(key, 60, lambda: 1)):
@@ -2532,7 +2533,7 @@ def test_a_full_cache_makes_room_with_little_work_between_which_others_run_thoug
     counting = gevent.spawn(count_turns)
     fill_cache(cache, cache_clock, some('new', 800), size=500)
     counting.kill()
-    moved = sum(text.startswith('UPDATE entries SET id') for text in ran)
+    moved = sum(text.startswith('INSERT INTO entries') and 'CONFLICT' not in text for text in ran)
     assert 100 < cache.stats()['evicted'] < moved <= 4 * cache.stats()['evicted']
     assert len(turns) > 3 and cache.stats()['bytes'] <= 990_000
 
@@ -3910,14 +3911,14 @@ def test_what_json_does_not_have_or_is_too_large_is_refused_at_the_call(cable):
 
 def test_a_stream_that_is_no_short_text_is_refused_by_every_call_and_any_other_is_one(cable):
     called = []
-    for stream in (None, 1, b'a', '', 'x' * 501, 'x' * 10**6, '\ud800', 'a\udfff', ['a'], 10**5000):
+    for stream in (None, 1, b'a', '', 'x' * 501, 'x' * 10**6, '\ud800', 'a\udfff', 'a\0b', ['a'], 10**5000):
         for call in (lambda: cable.subscribe(stream, called.append),
                      lambda: cable.broadcast_all([('a', lambda: called.append(1)), (stream, 1)])):
             with pytest.raises(todol.CableError, match='a stream is text') as raised:
                 call()
             assert len(str(raised.value)) < 300
     assert not called and not log_ids(cable) and not cable._subscribers
-    for stream in ('x' * 500, '\n', '\0', 'A', 'a', 'ü', 'u\u0308', '\ue000', '👋', ' ', "'; --"):
+    for stream in ('x' * 500, '\n', 'A', 'a', 'ü', 'u\u0308', '\ue000', '👋', ' ', "'; --"):
         position, received = cable.position(), listen_to(cable, stream)
         broadcast_many(cable, stream, [1])
         assert payloads(received) == [1] == payloads(cable.since(stream, position))
@@ -5185,7 +5186,7 @@ def test_history_is_told_by_position_or_else_by_time_or_rejected_and_then_all_is
         assert [message['message'] for message in messages] == (expected or []), history
         id, = publish('live')
         assert messages_of(tab, 1) == ['live']
-        todol.cable_db.execute('DELETE FROM messages WHERE id = ?', (id,))
+        todol.cable_db.execute("UPDATE messages SET stream = 'elsewhere' WHERE id = ?", (id,))
         tab.close()
 
 

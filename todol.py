@@ -41,6 +41,7 @@ import os
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -164,6 +165,13 @@ def secret_text(text):
     return text
 
 
+def server_url(text):
+    """A parser of the URL of a PostgreSQL server."""
+    if text and not re.match('postgres(ql)?://', text):
+        raise ValueError('unset, or postgresql://user:password@host:port/name')
+    return text
+
+
 SETTINGS = []                           # every Setting, in the order of declaration
 settings = types.SimpleNamespace()      # their values: PORT is .port, <APP>_ENV is .env
 
@@ -204,6 +212,12 @@ app_settings(
     Setting('ENV', 'development', 'development, test or production: names the files, sets '
             'what errors show', one_of('development', 'test', 'production')),
     Setting('DATA', 'db', 'directory of the database files', absolute_path),
+    Setting('DATABASE_URL', '', 'postgresql://… of the server that keeps everything, for any number '
+            'of machines; unset: SQLite files', server_url, secret=True, prefixed=False),
+    Setting('DIRECT_DATABASE_URL', '', 'its URL past a pooler, for one connection that listens; '
+            'unset: the same', server_url, secret=True, prefixed=False),
+    Setting('DATABASE_POOL', '10', 'most connections of one process beside that one',
+            whole_number(1, 1000), prefixed=False),
     Setting('SECRET', '', 'signs sessions and stream names; unset: made once and kept in the '
             'app database', secret_text, secret=True),
     Setting('SYNC', 'NORMAL', 'synchronous of the app database: NORMAL, or FULL to survive '
@@ -230,9 +244,12 @@ app_settings(
 )
 
 
+clock_ahead_seconds = 0.0       # of the server of DATABASE_URL, whose clock is that of all machines
+
+
 def now():
     """Wall time in Unix seconds: what is stored."""
-    return time.time()
+    return time.time() + clock_ahead_seconds
 
 
 # JSON as RFC 8259 has it: NaN and Infinity are refused.
@@ -309,7 +326,8 @@ class Database:
 
     name: 'app' is the one without a suffix. migrations: a list of (name, SQL statement) that only
     grows; sections and apps add to it before it is opened. disposable: a damaged one is set aside
-    and made anew. copied: backups and Litestream take it along.
+    and made anew. copied: backups and Litestream take it along. part_of: another one, whose
+    transactions write this one too where one server keeps both.
 
     Rows are tuples, and a statement outside transact() is a transaction of its own. SQL has
     now_s() for the time. Every verb raises StorageError when the file can't be used, MisuseError
@@ -317,11 +335,14 @@ class Database:
     """
     current = None          # the Database whose transaction is running; nothing switches in one
 
-    def __init__(self, name, migrations=(), disposable=False, copied=True, declared=True):
+    def __init__(self, name, migrations=(), disposable=False, copied=True, declared=True,
+                 part_of=None):
         self.name = name
         self.migrations = list(migrations)
         self.disposable = disposable
         self.copied = copied
+        self.part_of = part_of
+        self.joined = None          # part_of, once both are opened on one server
         self.path = self.damage = None
         self._connection = self._hub = None     # each OS thread has its own hub
         self._queue = collections.deque()       # writes that wait for the next transaction
@@ -459,7 +480,7 @@ class Database:
     @property
     def in_transaction(self):
         """Whether the caller is inside transact() of this database."""
-        return Database.current is self
+        return Database.current is not None and Database.current in (self, self.joined)
 
     def after_commit(self, function):
         """Call the function when the running transaction is committed; once, however often it is
@@ -468,6 +489,11 @@ class Database:
             self._after_commit.append(function)
         else:
             function()
+
+    def lock(self, *names, held=False):
+        """See transact(). held: have it when this returns, not with the next statement."""
+        if not self.in_transaction:
+            raise MisuseError('a lock ends with its transaction: call it inside transact()')
 
     def _lead(self):
         """Run everybody who is in the queue one turn of the event loop later."""
@@ -602,22 +628,25 @@ class Database:
             self._disconnect()
 
     def _pending(self):
-        tables = [name for name, in self._patiently(
-                      "SELECT name FROM sqlite_master WHERE type = 'table'")
-                  if not name.startswith(TOLERATED_TABLES)]
-        if not tables:
+        columns = self._columns()
+        if not columns:
             return self.migrations
-        if ('name',) not in self._patiently(
-                "SELECT name FROM pragma_table_info('schema_migrations')"):
+        if ('schema_migrations', 'name') not in columns:
             raise MigrationError(f'{self.path} is a database of another program (it has a table '
-                                 f'{tables[0]!r}); move it away, or set {PREFIX}DATA')
-        applied = {name for name, in self._patiently('SELECT name FROM schema_migrations')}
+                                 f'{columns[0][0]!r}); move it away, or set {PREFIX}DATA')
+        applied = {name for name, in self.execute('SELECT name FROM schema_migrations')}
         unknown = applied - {name for name, _ in self.migrations}
         if unknown:
             raise MigrationError(f'{self.path}: the migration {min(unknown)!r} is unknown here; '
                                  f'the file is from a newer version or of another app, or somebody '
                                  f'renamed it. Delete the file if nothing in it matters')
         return [(name, statement) for name, statement in self.migrations if name not in applied]
+
+    def _columns(self):
+        return [(table, column) for table, column in self.execute(
+                    "SELECT tables.name, columns.name FROM sqlite_master AS tables, "
+                    "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'")
+                if not table.startswith(TOLERATED_TABLES)]
 
     def _migrate(self):
         pending = self._pending()           # looked at again: another process may have been faster
@@ -872,8 +901,12 @@ class Processes:
     def _answer(self, fd):
         rung = os.read(fd, 4096)
         self._seen_at = None
+        self.hear(b'*' if len(rung) == 4096 else rung)      # some may not have fitted
+
+    def hear(self, rung):
+        """Set the events of the bytes that another process rang with."""
         for byte, events in self._events.items():
-            if byte in rung or b'*' in rung or len(rung) == 4096:   # some may not have fitted
+            if byte in rung or b'*' in rung:
                 for event in events:
                     event.set()
 
@@ -953,7 +986,7 @@ MAX_KEY_CHARS = 500
 
 CACHE_MIGRATIONS = [
     ('001 create entries', '''
-        CREATE TABLE entries (
+        CREATE /*pg UNLOGGED */ TABLE entries (
             id          INTEGER PRIMARY KEY,    -- in the order in which they came
             key         TEXT NOT NULL UNIQUE,
             number      INTEGER,                -- the value, if it is a whole number (a counter)
@@ -967,36 +1000,36 @@ CACHE_MIGRATIONS = [
     ('004 drop index by expiry', 'DROP INDEX entries_by_expiry'),
     ('005 drop index by use', 'DROP INDEX entries_by_use'),
 ]
-# In Python the body of an entry is an int, bytes, or text: the JSON of anything else.
 UPSERT_ENTRY = '''
     INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
-    VALUES (:key, iif(typeof(:body) = 'integer', :body, NULL),
-            iif(typeof(:body) = 'integer', NULL, CAST(:body AS BLOB)),
-            typeof(:body) = 'text', :expires_at, 0)
+    VALUES (:key, :number, :value, :is_json, :expires_at, 0)
     ON CONFLICT (key) DO UPDATE SET
         number = excluded.number, value = excluded.value, is_json = excluded.is_json,
         expires_at = excluded.expires_at, used_at = now_s()'''
 ADD_ENTRY = UPSERT_ENTRY + ' WHERE entries.expires_at <= now_s() RETURNING id'
-# A live counter keeps its window; an expired one starts anew. A sum beyond 64 bits would become a
-# float: nothing is changed then.
+# A live counter keeps its window; an expired one starts anew. A sum beyond 64 bits is none: nothing
+# is changed then.
 INCREMENT_ENTRY = '''
     INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
     VALUES (:key, :by, NULL, 0, :expires_at, 0)
     ON CONFLICT (key) DO UPDATE SET
-        number = iif(entries.expires_at <= now_s(), :by, entries.number + :by),
-        expires_at = iif(entries.expires_at <= now_s(), :expires_at, entries.expires_at),
+        number = CASE WHEN entries.expires_at <= now_s() THEN :by ELSE entries.number + :by END,
+        expires_at = CASE WHEN entries.expires_at <= now_s() THEN :expires_at
+                     ELSE entries.expires_at END,
         value = NULL, is_json = 0, used_at = now_s()
-    WHERE entries.expires_at <= now_s() OR typeof(entries.number + :by) = 'integer'
+    WHERE entries.expires_at <= now_s() OR entries.number BETWEEN :least AND :most
     RETURNING number'''
-GET_ENTRY = '''SELECT coalesce(number, iif(is_json, CAST(value AS TEXT), value)), expires_at
-               FROM entries WHERE key = ?'''
+GET_ENTRY = 'SELECT number, value, is_json, expires_at FROM entries WHERE key = ?'
 TOUCH_ENTRY = '''UPDATE entries SET expires_at = ?, used_at = now_s()
                  WHERE key = ? AND expires_at > now_s() RETURNING id'''
 PRUNE_ENTRIES = '''DELETE FROM entries WHERE id > ? AND id <= ? AND expires_at <= now_s()
                    RETURNING id'''
-FIRST_ENTRIES = 'SELECT id, key, used_at > 0 FROM entries ORDER BY id LIMIT ?'
-MOVE_ENTRY = '''UPDATE entries SET id = (SELECT max(id) FROM entries) + 1, used_at = 0
-                WHERE id = ?'''
+FIRST_ENTRIES = '''SELECT id, key, used_at > 0, coalesce(length(value), 8) FROM entries
+                   ORDER BY id LIMIT ?'''
+DELETE_ENTRY = '''DELETE FROM entries WHERE id = ?
+                  RETURNING key, number, value, is_json, expires_at'''
+INSERT_ENTRY = '''INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
+                  VALUES (?, ?, ?, ?, ?, 0)'''
 
 _MISSING = object()
 
@@ -1014,6 +1047,7 @@ class VersionStamps:
     even one after it: a process that dies between leaves no false copy behind.
     """
     SLOTS = 4096
+    trust_seconds = math.inf        # how long a copy may be believed for its stamp alone
 
     def __init__(self, path):
         """Raises OSError."""
@@ -1061,13 +1095,14 @@ class Cache:
 
     def __init__(self, database):
         self._db = database
+        self.new_stamps = VersionStamps
         self.limit_bytes = CACHE_LIMIT_BYTES
         self._reset()
 
     def _reset(self):
         self._front = {}            # key -> _Entry
         self._front_bytes = 0       # that came since it was emptied
-        self._pending = {}          # key -> row of UPSERT_ENTRY; an expired one is to be deleted,
+        self._pending = {}          # key -> what _row() gave; an expired one is to be deleted,
                                     # one with a stamp gives way to what was changed since
         self._pending_bytes = 0     # that came since the last flush
         self._used = set()          # keys that were read since they came
@@ -1081,7 +1116,7 @@ class Cache:
     def open(self):
         """Start serving; the database is open already, and the stamps lie beside it."""
         try:
-            self._stamps = VersionStamps(self._db.path + '-stamps')
+            self._stamps = self.new_stamps(self._db.path + '-stamps')
         except OSError as error:
             raise StorageError(f'{self._db.path}-stamps can not be written: '
                                f'{error.strerror}') from None
@@ -1133,7 +1168,7 @@ class Cache:
         """Keep a value if the key has none, and say whether it was kept. Atomic between processes.
         Raises CacheError."""
         row = self._row(key, value, ttl)
-        return bool(self._through(key, ADD_ENTRY, row, otherwise=[True]))
+        return bool(self._through(key, ADD_ENTRY, _stored(row), otherwise=[True]))
 
     def incr(self, key, by=1, ttl=FOREVER_SECONDS):
         """Add to a whole number and give the sum. A missing or expired one starts at 0 with a new
@@ -1142,7 +1177,8 @@ class Cache:
         number or the sum has more than 64 bits."""
         if not _fits_64_bits(by):
             raise CacheError(f'incr() adds a whole number of 64 bits, not {_shown(by)}')
-        row = {'key': key, 'by': by, 'expires_at': self._expiry(key, ttl)}
+        row = {'key': key, 'by': by, 'expires_at': self._expiry(key, ttl),
+               'least': max(-2**63, -2**63 - by), 'most': min(2**63 - 1, 2**63 - 1 - by)}
         rows = self._through(key, INCREMENT_ENTRY, row, otherwise=[(by,)])
         if not rows:
             raise CacheError(f'the value of {key!r} is not a whole number, or {by} more would not '
@@ -1220,9 +1256,9 @@ class Cache:
 
     def _slot(self, key):
         self._db._check()
-        if not isinstance(key, str) or len(key) > MAX_KEY_CHARS:
-            raise CacheError(f'a cache key must be text of at most {MAX_KEY_CHARS} characters, not '
-                             f'{_shown(key)}')
+        if not isinstance(key, str) or len(key) > MAX_KEY_CHARS or '\0' in key:
+            raise CacheError(f'a cache key must be text of at most {MAX_KEY_CHARS} characters '
+                             f'without NUL, not {_shown(key)}')
         try:
             return self._stamps.slot(key)
         except UnicodeEncodeError:
@@ -1235,7 +1271,8 @@ class Cache:
         return now() + ttl
 
     def _row(self, key, value, ttl):
-        """The parameters of UPSERT_ENTRY. Raises CacheError."""
+        """An entry to be kept. Its body is an int, bytes, or text: the JSON of anything else. Raises
+        CacheError."""
         expires_at, body = self._expiry(key, ttl), value
         if not isinstance(value, bytes) and not _fits_64_bits(value):
             try:
@@ -1256,10 +1293,12 @@ class Cache:
         if waiting:
             rows = [(waiting['body'], waiting['expires_at'])]
         else:
-            rows = self._forgiving((), self._db.execute, GET_ENTRY, (key,))
+            rows = [(_body(*columns), expires_at) for *columns, expires_at in
+                    self._forgiving((), self._db.execute, GET_ENTRY, (key,))]
         if not rows or rows[0][1] <= now():
             return None
         body, expires_at = rows[0]
+        expires_at = min(expires_at, now() + self._stamps.trust_seconds)
         is_json = isinstance(body, str) and body[0] in '[{'
         entry = _Entry(body if is_json else _decoded(body), is_json, expires_at, slot, stamp)
         if not waiting and not stamp & 1:
@@ -1324,7 +1363,7 @@ class Cache:
     def _turn(self):
         self._dirty.clear()
         if self._stamps.deleted():
-            self._stamps = VersionStamps(self._db.path + '-stamps')
+            self._stamps = self.new_stamps(self._db.path + '-stamps')
             self._empty_front()
         return self._wait if self._flush() else functools.partial(gevent.sleep, REST_SECONDS)
 
@@ -1358,7 +1397,7 @@ class Cache:
                 if row['expires_at'] <= now():
                     self._db.execute('DELETE FROM entries WHERE key = ?', (key,))
                 elif stamp is None or stamp | 1 == self._stamps.get(self._stamps.slot(key)) | 1:
-                    self._db.execute(UPSERT_ENTRY, row)
+                    self._db.execute(UPSERT_ENTRY, _stored(row))
             except StorageError:
                 raise
             except Exception as error:
@@ -1379,18 +1418,21 @@ class Cache:
         """Until there is room, move those of the first entries that were used since they came to
         the end, and delete the others. Gives the number of these. A quarter goes in any case, or
         much work might free little. Reads are known of this process only."""
-        rows = self._db.execute(FIRST_ENTRIES, (SLICE_ROWS,))
+        excess = self._size_bytes() - self.limit_bytes * 0.99
+        rows = self._db.execute(FIRST_ENTRIES, (SLICE_ROWS,)) if excess > 0 else ()
         moves, gone = len(rows) * 3 // 4, 0
-        for id, key, used in rows:
-            if self._size_bytes() <= self.limit_bytes * 0.99:
+        for id, key, used, size in rows:
+            if excess <= 0:
                 break
+            entries = self._db.execute(DELETE_ENTRY, (id,))
             if moves and (used or key in self._used):
                 moves -= 1
                 self._used.discard(key)
-                self._db.execute(MOVE_ENTRY, (id,))
+                for entry in entries:
+                    self._db.execute(INSERT_ENTRY, entry)
             else:
                 gone += 1
-                self._db.execute('DELETE FROM entries WHERE id = ?', (id,))
+                excess -= ENTRY_BYTES + size
         return gone
 
     def _size_bytes(self):
@@ -1419,6 +1461,20 @@ class _Entry(typing.NamedTuple):
     expires_at: float
     slot: int
     stamp: int              # of the slot before the value was read
+
+
+def _stored(row):
+    """What _row() gave as parameters of UPSERT_ENTRY."""
+    body = row['body']
+    return {'key': row['key'], 'number': body if isinstance(body, int) else None,
+            'value': body.encode() if isinstance(body, str) else
+                     body if isinstance(body, bytes) else None,
+            'is_json': int(isinstance(body, str)), 'expires_at': row['expires_at']}
+
+
+def _body(number, value, is_json):
+    """The body of an entry, of its columns."""
+    return number if value is None else value.decode() if is_json else value
 
 
 def _fits_64_bits(value):
@@ -1450,6 +1506,7 @@ STOP_SECONDS = 3.5          # running jobs may go on so long when the process st
 KEEP_FAILED_SECONDS = 10 * 86400
 OUTBOX_ROWS = 200           # are moved in one transaction
 CLAIM_ROWS = 200            # are claimed in one, at least
+SKIPPED_SECONDS = 0.1       # after which one looks again at jobs that another process was taking
 MAX_BACKOFF_SECONDS = 3600
 MAX_JOB_KEY_CHARS = 200
 MAX_DELAY_SECONDS = 10 * 366 * 86400
@@ -1507,7 +1564,8 @@ JOB_MIGRATIONS = [
     ('010 index jobs by lease and due time', '''
         CREATE INDEX jobs_by_lease ON jobs (worker, queue, due_at) WHERE due_at IS NOT NULL'''),
     ('011 drop index by due time', 'DROP INDEX jobs_by_due'),
-    ('012 give the oldest jobs a uid', 'UPDATE jobs SET uid = id WHERE uid IS NULL'),
+    ('012 give the oldest jobs a uid',
+     'UPDATE jobs SET uid = CAST(id AS TEXT) WHERE uid IS NULL'),
     ('013 unblock when a job is deleted', f'''
         CREATE TRIGGER unblock_deleted AFTER DELETE ON jobs
         WHEN old.order_key IS NOT NULL {UNBLOCK_NEXT}'''),
@@ -1525,10 +1583,9 @@ INSERT_JOB = '''
            CASE WHEN :order_key IS NULL OR NOT EXISTS (
                     SELECT 1 FROM jobs WHERE order_key = :order_key AND failed_at IS NULL)
                 THEN :run_at END
-    WHERE true
+    WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE uid = :uid)
     ON CONFLICT (unique_key) WHERE unique_key IS NOT NULL AND failed_at IS NULL
         DO UPDATE SET unique_key = excluded.unique_key
-    ON CONFLICT DO NOTHING
     RETURNING uid'''
 INSERT_FAILED = '''
     INSERT INTO jobs (uid, name, arguments, queue, run_at, enqueued_at, failed_at, error)
@@ -1536,11 +1593,13 @@ INSERT_FAILED = '''
     ON CONFLICT DO NOTHING'''
 # A unique key is free again when its job starts: a change made while it runs is not lost.
 CLAIM_JOBS = '''
+    WITH due AS MATERIALIZED (
+        SELECT id FROM jobs WHERE worker IS NULL AND queue = :queue AND due_at <= now_s()
+        ORDER BY due_at, id LIMIT :limit /*pg FOR UPDATE SKIP LOCKED */)
     UPDATE jobs SET due_at = now_s() + :lease, worker = :worker, attempt = attempt + 1,
                     unique_key = NULL
-    WHERE id IN (SELECT id FROM jobs WHERE worker IS NULL AND queue = :queue AND due_at <= now_s()
-                 ORDER BY due_at, id LIMIT :limit)
-    RETURNING id, worker, attempt, run_at, name, arguments'''
+    WHERE id IN (SELECT id FROM due)
+    RETURNING id, worker, attempt, run_at, name, arguments, order_key'''
 FIRST_DUE = '''SELECT min(due_at) FROM jobs
                WHERE worker IS NULL AND queue = ? AND due_at IS NOT NULL'''
 OF_LEASE = 'WHERE id = ? AND worker = ? AND attempt = ? AND run_at = ?'
@@ -1550,7 +1609,8 @@ FAIL_JOB = f'''
                     failed_at = CASE WHEN ? THEN now_s() END
     {OF_LEASE} RETURNING id'''
 RENEW_LEASES = 'UPDATE jobs SET due_at = now_s() + ? WHERE worker = ? AND due_at IS NOT NULL'
-LEASES = '''SELECT worker, min(due_at), max(due_at) FROM jobs
+# Whether one has run out, or ends later than one can.
+LEASES = '''SELECT worker, min(due_at) <= now_s() OR max(due_at) > now_s() + ? FROM jobs
             WHERE worker IS NOT NULL AND due_at IS NOT NULL AND worker <> ? GROUP BY worker'''
 FREE_LEASES = '''UPDATE jobs SET due_at = now_s(), worker = NULL
                  WHERE worker = ? AND due_at IS NOT NULL RETURNING id'''
@@ -1562,15 +1622,11 @@ RUN_FROM_FUTURE = '''
 START_RECURRING = '''
     INSERT INTO recurring (name, due_at) VALUES (:name, :next)
     ON CONFLICT (name) DO UPDATE SET
-        due_at = CASE WHEN :catch_up THEN min(due_at, :next) ELSE :next END'''
-# A failed job comes last of its order key: else it would be its head, beside the one that runs.
-RETRY_FAILED = '''
-    UPDATE jobs SET id = (SELECT max(id) + 1 FROM jobs), unique_key = NULL, failed_at = NULL,
-        attempt = 0, run_at = now_s(),
-        due_at = CASE WHEN NOT EXISTS (SELECT 1 FROM jobs AS other WHERE failed_at IS NULL
-                                       AND other.order_key = jobs.order_key)
-                 THEN now_s() END
-    WHERE uid = ? AND failed_at IS NOT NULL RETURNING id'''
+        due_at = CASE WHEN :catch_up AND recurring.due_at < :next THEN recurring.due_at
+                 ELSE :next END'''
+TICK_RECURRING = 'UPDATE recurring SET due_at = ? WHERE name = ? AND due_at = ? RETURNING name'
+DELETE_FAILED = '''DELETE FROM jobs WHERE uid = ? AND failed_at IS NOT NULL
+                   RETURNING uid, name, arguments, queue, order_key, enqueued_at'''
 SELECT_JOB = '''
     SELECT uid, name, arguments, queue,
            CASE WHEN failed_at IS NOT NULL THEN 'failed' WHEN worker IS NOT NULL THEN 'running'
@@ -1611,6 +1667,7 @@ class Claim(typing.NamedTuple):
     run_at: float
     name: str
     arguments: str              # JSON object
+    order_key: str | None
 
 
 class Job(typing.NamedTuple):
@@ -1730,16 +1787,26 @@ class Jobs:
                'order_key': _check_key('order_key', order_key),
                'enqueued_at': now()}
         row['run_at'] = row['enqueued_at'] + _check_seconds('delay_seconds', delay_seconds)
-        if self._outbox.in_transaction:
+        if self._outbox.in_transaction and not self._db.in_transaction:
             self._outbox.execute(INSERT_OUTBOX, (to_json(row),))
             self._outbox.after_commit(self._wake)
             return row['uid']
-        refuse_in_transaction('a job that is enqueued')
-        if order_key is not None:
-            self._relay()               # what was committed before comes first
-        (id,), = self._db.execute(INSERT_JOB, row)
-        self._wake()
-        return id
+        if not self._outbox.in_transaction:
+            refuse_in_transaction('a job that is enqueued')
+            if order_key is not None:
+                self._relay()           # what was committed before comes first
+        return self._db.transact(self._insert, row)
+
+    def _insert(self, row):
+        """Insert a row, under the lock of its order key: who deletes the one before it at the same
+        time, elsewhere, would not see it. Gives the id of the job."""
+        self._lock_order(row['order_key'])
+        inserted = self._db.execute(INSERT_JOB, row)
+        self._db.after_commit(self._wake)
+        return inserted[0][0] if inserted else row['uid']
+
+    def _lock_order(self, *keys):
+        self._db.lock(*(f'order {key}' for key in keys if key is not None))
 
     # Looking, and changing by hand
 
@@ -1758,25 +1825,35 @@ class Jobs:
         """Delete a job that has not started, and say whether it was there."""
         refuse_in_transaction('jobs.cancel()')
         self._relay()
-        gone = self._db.execute('DELETE FROM jobs WHERE uid = ? AND worker IS NULL '
-                                'AND failed_at IS NULL RETURNING id', (_check_id(id),))
-        self._wake()                    # the next of its order key may be due
-        return bool(gone)
+        return self._db.transact(self._cancel, _check_id(id))
+
+    def _cancel(self, id):
+        self._lock_order(*(key for key, in self._db.execute(
+            'SELECT order_key FROM jobs WHERE uid = ?', (id,))))
+        self._db.after_commit(self._wake)       # the next of its order key may be due
+        return bool(self._db.execute('DELETE FROM jobs WHERE uid = ? AND worker IS NULL '
+                                     'AND failed_at IS NULL RETURNING id', (id,)))
 
     def retry(self, id):
-        """Run a failed job again, with all its attempts. Raises JobError if it has not failed."""
-        self._change_failed(RETRY_FAILED, id)
-        self._wake()
+        """Run a failed job again, with all its attempts, as the last of its order key. Raises
+        JobError if it has not failed."""
+        refuse_in_transaction('jobs.retry()')
+        self._db.transact(self._retry, id)
+
+    def _retry(self, id):
+        uid, name, arguments, queue, order_key, enqueued_at = self.discard(id)
+        self._insert({'uid': uid, 'name': name, 'arguments': arguments, 'queue': queue,
+                      'unique_key': None, 'order_key': order_key, 'enqueued_at': enqueued_at,
+                      'run_at': now()})
 
     def discard(self, id):
         """Delete a failed job. Raises JobError if it has not failed."""
-        self._change_failed(
-            'DELETE FROM jobs WHERE uid = ? AND failed_at IS NOT NULL RETURNING id', id)
-
-    def _change_failed(self, statement, id):
-        refuse_in_transaction('a change of a job')
-        if not self._db.execute(statement, (_check_id(id),)):
+        if not self._db.in_transaction:
+            refuse_in_transaction('jobs.discard()')
+        rows = self._db.execute(DELETE_FAILED, (_check_id(id),))
+        if not rows:
             raise JobError(f'there is no failed job {_shown(id)}')
+        return rows[0]
 
     def stats(self):
         """How many jobs wait, run and have failed."""
@@ -1876,6 +1953,9 @@ class Jobs:
                     'queue': queue, 'limit': free, 'worker': processes.name,
                     'lease': LEASE_SECONDS})
                 claims += [Claim(*row) for row in sorted(rows)]
+                if not rows:            # another process takes them just now
+                    times.append(now() + SKIPPED_SECONDS)
+                    break
         self._db.after_commit(functools.partial(self._start, self._together(claims)))
         return min((at for at in times if at is not None), default=None), inserted == OUTBOX_ROWS
 
@@ -1897,6 +1977,7 @@ class Jobs:
 
     def _settle(self, settled):
         """Delete what is done, and have what failed tried again, or kept as failed."""
+        self._lock_order(*(claim.order_key for claim, *_ in settled))
         self._db.executemany(FINISH_JOB, [claim[:4] for claim, outcome, _ in settled
                                           if outcome == 'done'])
         for claim, outcome, error in settled:
@@ -1915,8 +1996,7 @@ class Jobs:
     def _insert_outbox(self):
         """Insert what the outbox holds, and give the number of its rows. What can't be inserted
         becomes a failed job."""
-        rows = self._outbox.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?',
-                                    (OUTBOX_ROWS,))
+        rows = self._outbox_rows(OUTBOX_ROWS)
         for id, text in rows:
             try:
                 row = json.loads(text)
@@ -1927,7 +2007,7 @@ class Jobs:
                     raise JobError('it has no time, or no arguments')
                 delay = row['run_at'] - row['enqueued_at']
                 row['run_at'] = min(row['run_at'], now() + delay)   # the clock may have been set
-                self._db.execute(INSERT_JOB, row)
+                self._db.execute(INSERT_JOB, row)       # without a lock: SQLite has one writer
             except (StorageError, OSError, MemoryError):        # not the row's
                 raise
             except Exception as error:
@@ -1937,6 +2017,11 @@ class Jobs:
                     _clean(traceback.format_exc())))
         self._db.after_commit(functools.partial(self._relayed.update, [id for id, _ in rows]))
         return len(rows)
+
+    def _outbox_rows(self, limit):
+        if self._db.joined:             # a job is written with the transaction, and needs no outbox
+            return ()
+        return self._outbox.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?', (limit,))
 
     def _empty_outbox(self):
         """Delete what was moved from it."""
@@ -1948,7 +2033,7 @@ class Jobs:
 
     def _relay(self):
         """Move what the outbox holds now; in a transaction it stays there."""
-        while Database.current is None and self._outbox.execute('SELECT 1 FROM outbox LIMIT 1'):
+        while Database.current is None and self._outbox_rows(1):
             self._db.transact(self._insert_outbox)
             self._empty_outbox()
 
@@ -1957,9 +2042,9 @@ class Jobs:
         nothing waits for a time that was the present."""
         offset = now() - time.monotonic()
         if self._clock_offset is None or abs(offset - self._clock_offset) > 1:
-            self._clock_offset = offset
             self._db.execute(RUN_FROM_FUTURE)
             self._start_recurring()
+            self._db.after_commit(lambda: setattr(self, '_clock_offset', offset))
 
     def _renew_leases(self):
         """Go on with what is leased here; give back what nobody here knows of, since the claim
@@ -1975,11 +2060,11 @@ class Jobs:
     def _free_leases(self):
         """Free what a dead process had leased at once; where nobody knows whether it is dead, when
         the lease has run out, or ends later than one can."""
-        dead, at = processes.dead(), now()
-        for worker, first, last in self._db.execute(LEASES, (processes.name,)):
+        dead = processes.dead()
+        for worker, ended in self._db.execute(LEASES, (LEASE_SECONDS, processes.name)):
             alive = processes.is_alive(worker)
             if alive is None:
-                alive = at < first and last <= at + LEASE_SECONDS
+                alive = not ended
             if not alive:
                 freed = self._db.execute(FREE_LEASES, (worker,))
                 log.warning('freed the jobs of a dead process worker=%s jobs=%s', worker,
@@ -1998,13 +2083,14 @@ class Jobs:
             if name not in self._recurring:
                 continue
             if due_at <= at:
-                self._db.execute(INSERT_JOB, {
-                    'uid': _new_id(), 'name': name, 'arguments': '{}',
-                    'queue': self._tasks[name].queue, 'unique_key': f'every {name}',
-                    'order_key': f'every {name}', 'enqueued_at': at, 'run_at': at})
                 after, _ = self._recurring[name]
-                due_at = after(at)
-                self._db.execute('UPDATE recurring SET due_at = ? WHERE name = ?', (due_at, name))
+                was_due_at, due_at = due_at, after(at)
+                # Of several processes one finds the time that it has read.
+                if self._db.execute(TICK_RECURRING, (due_at, name, was_due_at)):
+                    self._insert({
+                        'uid': _new_id(), 'name': name, 'arguments': '{}',
+                        'queue': self._tasks[name].queue, 'unique_key': f'every {name}',
+                        'order_key': f'every {name}', 'enqueued_at': at, 'run_at': at})
             times.append(due_at)
         return min(times, default=None)
 
@@ -2190,7 +2276,7 @@ def _clean(text):
     return text.encode('utf-8', 'backslashreplace').decode().replace('\0', '\\0')
 
 
-job_db = Database('job', JOB_MIGRATIONS)
+job_db = Database('job', JOB_MIGRATIONS, part_of=app_db)
 jobs = Jobs(job_db, outbox=app_db)
 
 
@@ -2227,7 +2313,7 @@ MAX_BROADCAST_BYTES = 1024 * 1024       # more than a socket may leave unread
 
 CABLE_MIGRATIONS = [
     ('001 create messages', '''
-        CREATE TABLE messages (
+        CREATE /*pg UNLOGGED */ TABLE messages (
             id          INTEGER PRIMARY KEY AUTOINCREMENT,      -- the offset of a position
             stream      TEXT NOT NULL,
             payload     TEXT NOT NULL,                          -- JSON
@@ -2235,18 +2321,20 @@ CABLE_MIGRATIONS = [
         )'''),
     ('002 index messages by stream', 'CREATE INDEX messages_by_stream ON messages (stream, id)'),
     ('003 index messages by time', 'CREATE INDEX messages_by_time ON messages (created_at)'),
-    ('004 create epochs', 'CREATE TABLE epochs (epoch TEXT PRIMARY KEY)'),      # one row
+    ('004 create epochs',
+     'CREATE /*pg UNLOGGED */ TABLE epochs (epoch TEXT PRIMARY KEY)'),      # one row
     ('005 drop index by time', 'DROP INDEX messages_by_time'),      # ids are in the order of time
-    ('006 name the epoch', 'INSERT INTO epochs SELECT lower(hex(randomblob(4))) '
-                           'WHERE NOT EXISTS (SELECT 1 FROM epochs)'),
+    ('006 name the epoch', "DELETE FROM epochs WHERE epoch = ''"),      # _begin() does
 ]
 # Ids are in the order of time: the first that is young enough ends the look. The last message
 # always stays, since its id is the position of who is up to date.
 TRIM_MESSAGES = '''
     DELETE FROM messages
-    WHERE id < max(:end - :keep + 1,
-                   coalesce((SELECT id FROM messages WHERE created_at >= now_s() - :seconds
-                             ORDER BY id LIMIT 1), :end))'''
+    WHERE id <= :end - :keep OR id < coalesce((
+        SELECT id FROM messages WHERE created_at >= now_s() - :seconds ORDER BY id LIMIT 1), :end)'''
+NEXT_MESSAGES = '''
+    SELECT epoch, id, stream, payload, created_at FROM epochs LEFT JOIN messages ON id > ?
+    ORDER BY id LIMIT ?'''
 
 
 class CableError(AppError):
@@ -2278,8 +2366,7 @@ class Cable:
 
     def open(self):
         """Start delivering what is appended from now on."""
-        (self.epoch,), = self._db.execute('SELECT epoch FROM epochs')
-        self._last = self._end()
+        self.epoch, self._last = self._db.transact(self._begin)
         processes.wakes(self._bell, b'c')
         self._loop = Loop('cable', self._turn)
 
@@ -2290,10 +2377,10 @@ class Cable:
     def broadcast(self, stream, message):
         """Append a message to the log, and have it delivered. Gives its id when it is in the log.
 
-        message: what JSON has, or a function that gives it, called under the lock of the log: what
-        it reads in other databases is newer than all that the log has, so that messages which tell
-        a state stand in the order of the states. Raises CableError; inside a transaction
-        MisuseError: enqueue a job there, which broadcasts.
+        message: what JSON has, or a function that gives it, called under a lock of the stream: what
+        it reads in other databases is newer than all that the log has of the stream, so that
+        messages which tell a state stand in the order of the states. Raises CableError; inside a
+        transaction MisuseError: enqueue a job there, which broadcasts.
         """
         return self.broadcast_all([(stream, message)])[0]
 
@@ -2313,7 +2400,8 @@ class Cable:
         return f'{self.epoch}:{self._last}'
 
     def subscribe(self, stream, receive):
-        """Call receive(message) for each new Message of a stream, in order. It must not wait."""
+        """Call receive(message) for each new Message of a stream, in order, and receive(None) where
+        the log began anew, so that some may be missing. It must not wait."""
         self._db._check()
         self._subscribers.setdefault(_stream_checked(stream), set()).add(receive)
 
@@ -2353,15 +2441,28 @@ class Cable:
                                          'seconds': KEEP_MESSAGES_SECONDS})
 
     def _append(self, messages):
-        ids = []
-        for stream, message in messages:
-            payload = _payload(message()) if callable(message) else message
-            (id,), = self._db.execute('INSERT INTO messages (stream, payload, created_at) '
-                                      'VALUES (?, ?, now_s()) RETURNING id', (stream, payload))
-            ids.append(id)
-            if id % TRIM_EVERY == 0:
-                self.prune()
+        # The order of the states comes from the first locks, that of the ids from the last: between
+        # them other streams can be rendered.
+        self._db.lock(*(stream for stream, message in messages if callable(message)), held=True)
+        rendered = [(stream, _payload(message()) if callable(message) else message)
+                    for stream, message in messages]
+        _, end = self._begin()
+        ids = [end + 1 + index for index in range(len(messages))]
+        self._db.executemany('INSERT INTO messages (id, stream, payload, created_at) '
+                             'VALUES (?, ?, ?, now_s())',
+                             [(id, *message) for id, message in zip(ids, rendered)])
+        if any(id % TRIM_EVERY == 0 for id in ids):
+            self.prune()
         return ids
+
+    def _begin(self):
+        """Take the lock of the log, and give its epoch and the id of its last message. One that a
+        crash of a server has emptied begins anew."""
+        self._db.lock('the log')
+        rows = self._db.execute('SELECT epoch, (SELECT coalesce(max(id), 0) FROM messages) '
+                                'FROM epochs')
+        return rows[0] if rows else self._db.execute(
+            'INSERT INTO epochs (epoch) VALUES (?) RETURNING epoch, 0', (secrets.token_hex(4),))[0]
 
     def _end(self):
         """The id of the last message that was ever appended."""
@@ -2374,17 +2475,25 @@ class Cable:
 
     def _deliver(self):
         """Hand out the next rows of the log, and give their number."""
-        rows = self._db.execute('SELECT id, stream, payload, created_at FROM messages '
-                                'WHERE id > ? ORDER BY id LIMIT ?', (self._last, DELIVER_ROWS))
-        for row in rows:
+        rows = self._db.execute(NEXT_MESSAGES, (self._last, DELIVER_ROWS))
+        if not rows or rows[0][0] != self.epoch:
+            self.epoch, self._last = self._db.transact(self._begin)
+            log.warning('the log of messages began anew epoch=%s', self.epoch)
+            for stream in tuple(self._subscribers):
+                self._hand_out(stream, None)
+            return len(rows)
+        for _, *row in rows if rows[0][1] is not None else ():
             message = Message(*row)
             self._last = message.id
-            for receive in tuple(self._subscribers.get(message.stream, ())):
-                try:
-                    receive(message)
-                except BaseException:       # one subscriber's trouble is not another's
-                    log.exception('subscriber failed stream=%s', message.stream)
+            self._hand_out(message.stream, message)
         return len(rows)
+
+    def _hand_out(self, stream, message):
+        for receive in tuple(self._subscribers.get(stream, ())):
+            try:
+                receive(message)
+            except BaseException:           # one subscriber's trouble is not another's
+                log.exception('subscriber failed stream=%s', stream)
 
     def _read(self, stream, after, at):
         rows = self._db.execute(
@@ -2404,9 +2513,9 @@ def offset_of(position):
 
 
 def _stream_checked(stream):
-    if not isinstance(stream, str) or not re.fullmatch(r'[^\ud800-\udfff]{1,500}', stream):
-        raise CableError(f'a stream is text of 1 to 500 characters, without lone surrogates, not '
-                         f'{_shown(stream)}')
+    if not isinstance(stream, str) or not re.fullmatch(r'[^\0\ud800-\udfff]{1,500}', stream):
+        raise CableError(f'a stream is text of 1 to 500 characters, without NUL and lone '
+                         f'surrogates, not {_shown(stream)}')
     return stream
 
 
@@ -2424,6 +2533,574 @@ def _payload(message):
 
 cable_db = Database('cable', CABLE_MIGRATIONS, disposable=True, copied=False)
 cable = Cable(cable_db)
+
+
+# === PostgreSQL: the same databases on one server, for any number of machines ============
+# Where DATABASE_URL is set, every Database is a schema there, and a greenlet has a connection and
+# a transaction of its own. What is right is made so by the tables, named locks and the server's
+# clock: a bell (NOTIFY) only says "look now", and a poll stands behind it. Nothing is kept in a
+# session of the server, so any pooler works.
+
+PING_SECONDS = 2.0          # between looks at the server's clock, and at whether bells arrive
+POLLS_SECONDS = 1.0, 0.25   # while they do; while they don't, as behind a pooler
+CONNECTION_SECONDS = 600    # proxies end older connections
+CONNECT_SECONDS = 5
+ANSWER_SECONDS = 10         # a server that says nothing for so long is cut off
+TRUST_SECONDS = 2.0         # a copy in the front of the cache, where a bell may not arrive
+MAX_RUNG_SLOTS = 500        # of the cache in one bell, which has room for 8,000 bytes
+ROWS_OF_MESSAGE = 500       # of executemany()
+# A node that stops in a transaction must not hold its locks for ever.
+BEGIN = (f'BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {BUSY_SECONDS}000; '
+         f'SET LOCAL idle_in_transaction_session_timeout = {2 * BUSY_SECONDS}000')
+LONG_SECONDS = 7 * 86400    # of a migration
+LONG_BEGIN = 'BEGIN; SET LOCAL statement_timeout = 0'
+# The time of a statement, which may have waited for a lock since its message came.
+CLOCK = "(SELECT date_part('epoch', clock_timestamp()))"
+
+# SQLSTATEs. Source: postgresql.org/docs/current/errcodes-appendix.html
+AGAIN = ('40001', '40P01')      # serialization failure, deadlock: nothing was done
+HUNG_UP = ('57P', '08')
+UNUSABLE = {                    # their beginnings, and what is said of the database then
+    '57014': f'did not answer within {BUSY_SECONDS} seconds', '57': 'is shutting down',
+    '08': 'is not reachable', '53': 'is out of connections, memory or disk space',
+    '55P03': 'is locked', '25006': 'can not be written: it is read-only', '28': 'refuses us',
+    '3D': 'does not exist', '58': 'can not be used: its system reports an error',
+    'XX': 'is damaged'}
+
+# What translated() looks for. Tables get their schema where they stand behind one of the words.
+SQL_PARTS = re.compile(r'''
+    (?P<quoted> '(?:[^']|'')*' | "[^"]*" ) | --[^\n]* | /\*pg(?P<ours>.*?)\*/ | /\*.*?\*/
+    | (?P<mark> \? ) | (?P<percent> % ) | (?<!:):(?P<name> [a-z]\w* ) | (?P<clock> now_s\(\) )
+    | json_each\((?P<list> [:?]\w* )\)
+    | (?P<id> INTEGER\ PRIMARY\ KEY(?:\ AUTOINCREMENT)? )
+    | (?P<type> \b(?:INTEGER|REAL|BLOB)\b ) | (?P<tail> \)\s*(?:STRICT|WITHOUT\ ROWID)\s*\Z )
+    | (?P<before> \b(?i:FROM|JOIN|INTO|UPDATE|TABLE|ON|EXISTS|REFERENCES|DROP\ INDEX)\s+ )
+      (?P<table> (?!json_each\b)[a-z_]\w* )\b (?! \s*\. )''', re.VERBOSE | re.DOTALL)
+TYPES = {'INTEGER': 'BIGINT', 'REAL': 'DOUBLE PRECISION', 'BLOB': 'BYTEA'}
+TRIGGER = re.compile(r'\s*CREATE TRIGGER (\w+) (.+?)(?:\s+WHEN\s+(.+?))?\s+BEGIN\b(.+)END\s*',
+                     re.DOTALL)
+
+
+class PostgreSQL:
+    """The server of DATABASE_URL. From open() to close() every Database, the bells and the cache
+    have verbs that use it."""
+
+    def open(self):
+        """Raises SettingError, StorageError."""
+        try:
+            import psycopg          # only here: nobody else needs it
+        except ImportError:
+            raise SettingError(f'DATABASE_URL needs the package psycopg[binary]. Try: '
+                               f'{sys.executable} -m pip install "psycopg[binary]"') from None
+        self.driver = psycopg
+        self.running = None         # the _Transaction of the greenlet that runs now
+        self._hub = gevent.get_hub()
+        self._idle = []             # _Connections; the last used comes first
+        self._free = gevent.lock.BoundedSemaphore(settings.database_pool)
+        self._away_since = None     # monotonic, when it could not be reached first; None: it can
+        self._next_try_at = 0       # after a while only one of us tries, every second
+        self._listener = None       # the _Connection that bells come by
+        self._echoed_at = -math.inf     # when our own came
+        self._bells, self._slots, self._rung = set(), set(), gevent.event.Event()
+        self._measure_at = 0        # the size of the cache
+        self._loops, self._bound = [], []
+        self.name, self.channel = f'{os.getpid()}-{secrets.token_hex(8)}', f'{APP}_{settings.env}'
+        with self.connection() as connection:
+            self._set_clock(connection)
+        for database in databases.values():
+            self._bind(database, **_Schema(self, database).verbs())
+        self._bind(processes, open=lambda: None, close=lambda: None, ring=self.ring,
+                   patience=self._patience, is_alive=self._is_alive, dead=set,
+                   bury=lambda names: None)
+        self._bind(cache, new_stamps=functools.partial(_Stamps, self),
+                   _size_bytes=self._cache_bytes)
+        processes.name = self.name
+        self._loops = [Loop('bells out', self._send_bells), Loop('bells in', self._hear_bells)]
+
+    def close(self):
+        global clock_ahead_seconds
+        for loop in self._loops:
+            loop.stop()
+        with contextlib.suppress(AppError):
+            self._send_bells()
+        for connection in filter(None, [*self._idle, self._listener]):
+            connection.close()
+        for bound, names in self._bound:
+            for name in names:
+                delattr(bound, name)
+        processes.__init__()
+        clock_ahead_seconds = 0.0
+
+    def _bind(self, bound, **verbs):
+        vars(bound).update(verbs)
+        self._bound.append((bound, verbs))
+
+    def check_thread(self):
+        if self._hub is not gevent.get_hub():
+            raise MisuseError('called from another thread; in_thread() runs what blocks, and its '
+                              'caller uses the stack')
+
+    def _cache_bytes(self):
+        """The size of the entries. To look at all of them takes a while, so it is done anew only
+        after a longer one, or in a transaction, which evicts."""
+        at = time.monotonic()
+        if Database.current or at > self._measure_at:
+            (self._measured,), = cache_db.execute(
+                'SELECT coalesce(sum(length(key) + coalesce(length(value), 8) + ?), 0) FROM entries',
+                (ENTRY_BYTES,))
+            self._measure_at = at + 20 * (time.monotonic() - at)
+        return self._measured
+
+    # Connections
+
+    @contextlib.contextmanager
+    def connection(self):
+        """One of the pool. Raises StorageError."""
+        if not self._free.acquire(timeout=BUSY_SECONDS):
+            raise BusyError(f'no connection to the database was free for {BUSY_SECONDS} seconds')
+        connection = None
+        try:
+            while self._idle and connection is None:
+                connection = self._idle.pop()
+                if not connection.is_good():        # the server ended it meanwhile
+                    connection = connection.close()
+            connection = connection or self._connect(settings.database_url)
+            yield connection
+        finally:
+            if connection and connection.is_good():
+                self._idle.append(connection)
+            elif connection:
+                connection.close()
+            self._free.release()
+
+    def _connect(self, url):
+        """A new connection, made in a thread, since names and TLS block. It waits for a server
+        that has not been away for long."""
+        while True:
+            at = time.monotonic()
+            if self._is_away(at) and at < self._next_try_at:
+                raise StorageError('the database is not reachable')
+            self._next_try_at = at + 1
+            try:
+                raw = self._hub.threadpool.apply(self.driver.Connection.connect, (url,), {
+                    'autocommit': True, 'prepare_threshold': None, 'client_encoding': 'utf8',
+                    'connect_timeout': CONNECT_SECONDS, 'application_name': self.channel,
+                    'tcp_user_timeout': 1000 * BUSY_SECONDS, 'keepalives_idle': BUSY_SECONDS,
+                    'keepalives_interval': 2, 'keepalives_count': 3})
+                self._away_since = None
+                return _Connection(self, raw)
+            except self.driver.Error as error:
+                self._away_since = self._away_since or at
+                if self._is_away(time.monotonic()):
+                    raise StorageError('the database is not reachable: '
+                                       f'{" ".join(str(error).split())}') from None
+            gevent.sleep(random.uniform(0.05, 0.2))
+
+    def _is_away(self, at):
+        return self._away_since is not None and at - self._away_since > BUSY_SECONDS
+
+    def explained(self, error, connection):
+        """What an error of the driver means here, and whether to start the transaction again."""
+        state, text = error.sqlstate or '', ' '.join(str(error).split())
+        if connection.killed is not None:
+            return connection.killed, False
+        if connection.raw.closed or state.startswith(HUNG_UP):
+            return StorageError('the connection to the database was lost'), True
+        for start, sentence in UNUSABLE.items():
+            if state.startswith(start):
+                return StorageError(f'the database {sentence}: {text}'), False
+        if state == '25P02':
+            text = 'a statement of this transaction failed: nest transact() around what may fail'
+        # The same kind in sqlite3: both have the classes of PEP 249.
+        kind = next(kind for kind in type(error).__mro__ if hasattr(sqlite3, kind.__name__))
+        return getattr(sqlite3, kind.__name__)(text), state in AGAIN
+
+    # Bells
+
+    def ring(self, byte=b'*', slots=()):
+        """Wake the other processes; what is rung while a bell is sent shares the next."""
+        self._bells.add(byte)
+        self._slots.update(slots)
+        self._rung.set()
+
+    def _send_bells(self):
+        self._rung.clear()
+        bells, slots = b''.join(self._bells).decode(), self._slots
+        self._bells, self._slots = set(), set()
+        if bells or slots:
+            rung = 'all' if len(slots) > MAX_RUNG_SLOTS else ','.join(map(str, slots))
+            with self.connection() as connection:
+                connection.run(f"NOTIFY {self.channel}, '{self.name} {bells} {rung}'")
+        return self._rung.wait
+
+    def _hear_bells(self):
+        """See that the line carries bells, our own too, and how the server's clock goes."""
+        if self._listener is None or self._listener.raw.closed:
+            self._listener = self._connect(settings.direct_database_url or settings.database_url)
+            self._listener.raw.pgconn.notify_handler = self._heard
+            self._listener.run(f'LISTEN {self.channel}')
+            processes.hear(b'*')            # what was rung meanwhile
+        self._set_clock(self._listener)
+        self._listener.run(f"NOTIFY {self.channel}, '{self.name}  '")
+        return self._await_bells
+
+    def _await_bells(self):
+        pgconn, until = self._listener.raw.pgconn, time.monotonic() + PING_SECONDS
+        with contextlib.suppress(TimeoutError):
+            while True:
+                left = max(0, until - time.monotonic())
+                gevent.socket.wait_read(pgconn.socket, left, TimeoutError())
+                pgconn.consume_input()
+                while notification := pgconn.notifies():
+                    self._heard(notification)
+
+    def _heard(self, notification):
+        sender, bells, slots = notification.extra.decode().split(' ')
+        if sender == self.name:
+            self._echoed_at = time.monotonic()
+            return
+        if slots and cache._stamps:
+            cache._stamps.outdate(range(VersionStamps.SLOTS) if slots == 'all'
+                                  else map(int, slots.split(',')))
+        processes.hear(bells.encode())
+
+    def _patience(self):
+        return POLLS_SECONDS[time.monotonic() - self._echoed_at > 2 * PING_SECONDS]
+
+    def _is_alive(self, name):
+        """None: its leases tell. Its connection does not: the server may have been restarted."""
+        return True if name == self.name else None
+
+    def _set_clock(self, connection):
+        global clock_ahead_seconds
+        asked_at = time.time()
+        (at,), = connection.run(f'SELECT {CLOCK}')
+        clock_ahead_seconds = at - (asked_at + time.time()) / 2
+
+
+class _Connection:
+    """A connection of psycopg that waits as gevent does."""
+
+    def __init__(self, server, raw):
+        self.raw, self._server = raw, server
+        self.waiting = False
+        self.killed = None          # what ended a wait, and with it the connection
+        self.seconds = ANSWER_SECONDS
+        self._ends_at = time.monotonic() + CONNECTION_SECONDS * random.uniform(0.8, 1)
+        self._poll = select.poll()
+        self._poll.register(raw.fileno(), select.POLLIN)
+        # It puts parameters into the text: several statements travel as one message, nothing is
+        # prepared, and a NULL needs no type.
+        self._cursor = server.driver.ClientCursor(raw)
+        self.complete = self._cursor.mogrify
+        self._cursor.adapters.register_loader('numeric', _number_loader(server.driver))
+        raw.wait = self._wait
+
+    def run(self, text):
+        """The rows of the last of the statements."""
+        self._cursor.execute(text)
+        while self._cursor.nextset():
+            pass
+        return self._cursor.fetchall() if self._cursor.description else []
+
+    @property
+    def status(self):
+        """What the server says that the last statement did."""
+        return self._cursor.statusmessage
+
+    @property
+    def is_idle(self):
+        return not self.raw.closed and self.raw.pgconn.transaction_status == 0
+
+    def is_good(self):
+        """Whether it can be used again. One that the server has ended has something to read."""
+        return self.is_idle and time.monotonic() < self._ends_at and not self._poll.poll(0)
+
+    def close(self):
+        self.raw.close()
+
+    def _wait(self, steps, interval=None, timeout=None):
+        """Do the steps of psycopg's generator, each when the socket is ready. Others run
+        meanwhile, outside of our transaction."""
+        server, ours = self._server, (self._server.running, Database.current)
+        server.running = Database.current = None
+        self.waiting, until = True, time.monotonic() + self.seconds
+        try:
+            wanted = next(steps)
+            while True:
+                wanted = steps.send(self._ready(wanted, until - time.monotonic()))
+        except StopIteration as end:
+            return end.value
+        except BaseException as error:
+            if not isinstance(error, server.driver.Error):
+                self.killed = error         # in the midst of a message: nobody can use it again
+                self.raw.pgconn.finish()
+            raise
+        finally:
+            self.waiting = False
+            server.running, Database.current = ours
+
+    def _ready(self, wanted, seconds):
+        """Wait for 1: something to read, 2: room to write, 3: either; gives which it is."""
+        watcher = gevent.get_hub().loop.io(self.raw.pgconn.socket, int(wanted))
+        try:
+            gevent.socket.wait(watcher, max(0, seconds), StorageError(
+                f'the database did not answer for {self.seconds} seconds'))
+        finally:
+            watcher.close()
+        return wanted if wanted != 3 else 3 if self._poll.poll(0) else 2
+
+
+class _Transaction(_Write):
+    """One run of a function on a connection. What only prepares a statement travels with it."""
+
+    def __init__(self, server, database, call, begin):
+        super().__init__(call)
+        self._server, self._database = server, database
+        self._begin = begin
+        self._before = [begin] if begin else []     # statements to send before the next
+        self._sent = False
+        self._again = False         # it failed in a way that another run may not
+        self._locks = frozenset()
+        self._parts = itertools.count()
+
+    def run(self, connection):
+        """What the function gives, committed; raises _Again, or what the function raises."""
+        greenlet, self._connection = gevent.getcurrent(), connection
+        self._server.running, Database.current = self, self._database
+        greenlet.switch_out = self._refuse_to_switch
+        try:
+            value = self.call()
+            self._commit()
+            return value
+        except BaseException:
+            if self._sent and not connection.raw.closed and not connection.is_idle:
+                with contextlib.suppress(self._server.driver.Error):
+                    connection.run('ROLLBACK')
+            if connection.killed is not None:       # also if the function went on
+                raise connection.killed
+            if self._again:
+                raise _Again from None
+            raise
+        finally:
+            self._server.running = Database.current = None
+            del greenlet.switch_out
+
+    def execute(self, *statements):
+        """The rows of the last of some statements, each (text, parameters)."""
+        texts = [*self._before, *itertools.starmap(self._connection.complete, statements)]
+        self._before, self._sent = [], True
+        try:
+            return self._connection.run(';'.join(texts))
+        except self._server.driver.Error as error:
+            explained, again = self._server.explained(error, self._connection)
+            self._again = self._again or again
+            raise explained from None
+
+    def lock(self, names, held):
+        keys = {int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big', signed=True)
+                for name in names} - self._locks
+        self._locks |= keys
+        self._before += [f'SELECT pg_advisory_xact_lock({key})' for key in sorted(keys)]
+        if held and keys:
+            self.execute(('SELECT 1', ()))
+
+    def part(self, call):
+        """Call a function as a part that can be undone alone."""
+        savepoint, after, locks = f'SAVEPOINT part{next(self._parts)}', len(self.after), self._locks
+        self._before.append(savepoint)
+        try:
+            value = call()
+        except BaseException:
+            del self.after[after:]
+            self._locks = locks             # those that came since end with the part
+            if savepoint in self._before:
+                del self._before[self._before.index(savepoint):]
+            else:
+                self._before = [f'ROLLBACK TO {savepoint}', f'RELEASE {savepoint}']
+            raise
+        if savepoint in self._before:
+            self._before.remove(savepoint)
+        else:
+            self._before.append(f'RELEASE {savepoint}')
+        return value
+
+    def _commit(self):
+        if self._again:
+            raise _Again                    # the function caught it, and went on
+        if not self._sent or not self._begin:
+            return
+        try:
+            self._connection.run(';'.join([*self._before, 'COMMIT']))
+        except self._server.driver.Error as error:
+            explained, lost = self._server.explained(error, self._connection)
+            if lost:
+                explained = StorageError('the connection to the database was lost during the '
+                                         'commit: the change may have been made, or not')
+            raise explained from None
+        if self._connection.status != 'COMMIT':     # of a failed transaction it makes a rollback
+            raise StorageError('a statement of the transaction failed, so it was rolled back')
+
+    def _refuse_to_switch(self):
+        if not self._connection.waiting:
+            _refuse_to_switch()
+
+
+class _Again(Exception):
+    """Nothing was done, and another run may succeed."""
+
+
+class _Schema:
+    """The verbs of a Database whose tables are in a schema of the server."""
+    VERBS = ('open', 'open_read_only', 'close', 'execute', 'executemany', 'transact',
+             'after_commit', 'lock', '_check', '_columns')
+
+    def __init__(self, server, database):
+        self._server, self._database = server, database
+        self._name = server.channel + ('' if database.name == 'app' else f'_{database.name}')
+        self._tables = {'schema_migrations'}.union(*(
+            re.findall(r'\bTABLE (?:IF NOT EXISTS )?(\w+)', statement)
+            for _, statement in database.migrations))
+        self._translated = functools.lru_cache(2000)(self._translate)
+        self._check = server.check_thread
+
+    def verbs(self):
+        return {'joined': self._database.part_of, 'path': f'schema {self._name}',
+                **{verb: getattr(self, verb) for verb in self.VERBS}}
+
+    def open(self, path=None):
+        if self._database._pending():
+            self._transact(functools.partial(self._migrate), LONG_BEGIN)
+
+    def open_read_only(self, path=None):
+        if self._database._pending():
+            raise StorageError(f'the schema {self._name} is not there, or not up to date; the '
+                               f'command `migrate` makes it so')
+
+    def close(self):
+        pass
+
+    def execute(self, statement, parameters=()):
+        self._check()
+        running, reads = self._server.running, READS.match(statement)
+        if running:
+            if not reads and not self._database.in_transaction:
+                refuse_in_transaction(f'anything but a SELECT from the {self._database.name} '
+                                      f'database')
+            return running.execute((self._translated(statement), parameters))
+        return self._transact(functools.partial(self.execute, statement, parameters),
+                              '' if reads else BEGIN)
+
+    def executemany(self, statement, rows):
+        self._check()
+        if not self._database.in_transaction:
+            raise MisuseError(f'executemany() outside a transaction of the {self._database.name} '
+                              f'database would commit row by row')
+        statement, rows = self._translated(statement), iter(rows)
+        while some := list(itertools.islice(rows, ROWS_OF_MESSAGE)):
+            self._server.running.execute(*((statement, row) for row in some))
+
+    def transact(self, function, /, *arguments, **options):
+        self._check()
+        call = functools.partial(function, *arguments, **options)
+        if self._database.in_transaction:
+            return self._server.running.part(call)
+        refuse_in_transaction(f'a write to the {self._database.name} database')
+        return self._transact(call, BEGIN)
+
+    def after_commit(self, function):
+        if self._database.in_transaction:
+            self._server.running.after.append(function)
+        else:
+            function()
+
+    def lock(self, *names, held=False):
+        if not self._database.in_transaction:
+            raise MisuseError('a lock ends with its transaction: call it inside transact()')
+        self._server.running.lock([f'{self._name} {name}' for name in names], held)
+
+    def _transact(self, call, begin):
+        until = time.monotonic() + BUSY_SECONDS
+        while True:
+            transaction = _Transaction(self._server, self._database, call, begin)
+            try:
+                with self._server.connection() as connection:
+                    connection.seconds = LONG_SECONDS if begin is LONG_BEGIN else ANSWER_SECONDS
+                    value = transaction.run(connection)
+                break
+            except _Again:
+                if time.monotonic() > until:
+                    raise BusyError(f'the database did not do it within {BUSY_SECONDS} '
+                                    f'seconds') from None
+            gevent.sleep(random.uniform(0.001, 0.02))
+        transaction.call_after(self._database.name)
+        return value
+
+    def _migrate(self):
+        self.lock('migrations')
+        self.execute(f'CREATE SCHEMA IF NOT EXISTS {self._name}')
+        self._database._migrate()
+
+    def _columns(self):
+        return self.execute('SELECT table_name, column_name FROM information_schema.columns '
+                            'WHERE table_schema = ?', (self._name,))
+
+    def _translate(self, statement):
+        """What PostgreSQL understands of SQL that is written for SQLite."""
+        text = SQL_PARTS.sub(self._part, statement)
+        trigger = TRIGGER.fullmatch(text)
+        if trigger:
+            name, event, condition, body = trigger.groups()
+            text = (f'CREATE FUNCTION {self._name}.{name}() RETURNS trigger LANGUAGE plpgsql AS '
+                    f'$$ BEGIN {body} RETURN NULL; END $$; CREATE TRIGGER {name} {event} FOR EACH '
+                    f'ROW WHEN ({condition or "true"}) EXECUTE FUNCTION {self._name}.{name}()')
+        return text
+
+    def _part(self, found):
+        kind, text = found.lastgroup, found[0]
+        if kind == 'table':
+            table = found['table']
+            ours = table in self._tables or 'INDEX' in found['before'].upper()
+            return f'{found["before"]}{self._name}.{table}' if ours else text
+        mark = '%s' if found['list'] == '?' else f'%({(found["list"] or "")[1:]})s'
+        return {'quoted': text.replace('%', '%%'), 'ours': found['ours'], 'mark': '%s',
+                'percent': '%%', 'name': f'%({found["name"]})s', 'clock': CLOCK,
+                'list': f'jsonb_array_elements_text(CAST({mark} AS jsonb)) AS each(value)',
+                'id': 'BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY',
+                'type': TYPES.get(text), 'tail': ')', None: ''}[kind]
+
+
+class _Stamps(VersionStamps):
+    """Version stamps of this process; bells carry the slots that others change."""
+    trust_seconds = TRUST_SECONDS
+
+    def __init__(self, server, path):
+        self._server = server
+        self._stamps = [0] * self.SLOTS
+
+    def deleted(self):
+        return False
+
+    def outdate(self, slots):
+        for slot in slots:
+            self._stamps[slot] = time.perf_counter_ns() & ~1
+
+    @contextlib.contextmanager
+    def changing(self, slots):
+        try:
+            with super().changing(slots):
+                yield
+        finally:
+            self._server.ring(b'', slots)
+
+
+def _number_loader(driver):
+    """Sums are of the type numeric there."""
+    class Number(driver.adapt.Loader):
+        def load(self, data):
+            text = bytes(data).decode()
+            return int(text) if re.fullmatch('-?[0-9]+', text) else float(text)
+    return Number
 
 
 # === Sessions: who is asking, without a row for it =======================================
@@ -3217,16 +3894,16 @@ class Subscription:
     def start(self, missed=None, last_id=-1):
         """Send what was missed, or else what was held, and be live from here on. last_id: of the
         last message that the client has."""
-        if missed is None:
-            missed = self._held or ()
-        else:
+        if missed is not None:
             self._last_id = last_id
-        self._held = None
-        for message in missed:
+        held, self._held = self._held or (), None       # some came while the others were read
+        for message in (*(missed or ()), *held):
             self.receive(message)
 
     def receive(self, message):
-        """Send a message of the stream."""
+        """Send a message of the stream; None: that all may have changed."""
+        if message is None:
+            message, self._last_id = refresh_of(self.stream), -1    # its ids begin anew too
         if self._held is not None:
             self._held.append(message)
         elif message.id > self._last_id:
@@ -3236,6 +3913,11 @@ class Subscription:
                 tail = (f',"stream_id":{json.dumps(self.stream)},"epoch":"{cable.epoch}",'
                         f'"offset":{message.id}}}').encode()
             self.connection.socket.push(frame(self._head + message.payload.encode() + tail))
+
+
+def refresh_of(stream):
+    """In the place of messages that are lost: the page is to be loaded again."""
+    return Message(offset_of(cable.position()), stream, json.dumps(REFRESH), 0.0)
 
 
 class Connection:
@@ -3287,7 +3969,7 @@ class Connection:
         if not self.extended:
             return self.send({'type': 'welcome'})
         welcome = {'type': 'welcome', 'sid': self.sid}
-        saved = cache.get(f'cable {self._restore[:100]}') if self._restore else None
+        saved = cache.get(f'cable {self._restore[:100]!r}') if self._restore else None
         if saved and saved['user'] == self.user:
             for identifier in saved['identifiers']:
                 stream, _ = self._stream_of(identifier)
@@ -3338,8 +4020,7 @@ class Connection:
             try:
                 subscription.start(cable.since(stream, str(since)), offset_of(since))
             except PositionLost:
-                subscription.start([Message(offset_of(cable.position()), stream,
-                                            json.dumps(REFRESH), 0.0)])
+                subscription.start([refresh_of(stream)])
 
     def _unsubscribe(self, identifier):
         subscription = self.subscriptions.pop(identifier, None)
@@ -3383,7 +4064,7 @@ class Connection:
         """Keep what it takes to resume this session after a cut, or a restart. The live script,
         which offers actioncable-unsupported too, resumes by position: it leaves no row."""
         if self.extended and not self.rails:
-            cache.set(f'cable {self.sid}', {'user': self.user,
+            cache.set(f'cable {self.sid!r}', {'user': self.user,
                                             'identifiers': list(self.subscriptions)},
                       ttl=RESUME_SECONDS)
 
@@ -4241,9 +4922,13 @@ def open_stack(environ=None, run_jobs=False):
 def open_services(run_jobs):
     """open_stack(), with the settings as they were loaded."""
     bottle.BaseRequest.MEMFILE_MAX = settings.max_body_bytes    # bottle's bound of forms and JSON
-    make_data_directory()
+    services = [processes, *databases.values(), keys, cache, cable, heartbeat]
+    if settings.database_url:
+        services.insert(0, PostgreSQL())
+    else:
+        make_data_directory()
     with contextlib.ExitStack() as opened:
-        for service in (processes, *databases.values(), keys, cache, cable, heartbeat):
+        for service in services:
             service.open()
             opened.callback(_close_quietly, service)
             if service is processes and os.path.exists(app_db.default_path + RESTORING):
@@ -4959,7 +5644,7 @@ INSERT_TODO = '''
 TOGGLE_TODOS = '''
     UPDATE todos SET completed = :completed, version = :version
     WHERE user_id = :user AND completed <> :completed
-        AND (:ids IS NULL OR id IN (SELECT value FROM json_each(:ids)))
+        AND (:ids IS NULL OR id IN (SELECT CAST(value AS INTEGER) FROM json_each(:ids)))
     RETURNING id'''
 COUNT_CHANGE = '''
     INSERT INTO lists (user_id, active, completed, version) VALUES (?, ?, ?, 1)
@@ -4968,7 +5653,8 @@ COUNT_CHANGE = '''
     RETURNING active, completed, version'''
 MISCOUNTED_LISTS = '''
     SELECT todos.user_id, count(*), coalesce(lists.active + lists.completed, 0)
-    FROM todos LEFT JOIN lists ON lists.user_id = todos.user_id GROUP BY todos.user_id
+    FROM todos LEFT JOIN lists ON lists.user_id = todos.user_id
+    GROUP BY todos.user_id, lists.active, lists.completed
     HAVING count(*) <> coalesce(lists.active + lists.completed, 0)
         OR sum(todos.completed) <> lists.completed'''
 
@@ -5026,6 +5712,7 @@ def create_todo(user, title, key=None):
 
     key: an idempotency key of the client's choice: the same key and title again give the same todo.
     """
+    app_db.lock(user)
     title = clean_title(title)
     if not title:
         raise TitleError('A todo needs a title.')
@@ -5050,6 +5737,7 @@ def create_todo(user, title, key=None):
 def update_todo(user, id, title=None, completed=None):
     """Rename a todo, or set whether it is completed, and give it; None if an empty title deleted
     it. Raises NotFound, TitleError."""
+    app_db.lock(user)
     todo = find_todo(user, id)
     new_title = todo.title if title is None else clean_title(title)
     if not new_title:
@@ -5069,6 +5757,7 @@ def update_todo(user, id, title=None, completed=None):
 def toggle_todos(user, completed, ids=None):
     """Set all todos of a user, or those of ids that are theirs, to completed or active. Gives the
     ids that changed."""
+    app_db.lock(user)
     rows = app_db.execute(TOGGLE_TODOS, {
         'user': user, 'completed': int(completed), 'version': count_todos(user).version + 1,
         'ids': None if ids is None else json.dumps(ids)})
@@ -5082,6 +5771,7 @@ def toggle_todos(user, completed, ids=None):
 @app_db.transaction
 def delete_todo(user, id):
     """Delete a todo. Raises NotFound."""
+    app_db.lock(user)
     todo = find_todo(user, id)
     app_db.execute('DELETE FROM todos WHERE id = ?', (id,))
     _changed(user, [id], active=-int(not todo.completed), completed=-int(todo.completed))
@@ -5090,6 +5780,7 @@ def delete_todo(user, id):
 @app_db.transaction
 def clear_completed(user):
     """Delete the user's completed todos, and give their ids."""
+    app_db.lock(user)
     ids = [id for id, in app_db.execute(
                'DELETE FROM todos WHERE user_id = ? AND completed = 1 RETURNING id', (user,))]
     if ids:
