@@ -39,6 +39,7 @@ import subprocess
 import symtable
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import types
@@ -53,6 +54,11 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings as hypothesis_settings, strategies as st
 
 import todol
+
+try:
+    import psycopg
+except ImportError:
+    psycopg = None
 
 HERE = pathlib.Path(__file__).resolve().parent
 FRONT_END = HERE / '.ci'        # package.json; `npm ci` there makes node_modules
@@ -83,14 +89,101 @@ def eventually(condition, seconds=10.0, what='it'):
         gevent.sleep(0.005)
 
 
+class PostgresServer:
+    """A server of the test run, as Debian's package has it; it belongs to nobody where root runs the tests."""
+
+    def __init__(self):
+        binaries = sorted(pathlib.Path('/usr/lib/postgresql').glob('*/bin'), key=lambda path: int(path.parent.name))
+        need(psycopg, 'psycopg is not installed')
+        self.binaries = need(binaries, 'PostgreSQL is not installed')[-1]
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix='postgres-'))
+        self.user = {'user': 'nobody'} if os.geteuid() == 0 else {}
+        if self.user:
+            shutil.chown(self.directory, 'nobody')
+        self.databases = 0
+        self.run('initdb', '--auth=trust', '--username=postgres', '--encoding=UTF8', '--locale=C', '--no-sync')
+        with socket.create_server(('127.0.0.1', 0)) as free:
+            self.port = free.getsockname()[1]
+
+    def run(self, program, *arguments):
+        data = self.directory / 'data'
+        subprocess.run([self.binaries / program, '-D', data, *arguments], check=True, cwd=self.directory, timeout=60,
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **self.user)
+
+    def start(self):
+        options = f'-p {self.port} -k {self.directory} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=300'
+        self.run('pg_ctl', 'start', '-w', '-l', self.directory / 'log', '-o', options)
+
+    def stop(self, mode='fast'):
+        self.run('pg_ctl', 'stop', '-w', '-m', mode)
+
+    def url(self, name):
+        return f'postgresql://postgres@127.0.0.1:{self.port}/{name}'
+
+    def execute(self, statement, name='postgres'):
+        with psycopg.connect(self.url(name), autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def new_database(self, template='template0'):
+        """Make a database, and give its URL."""
+        self.databases += 1
+        self.execute(f'CREATE DATABASE test{self.databases} TEMPLATE {template}')
+        return self.url(f'test{self.databases}')
+
+
+@pytest.fixture(scope='session')
+def postgres():
+    """A PostgresServer, whose database `migrated` has all schemas."""
+    server = PostgresServer()
+    try:
+        server.start()
+        server.execute('CREATE DATABASE migrated')
+        done = run('migrate', TODOL_ENV='test', DATABASE_URL=server.url('migrated'))
+        assert done.returncode == 0, done.stderr
+        server.execute('DELETE FROM todol_test.secrets', 'migrated')
+        yield server
+    finally:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            server.stop('immediate')
+        shutil.rmtree(server.directory)
+
+
 @pytest.fixture
-def open_database(tmp_path):
+def engine(request):
+    """The settings that say where a test keeps its data: none for files, or a database of its own."""
+    if getattr(request, 'param', 'sqlite') == 'sqlite':
+        return {}
+    return {'DATABASE_URL': request.getfixturevalue('postgres').new_database('migrated')}
+
+
+both_engines = pytest.mark.parametrize('engine', ['sqlite', 'postgres'], indirect=True)
+on_postgres = pytest.mark.parametrize('engine', ['postgres'], indirect=True)
+
+
+@pytest.fixture
+def server_of_databases(engine, tmp_path):
+    """The engine as the stack has it; None for files. Databases that are not of the stack are bound to it."""
+    if not engine:
+        yield None
+        return
+    todol.load_settings(environment_of(tmp_path, **engine))
+    with contextlib.closing(todol.PostgreSQL()) as server:
+        server.open()
+        yield server
+    todol.load_settings({})
+
+
+@pytest.fixture
+def open_database(tmp_path, server_of_databases):
     """open_database('job') gives one of the four databases as a file of its own; the same name again opens a second
     connection to the same file, as another process would. All are closed after the test."""
     with contextlib.ExitStack() as opened:
         def open_(name, path=None):
             known = todol.databases[name]
             database = todol.Database(name, known.migrations, known.disposable, known.copied, declared=False)
+            if server_of_databases:
+                server_of_databases.bind(database)
             database.open(str(path or tmp_path / f'{name}.sqlite3'))
             opened.callback(database.close)
             return database
@@ -99,7 +192,8 @@ def open_database(tmp_path):
 
 def environment_with(**changes):
     """The environment of this process with changes, and without the settings that it may have."""
-    inherited = {name: value for name, value in os.environ.items() if not re.match('TODOL_|LISTEN_|(PORT|HOST|WEB_CONCURRENCY)$', name)}
+    ours = re.compile('TODOL_|LISTEN_|(DIRECT_)?DATABASE_|(PORT|HOST|WEB_CONCURRENCY)$')
+    inherited = {name: value for name, value in os.environ.items() if not ours.match(name)}
     return {**inherited, **changes}
 
 
@@ -110,12 +204,12 @@ def environment_of(directory, **changes):
 
 
 @pytest.fixture
-def open_stack(tmp_path):
+def open_stack(tmp_path, engine):
     """open_stack(NAME=value, ...) opens the whole stack of todol.py in this process, on files of the test, and runs
     jobs; open_stack.close() closes it before the end of the test."""
     with contextlib.ExitStack() as opened:
         def open_(run_jobs=True, **changes):
-            opened.enter_context(todol.open_stack(environment_of(tmp_path, **changes), run_jobs))
+            opened.enter_context(todol.open_stack(environment_of(tmp_path, **engine, **changes), run_jobs))
         open_.close = opened.close
         yield open_
     assert not todol.loops, 'a loop outlived its stack'
@@ -1588,7 +1682,7 @@ def test_the_clock_of_sql_can_be_put_in_and_executemany_is_refused_outside_a_tra
 SCANS_ALLOWED = re.compile(
     'failed_at, error FROM jobs$|FROM (outbox$|outbox ORDER BY id LIMIT|outbox LIMIT|entries ORDER BY id LIMIT|'
     'messages WHERE created_at >= |recurring|epochs|schema_migrations|sqlite_master|pragma_)|UPDATE recurring|'
-    r'UPDATE jobs SET run_at = now_s.., enqueued_at|SELECT (queue, )?count\(\*\)|(min|max)\(id\)|SET uid = id')
+    r'UPDATE jobs SET run_at = now_s.., enqueued_at|SELECT (queue, )?count\(\*\)|(min|max)\(id\)|SET uid = |SELECT coalesce.sum')
 
 
 def all_statements():
@@ -1890,10 +1984,37 @@ class Clock:
         return self.now
 
 
+class ServerClock(Clock):
+    """The same for a PostgreSQL server: a table has its time."""
+
+    def __init__(self, url):
+        self._connection = psycopg.connect(url, autocommit=True)
+        self._connection.execute('CREATE TABLE public.clock AS SELECT 0.0::float8 AS at')
+        super().__init__()
+
+    @property
+    def now(self):
+        return self._now
+
+    @now.setter
+    def now(self, at):
+        self._now = at
+        self._connection.execute('UPDATE public.clock SET at = %s', (at,))
+
+    def close(self):
+        self._connection.close()
+
+
 @pytest.fixture
-def cache_clock(monkeypatch):
-    monkeypatch.setattr(todol, 'now', Clock())
-    return todol.now
+def cache_clock(monkeypatch, engine):
+    if not engine:
+        monkeypatch.setattr(todol, 'now', Clock())
+        yield todol.now
+        return
+    monkeypatch.setattr(todol, 'CLOCK', '(SELECT at FROM public.clock)')
+    with contextlib.closing(ServerClock(engine['DATABASE_URL'])) as clock:
+        monkeypatch.setattr(todol, 'now', clock)
+        yield clock
 
 
 @pytest.fixture
@@ -1953,11 +2074,13 @@ def count_transactions(database):
 
 
 @pytest.fixture
-def open_cache(open_database, cache_clock):
+def open_cache(cache_clock, open_database, server_of_databases):
     """open_cache() gives a cache on the file of the test; once more: what another process would have."""
     with contextlib.ExitStack() as opened:
         def open_(limit_bytes=todol.CACHE_LIMIT_BYTES):
             cache = todol.Cache(open_database('cache'))
+            if server_of_databases:
+                server_of_databases.bind_cache(cache)
             cache.limit_bytes = limit_bytes
             cache.open()
             gevent.sleep(0)         # its loop waits now
@@ -2563,20 +2686,22 @@ job_clock = cache_clock
 
 
 @pytest.fixture
-def new_jobs(tmp_path):
+def new_jobs(tmp_path, server_of_databases):
     """new_jobs() gives Jobs on the files of the test, to register functions and open; once more: after a restart."""
-    todol.load_settings(environment_of(tmp_path))
-    todol.make_data_directory()
+    if not server_of_databases:
+        todol.load_settings(environment_of(tmp_path))
+        todol.make_data_directory()
     todol.processes.open()
     made = []
 
     def new():
-        files = []
-        for name in ('app', 'job'):
-            known = todol.databases[name]
-            files.append(todol.Database(name, known.migrations, declared=False))
-            files[-1].open()
-        made.append(todol.Jobs(files[1], outbox=files[0]))
+        app = todol.Database('app', todol.app_db.migrations, declared=False)
+        job = todol.Database('job', todol.job_db.migrations, declared=False, part_of=app)
+        for database in (app, job):
+            if server_of_databases:
+                server_of_databases.bind(database)
+            database.open()
+        made.append(todol.Jobs(job, outbox=app))
         return made[-1]
 
     yield new
@@ -2586,7 +2711,8 @@ def new_jobs(tmp_path):
         jobs._db.close()
         jobs._outbox.close()
     todol.processes.close()
-    todol.load_settings({})
+    if not server_of_databases:
+        todol.load_settings({})
 
 
 @pytest.fixture
@@ -3661,10 +3787,11 @@ def test_the_hourly_job_prunes_the_cache_and_old_failures(stack):
 # === Cable: messages to whoever listens ==============================================================================
 
 @pytest.fixture
-def open_cable(open_database, cache_clock, monkeypatch):
+def open_cable(cache_clock, open_database, server_of_databases, monkeypatch):
     """open_cable() gives a cable on the file of the test; once more: another process's, which no bell reaches."""
-    monkeypatch.setattr(todol, 'processes', todol.Processes())
-    monkeypatch.setattr(todol, 'POLL_SECONDS', 600)
+    if not server_of_databases:
+        monkeypatch.setattr(todol, 'processes', todol.Processes())
+        monkeypatch.setattr(todol, 'POLL_SECONDS', 600)
     opened = []
 
     def open_(path=None):

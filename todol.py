@@ -334,6 +334,8 @@ class Database:
     from another thread, and lets other errors of sqlite3 through.
     """
     current = None          # the Database whose transaction is running; nothing switches in one
+    joined = None           # part_of, while both are on one server
+    path = None             # of the file
 
     def __init__(self, name, migrations=(), disposable=False, copied=True, declared=True,
                  part_of=None):
@@ -342,8 +344,7 @@ class Database:
         self.disposable = disposable
         self.copied = copied
         self.part_of = part_of
-        self.joined = None          # part_of, once both are opened on one server
-        self.path = self.damage = None
+        self.damage = None
         self._connection = self._hub = None     # each OS thread has its own hub
         self._queue = collections.deque()       # writes that wait for the next transaction
         self._leading = None        # an Event while a greenlet is about to run the queue
@@ -1092,10 +1093,10 @@ class Cache:
     A value is bytes or anything that JSON has; what get() gives is the caller's own. A key is text
     of at most MAX_KEY_CHARS characters. Inside a transaction the cache can only be read.
     """
+    new_stamps = VersionStamps
 
     def __init__(self, database):
         self._db = database
-        self.new_stamps = VersionStamps
         self.limit_bytes = CACHE_LIMIT_BYTES
         self._reset()
 
@@ -2608,12 +2609,11 @@ class PostgreSQL:
         with self.connection() as connection:
             self._set_clock(connection)
         for database in databases.values():
-            self._bind(database, **_Schema(self, database).verbs())
+            self.bind(database)
+        self.bind_cache(cache)
         self._bind(processes, open=lambda: None, close=lambda: None, ring=self.ring,
                    patience=self._patience, is_alive=self._is_alive, dead=set,
                    bury=lambda names: None)
-        self._bind(cache, new_stamps=functools.partial(_Stamps, self),
-                   _size_bytes=self._cache_bytes)
         processes.name = self.name
         self._loops = [Loop('bells out', self._send_bells), Loop('bells in', self._hear_bells)]
 
@@ -2631,6 +2631,14 @@ class PostgreSQL:
         processes.__init__()
         clock_ahead_seconds = 0.0
 
+    def bind(self, database):
+        """Give a Database verbs for its schema here."""
+        self._bind(database, **_Schema(self, database).verbs())
+
+    def bind_cache(self, cache):
+        self._bind(cache, new_stamps=functools.partial(_Stamps, self),
+                   _size_bytes=functools.partial(self._size_of, cache._db))
+
     def _bind(self, bound, **verbs):
         vars(bound).update(verbs)
         self._bound.append((bound, verbs))
@@ -2640,12 +2648,12 @@ class PostgreSQL:
             raise MisuseError('called from another thread; in_thread() runs what blocks, and its '
                               'caller uses the stack')
 
-    def _cache_bytes(self):
-        """The size of the entries. To look at all of them takes a while, so it is done anew only
+    def _size_of(self, database):
+        """The bytes of the cache. To look at all entries takes a while, so it is done anew only
         after a longer one, or in a transaction, which evicts."""
         at = time.monotonic()
         if Database.current or at > self._measure_at:
-            (self._measured,), = cache_db.execute(
+            (self._measured,), = database.execute(
                 'SELECT coalesce(sum(length(key) + coalesce(length(value), 8) + ?), 0) FROM entries',
                 (ENTRY_BYTES,))
             self._measure_at = at + 20 * (time.monotonic() - at)
@@ -5656,7 +5664,8 @@ MISCOUNTED_LISTS = '''
     FROM todos LEFT JOIN lists ON lists.user_id = todos.user_id
     GROUP BY todos.user_id, lists.active, lists.completed
     HAVING count(*) <> coalesce(lists.active + lists.completed, 0)
-        OR sum(todos.completed) <> lists.completed'''
+        OR sum(todos.completed) <> lists.completed
+    ORDER BY todos.user_id'''
 
 
 class TitleError(AppError):
