@@ -212,8 +212,8 @@ app_settings(
     Setting('ENV', 'development', 'development, test or production: names the files, sets '
             'what errors show', one_of('development', 'test', 'production')),
     Setting('DATA', 'db', 'directory of the database files', absolute_path),
-    Setting('DATABASE_URL', '', 'postgresql://… of the server that keeps everything, for any number '
-            'of machines; unset: SQLite files', server_url, secret=True, prefixed=False),
+    Setting('DATABASE_URL', '', 'postgresql://… of the server that keeps everything, for any '
+            'number of machines; unset: SQLite files', server_url, secret=True, prefixed=False),
     Setting('DIRECT_DATABASE_URL', '', 'its URL past a pooler, for one connection that listens; '
             'unset: the same', server_url, secret=True, prefixed=False),
     Setting('DATABASE_POOL', '10', 'most connections of one process beside that one',
@@ -274,6 +274,7 @@ def _shown(value):
 BUSY_SECONDS = 5            # longer than any transaction here, shorter than a proxy's patience
 JOURNAL_LIMIT_BYTES = 16 * 1024 * 1024
 CHECKPOINT_PAGES = 4000     # 16 MB: SQLite's 1000 wait for the disk four times as often
+COPIED_ROWS = 1000          # at a time, from one engine to the other
 SQLITE_HEADER = b'SQLite format 3\0'
 DATABASE_SUFFIXES = ('', '-wal', '-shm', '-journal')    # of the names of the files it may have
 TOLERATED_TABLES = ('sqlite_', '_litestream_')          # that others keep in our files
@@ -648,6 +649,26 @@ class Database:
                     "SELECT tables.name, columns.name FROM sqlite_master AS tables, "
                     "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'")
                 if not table.startswith(TOLERATED_TABLES)]
+
+    def _slices(self, table, columns):
+        """The rows of a table, in lists."""
+        cursor = self._connection.execute(f'SELECT {columns} FROM {table}')
+        while rows := cursor.fetchmany(COPIED_ROWS):
+            yield rows
+
+    def _last_ids(self):
+        """{table: the last id that it gave away}, where one is never given twice."""
+        tables = [table for table, in self._connection.execute(
+                      "SELECT name FROM sqlite_master WHERE sql LIKE '% AUTOINCREMENT%'")]
+        kept = dict(self._connection.execute('SELECT name, seq FROM sqlite_sequence')
+                    if tables else ())
+        return {table: kept.get(table, 0) for table in tables}
+
+    def _set_last_ids(self, last):
+        for table in self._last_ids():
+            self._connection.execute('DELETE FROM sqlite_sequence WHERE name = ?', (table,))
+            self._connection.execute('INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)',
+                                     (table, last[table]))
 
     def _migrate(self):
         pending = self._pending()           # looked at again: another process may have been faster
@@ -1272,8 +1293,8 @@ class Cache:
         return now() + ttl
 
     def _row(self, key, value, ttl):
-        """An entry to be kept. Its body is an int, bytes, or text: the JSON of anything else. Raises
-        CacheError."""
+        """An entry to be kept. Its body is an int, bytes, or text: the JSON of anything else.
+        Raises CacheError."""
         expires_at, body = self._expiry(key, ttl), value
         if not isinstance(value, bytes) and not _fits_64_bits(value):
             try:
@@ -1937,7 +1958,7 @@ class Jobs:
         already.
         """
         self._settle(settled)
-        inserted = self._insert_outbox()
+        inserted = 0 if self._db.joined else self._insert_outbox()
         self._mind_the_clock()
         if time.monotonic() - self._looked_at > LEASE_SECONDS / 10:
             self._looked_at = time.monotonic()
@@ -1997,7 +2018,8 @@ class Jobs:
     def _insert_outbox(self):
         """Insert what the outbox holds, and give the number of its rows. What can't be inserted
         becomes a failed job."""
-        rows = self._outbox_rows(OUTBOX_ROWS)
+        rows = self._outbox.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?',
+                                    (OUTBOX_ROWS,))
         for id, text in rows:
             try:
                 row = json.loads(text)
@@ -2019,10 +2041,11 @@ class Jobs:
         self._db.after_commit(functools.partial(self._relayed.update, [id for id, _ in rows]))
         return len(rows)
 
-    def _outbox_rows(self, limit):
-        if self._db.joined:             # a job is written with the transaction, and needs no outbox
-            return ()
-        return self._outbox.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?', (limit,))
+    def adopt_outbox(self):
+        """Make jobs of what the outbox holds, in a transaction of both databases."""
+        while self._insert_outbox():
+            self._outbox.execute('DELETE FROM outbox WHERE id IN (SELECT id FROM outbox '
+                                 'ORDER BY id LIMIT ?)', (OUTBOX_ROWS,))
 
     def _empty_outbox(self):
         """Delete what was moved from it."""
@@ -2033,8 +2056,11 @@ class Jobs:
             self._relayed -= relayed
 
     def _relay(self):
-        """Move what the outbox holds now; in a transaction it stays there."""
-        while Database.current is None and self._outbox_rows(1):
+        """Move what the outbox holds now; in a transaction it stays there. On one server a job is
+        written with the transaction, and needs no outbox."""
+        if Database.current or self._db.joined:
+            return
+        while self._outbox.execute('SELECT 1 FROM outbox LIMIT 1'):
             self._db.transact(self._insert_outbox)
             self._empty_outbox()
 
@@ -2331,8 +2357,9 @@ CABLE_MIGRATIONS = [
 # always stays, since its id is the position of who is up to date.
 TRIM_MESSAGES = '''
     DELETE FROM messages
-    WHERE id <= :end - :keep OR id < coalesce((
-        SELECT id FROM messages WHERE created_at >= now_s() - :seconds ORDER BY id LIMIT 1), :end)'''
+    WHERE id <= :end - :keep
+        OR id < coalesce((SELECT id FROM messages WHERE created_at >= now_s() - :seconds
+                          ORDER BY id LIMIT 1), :end)'''
 NEXT_MESSAGES = '''
     SELECT epoch, id, stream, payload, created_at FROM epochs LEFT JOIN messages ON id > ?
     ORDER BY id LIMIT ?'''
@@ -2654,8 +2681,8 @@ class PostgreSQL:
         at = time.monotonic()
         if Database.current or at > self._measure_at:
             (self._measured,), = database.execute(
-                'SELECT coalesce(sum(length(key) + coalesce(length(value), 8) + ?), 0) FROM entries',
-                (ENTRY_BYTES,))
+                'SELECT coalesce(sum(length(key) + coalesce(length(value), 8) + ?), 0) '
+                'FROM entries', (ENTRY_BYTES,))
             self._measure_at = at + 20 * (time.monotonic() - at)
         return self._measured
 
@@ -2692,7 +2719,8 @@ class PostgreSQL:
             try:
                 raw = self._hub.threadpool.apply(self.driver.Connection.connect, (url,), {
                     'autocommit': True, 'prepare_threshold': None, 'client_encoding': 'utf8',
-                    'connect_timeout': CONNECT_SECONDS, 'application_name': self.channel,
+                    'connect_timeout': CONNECT_SECONDS,
+                    'application_name': f'{self.channel} {self.name}',
                     'tcp_user_timeout': 1000 * BUSY_SECONDS, 'keepalives_idle': BUSY_SECONDS,
                     'keepalives_interval': 2, 'keepalives_count': 3})
                 self._away_since = None
@@ -2703,6 +2731,15 @@ class PostgreSQL:
                     raise StorageError('the database is not reachable: '
                                        f'{" ".join(str(error).split())}') from None
             gevent.sleep(random.uniform(0.05, 0.2))
+
+    def others(self):
+        """How many connections other processes of the app have."""
+        with self.connection() as connection:
+            (number,), = connection.run(connection.complete(
+                'SELECT count(*) FROM pg_stat_activity WHERE starts_with(application_name, %s) '
+                'AND application_name <> %s',
+                (f'{self.channel} ', f'{self.channel} {self.name}')))
+        return number
 
     def _is_away(self, at):
         return self._away_since is not None and at - self._away_since > BUSY_SECONDS
@@ -2961,7 +2998,8 @@ class _Again(Exception):
 class _Schema:
     """The verbs of a Database whose tables are in a schema of the server."""
     VERBS = ('open', 'open_read_only', 'close', 'execute', 'executemany', 'transact',
-             'after_commit', 'lock', '_check', '_columns')
+             'after_commit', 'lock', '_check', '_columns', '_slices', '_last_ids',
+             '_set_last_ids')
 
     def __init__(self, server, database):
         self._server, self._database = server, database
@@ -2977,8 +3015,10 @@ class _Schema:
                 **{verb: getattr(self, verb) for verb in self.VERBS}}
 
     def open(self, path=None):
-        if self._database._pending():
-            self._transact(functools.partial(self._migrate), LONG_BEGIN)
+        if self._database._pending() and self._database.in_transaction:
+            self._migrate()
+        elif self._database._pending():
+            self._transact(self._migrate, LONG_BEGIN)
 
     def open_read_only(self, path=None):
         if self._database._pending():
@@ -3050,8 +3090,26 @@ class _Schema:
         self._database._migrate()
 
     def _columns(self):
-        return self.execute('SELECT table_name, column_name FROM information_schema.columns '
-                            'WHERE table_schema = ?', (self._name,))
+        return self.execute('SELECT relname, attname FROM pg_class JOIN pg_attribute '
+                            "ON attrelid = pg_class.oid WHERE relkind = 'r' AND attnum > 0 "
+                            'AND NOT attisdropped AND relnamespace = to_regnamespace(?) '
+                            'ORDER BY pg_class.oid, attnum', (self._name,))
+
+    def _slices(self, table, columns):
+        self.execute(f'DECLARE slices NO SCROLL CURSOR FOR SELECT {columns} FROM {table}')
+        while rows := self.execute(f'FETCH {COPIED_ROWS} FROM slices'):
+            yield rows
+        self.execute('CLOSE slices')
+
+    def _last_ids(self):
+        return {name.removesuffix('_id_seq'): last or 0 for name, last in self.execute(
+                    'SELECT sequencename, last_value FROM pg_sequences WHERE schemaname = ?',
+                    (self._name,))}
+
+    def _set_last_ids(self, last):
+        for table in self._last_ids():
+            self.execute(f"SELECT setval('{self._name}.{table}_id_seq', greatest(1, ?, "
+                         f'(SELECT max(id) FROM {table})))', (last.get(table, 1),))
 
     def _translate(self, statement):
         """What PostgreSQL understands of SQL that is written for SQLite."""
@@ -5128,6 +5186,7 @@ def backup(target):
     """Copy the databases that are worth it to a directory or an archive; the app may run. What was
     there is replaced when the copies are whole: an archive at once, a directory file by file, so a
     kill between two of them leaves old ones beside new ones. Raises BackupError, StorageError."""
+    _refuse_server('backup')
     kind = _kind_of(target)
     _refuse_overlap(target)
     for database in _copied().values():
@@ -5163,6 +5222,7 @@ def restore(source, force=False):
     """Put the files of a backup in the place of today's. Raises BackupError or StorageError, and
     changes nothing, if one is damaged or of a newer version, if today's would be overwritten
     (without force), or if an app runs on them."""
+    _refuse_server('restore')
     kind = _kind_of(source)
     _refuse_overlap(source)
     with _sentences(source), contextlib.ExitStack() as undo:
@@ -5200,11 +5260,16 @@ def run_checks():
     """What is wrong with the databases, as sentences. They are only read; the app may run."""
     problems = []
     with contextlib.ExitStack() as opened:
+        if settings.database_url:
+            server = PostgreSQL()
+            server.open()
+            opened.callback(server.close)
         for database in databases.values():
-            if not os.path.exists(database.default_path) and not database.copied:
-                continue                # as a restore leaves the cable: the next start makes it
             try:
-                _refuse_damage(database, database.default_path)
+                if not settings.database_url:
+                    if not database.copied and not os.path.exists(database.default_path):
+                        continue        # as a restore leaves the cable: the next start makes it
+                    _refuse_damage(database, database.default_path)
                 database.open_read_only()
                 opened.callback(database.close)
             except AppError as error:
@@ -5212,6 +5277,115 @@ def run_checks():
         for function in checks if not problems else ():
             problems += function()
     return problems
+
+
+def copy_to(target):
+    """Copy all that is kept to a PostgreSQL server (its URL), or from there to files
+    (sqlite:DIRECTORY); the app must be stopped. Raises BackupError, StorageError, and leaves what
+    is copied as it is, and the target empty then. Gives {table: number of rows}."""
+    to_server = not settings.database_url
+    if target.startswith('sqlite:') == to_server:
+        raise BackupError('copy-to goes from files to postgresql://…, or, where DATABASE_URL is '
+                          'set, to sqlite:DIRECTORY; else use backup, or pg_dump')
+    files = {name: Database(name, database.migrations, declared=False)
+             for name, database in databases.items() if database.copied}
+    with contextlib.ExitStack() as undo:
+        if to_server:
+            if not lock_directory(settings.data, fcntl.LOCK_EX, undo):
+                raise BackupError(f'an app runs on {settings.data}; stop it first')
+            settings.database_url, settings.direct_database_url = _server_url(target), ''
+            directory = settings.data
+        else:
+            target = os.path.abspath(target.removeprefix('sqlite:'))
+            if os.path.lexists(target) and (not os.path.isdir(target) or os.listdir(target)):
+                raise BackupError(f'{target} is there, and not empty')
+            directory = undo.enter_context(_scratch(target))
+        for name, database in files.items():
+            path = os.path.join(directory, os.path.basename(database.default_path))
+            undo.callback(database.close)
+            if to_server:
+                _refuse_damage(database, path)
+                database.open_read_only(path)
+            else:
+                database.open(path)
+            if database._pending():
+                raise BackupError(f'{path} is of an older version; the command `migrate` brings it '
+                                  f'up to date')
+        server = PostgreSQL()
+        server.open()
+        undo.callback(server.close)
+        if server.others():
+            raise BackupError('an app runs on the database server; stop all of its processes first')
+        for database in databases.values():
+            database.joined = app_db            # one transaction for all
+        copied = app_db.transact(_copy_rows, files, to_server)
+        if not to_server:
+            for database in files.values():
+                database.close()
+            for name in os.listdir(directory):
+                sync(os.path.join(directory, name))
+            os.rename(directory, target)
+            sync(os.path.dirname(target))
+    return copied
+
+
+def _server_url(target):
+    try:
+        return server_url(target)
+    except ValueError as allowed:
+        raise BackupError(f'the target of copy-to is {allowed}, or sqlite:DIRECTORY') from None
+
+
+@contextlib.contextmanager
+def _scratch(target):
+    """A directory beside the target, which is removed if it is still there."""
+    with _sentences(target):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        directory = tempfile.mkdtemp(prefix='.copy-', dir=os.path.dirname(target))
+        give_to_owner(directory, directory)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _copy_rows(files, to_server):
+    """Copy every row, in a transaction of the server. Gives {table: number of rows}."""
+    copied = {}
+    for database in databases.values():
+        if to_server:
+            if database._columns():
+                raise BackupError(f'there is a {database.path} already, so the target is not empty')
+            database.open()
+        elif database._pending():
+            raise BackupError(f'{database.path} is of an older version; the command `migrate` '
+                              f'brings it up to date')
+    for name, file in files.items():
+        source, target = (file, databases[name]) if to_server else (databases[name], file)
+        insert = target.executemany if to_server else target._connection.executemany
+        tables = {}
+        for table, column in file._columns():
+            tables.setdefault(table, []).append(f'"{column}"')
+        del tables['schema_migrations']
+        if not to_server:
+            target._connection.execute('BEGIN')
+        for table, columns in tables.items():
+            for rows in source._slices(table, ', '.join(columns)):
+                insert(f'INSERT INTO {table} ({", ".join(columns)}) '
+                       f'VALUES ({", ".join("?" * len(columns))})',
+                       [[_clean(value) if isinstance(value, str) else value for value in row]
+                        for row in rows])
+        target._set_last_ids(source._last_ids())
+        for table in tables:
+            (there,), (here,) = (side._slices(table, 'count(*)') for side in (source, target))
+            if there != here:
+                raise BackupError(f'{table} has {there[0][0]} rows, and the copy {here[0][0]}')
+            copied[table] = here[0][0]
+        if not to_server:
+            target._connection.execute('COMMIT')
+    if to_server:
+        jobs.adopt_outbox()
+    return copied
 
 
 def sync(path):
@@ -5261,6 +5435,12 @@ def _refuse_damage(database, path):
         other.close()
     if result != 'ok':
         raise StorageError(f'{path} is damaged: {" ".join(result.split())}')
+
+
+def _refuse_server(command):
+    if settings.database_url:
+        raise BackupError(f'{command} is for files; of a server use '
+                          f"pg_dump -n '{APP}_{settings.env}*', and pg_restore")
 
 
 def _kind_of(path):
@@ -5389,6 +5569,13 @@ def command_restore(path, force=False):
     return 0
 
 
+def command_copy_to(target):
+    load_settings(os.environ)
+    for table, rows in copy_to(target).items():
+        print(f'{table}: {rows}')
+    return 0
+
+
 def command_check():
     load_settings(os.environ)
     problems = run_checks()
@@ -5403,6 +5590,7 @@ COMMANDS = {        # name: (function, its arguments, what it does)
     'check': (command_check, '', 'check the files: whole, of this version, nothing stuck'),
     'backup': (command_backup, 'PATH', 'copy the data to a directory or an archive; it may run'),
     'restore': (command_restore, 'PATH [--force]', 'put a backup in place; it must be stopped'),
+    'copy-to': (command_copy_to, 'TARGET', 'copy all to postgresql://…, or to sqlite:DIRECTORY'),
     'settings': (command_settings, '', 'show every setting: value, where from, meaning'),
     'secret': (command_secret, '', f'print a new value for {PREFIX}SECRET'),
 }
