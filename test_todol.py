@@ -1706,7 +1706,7 @@ def test_no_statement_reads_a_whole_table_where_an_index_should_serve(stack):
         parameters = (1,) * text.count('?') or AnyParameter()
         plans = [outcome(lambda each=each: each.execute(f'EXPLAIN QUERY PLAN {text}', parameters))
                  for each in todol.databases.values()]
-        plan = next((plan for plan in plans if isinstance(plan, list)), [] if 'information_schema' in text else None)
+        plan = next((plan for plan in plans if isinstance(plan, list)), [] if ' pg_' in text else None)
         assert plan is not None, f'no database takes {text!r}: {plans}'
         scans += [f'{line}: {text}' for *_, line in plan
                   if re.match(r'SCAN (?!CONSTANT ROW|state|json_each)|SEARCH (?!.* USING )', line)

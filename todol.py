@@ -449,13 +449,32 @@ class Database:
     def transact(self, function, /, *arguments, **options):
         """Call the function in a transaction, and give what it returns, after the commit.
 
-        The function is called once. If it raises, all that it did is undone, and nothing else.
-        Inside another transaction of this database it joins that one, as a part that can be undone
-        alone; inside one of another database it is refused (MisuseError): enqueue a job, which is
-        written with the transaction. It can't wait: an attempt raises MisuseError.
+        If the function raises, all that it did is undone, and nothing else. Inside another
+        transaction of this database it joins that one, as a part that can be undone alone; inside
+        one of another database it is refused (MisuseError): enqueue a job, which is written with
+        the transaction. It can't wait: an attempt raises MisuseError.
 
-        Greenlets that write at the same time share a commit: who comes first leads, and calls the
-        others' functions too. So a function must not use the current request.
+        On SQLite it is called once, and no other transaction runs from its first line to the
+        commit. Greenlets that write at the same time share a commit: who comes first leads, and
+        calls the others' functions too. So a function must not use the current request.
+
+        On PostgreSQL (DATABASE_URL) others run at the same time, here and in other processes:
+        * What it reads may change before it writes. `db.lock('list 7')` as its first line keeps out
+          whoever locks the same name, until the commit; on SQLite nobody is there. Without it, a
+          function that reads, decides and writes is wrong now and then, and nothing tells. One
+          statement alone needs no lock: UPDATE … SET n = n + 1, INSERT … ON CONFLICT.
+        * It may be called again from its start, after a deadlock or a lost connection. So it
+          changes nothing but the database.
+        * After a statement that fails nothing more is done, unless that stood in a transact() of
+          its own, inside.
+        * A connection that is lost in the commit raises StorageError, and the change may have been
+          made: what a client repeats has an idempotency key.
+
+        SQL is written for SQLite, and translated: ?, :name, now_s(), INTEGER, REAL, BLOB, triggers
+        with AFTER, CAST(value AS INTEGER) FROM json_each(:ids), tables behind FROM, JOIN, INTO,
+        UPDATE, TABLE or ON. What only PostgreSQL knows stands between /*pg and */. It does not know
+        iif(), max() of two values, INSERT OR, rowid, or a GROUP BY that lacks a column; there LIKE
+        minds case, text has no NUL, a truth is no number, and the ids of a table may have gaps.
         """
         self._check()
         call = functools.partial(function, *arguments, **options)
@@ -493,7 +512,8 @@ class Database:
             function()
 
     def lock(self, *names, held=False):
-        """See transact(). held: have it when this returns, not with the next statement."""
+        """Keep out who locks one of the names, until the commit: see transact(). held: from now
+        on, not from the next statement on. Raises MisuseError outside of a transaction."""
         if not self.in_transaction:
             raise MisuseError('a lock ends with its transaction: call it inside transact()')
 
