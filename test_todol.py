@@ -12,6 +12,7 @@ Real files, real sockets, real processes, a real browser. What a machine lacks (
 import ast
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -366,6 +367,16 @@ class ServerProcess:
     @property
     def url(self):
         return f'http://127.0.0.1:{self.port}'
+
+    def children(self):
+        """The process ids of its children."""
+        need(os.path.exists('/proc/self/stat'), 'this system has no /proc')
+        found = []
+        for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
+            with contextlib.suppress(OSError):
+                if path.read_text().rpartition(')')[2].split()[1] == str(self.process.pid):
+                    found.append(int(path.parent.name))
+        return found
 
     def client(self):
         """A new client with no cookies."""
@@ -6454,6 +6465,341 @@ def greenlet():
     assert len(told) == 3 and all(error in text for error, text in zip(errors, told))
 
 
+# WEB_CONCURRENCY
+
+WHO = '''
+import os, signal
+todol.app.get('/pid')(lambda: str(os.getpid()))
+todol.CHILD_STOP_SECONDS, todol.READY_SECONDS = 5, 4
+'''
+
+
+def pids_of_answers(server, count):
+    """The processes that answer on so many connections, all open at once."""
+    clients = [server.client() for _ in range(count)]
+    return {int(client.get('/pid').text) for client in clients}
+
+
+class Writer(threading.Thread):
+    """Changes, and reads, over and over on a keep-alive connection of its own until stop() or until nobody listens
+    there. created: titles that were acknowledged; failed: what became of the other requests."""
+
+    def __init__(self, server, cookies, keep_alive=True):
+        super().__init__()
+        self.created, self.failed, self._keep_alive = [], [], keep_alive
+        self._client = HTTPClient(server.port)
+        self._client.cookies = dict(cookies)
+        self._stopping = threading.Event()
+        self.start()
+
+    def run(self):
+        for number in itertools.count():
+            title = f'todo {id(self)}-{number}'
+            try:
+                self._client.create(title)
+                self.created.append(title)
+                assert self._client.get('/completed').status == 200
+            except (ConnectionError, AssertionError) as error:
+                if 'ConnectionRefusedError' in str(error):
+                    break
+                self.failed.append((title, str(error)))
+            if not self._keep_alive:
+                self._client.close()
+            if self._stopping.wait(0.01):       # a load, and room for others
+                break
+        self._client.close()
+
+    def stop(self):
+        self._stopping.set()
+        self.join(30)
+        return self
+
+
+class Follower(threading.Thread):
+    """Hears the stream of a client, over as many sockets as it takes: where one ends it goes on with the next, after
+    the last position. heard: titles of Writers; offsets: of the messages, in the order of arrival."""
+
+    def __init__(self, server, client):
+        super().__init__()
+        self.heard, self.offsets, self.sockets = set(), [], 0
+        self._server, self._cookie = server, client.cookie_header
+        self._identifier = json.loads(stream_identifier(client))
+        self._stopping = False
+        self.start()
+
+    def run(self):
+        while not self._stopping:
+            with contextlib.suppress(OSError, ValueError, IndexError):      # nobody there, or not for long
+                with contextlib.closing(CableClient(self._server.port, self._cookie, protocols=(
+                        'actioncable-v1-ext-json, actioncable-unsupported'))) as self._cable:
+                    self._listen()
+
+    def _listen(self):
+        self._cable.command('subscribe', json.dumps(self._identifier))
+        self.sockets += 1
+        for message in iter(self._cable.receive, None):
+            if 'message' in message:
+                self.heard.update(re.findall(r'todo \d+-\d+', message['message']))
+                self.offsets.append(message['offset'])
+                self._identifier['since'] = f'{message["epoch"]}:{message["offset"]}'
+
+    def assert_heard(self, titles):
+        """Every title has come, and every message once and in order."""
+        eventually(lambda: self.heard >= set(titles), 20, 'to hear of the last')
+        self._stopping = True
+        self._cable.socket.shutdown(socket.SHUT_RDWR)
+        self.join(20)
+        assert self.offsets == sorted(set(self.offsets))
+
+
+@pytest.fixture
+def traffic():
+    """traffic(server, count): so many Writers, who share a session, and the Follower of their list. Each is stopped."""
+    started = []
+
+    def start(server, count=4):
+        client = get_session(server)
+        writers = [Writer(server, client.cookies) for _ in range(count)]
+        started.extend(writers)
+        return client, writers, Follower(server, client)
+
+    yield start
+    for each in started:
+        each.stop()
+
+
+def assert_kept(server, writers, follower):
+    """What the writers did is there, once, and was heard; the files are whole and no job is left."""
+    created = [title for writer in writers for title in writer.created]
+    follower.assert_heard(created)
+    with contextlib.closing(server.database()) as app, contextlib.closing(server.database('job')) as job:
+        titles = [title for title, in app.execute('SELECT title FROM todos')]
+        assert set(created) <= set(titles) and len(set(titles)) == len(titles) and len(created) > 20
+        assert len(titles) <= 1 + len(created) + sum(len(writer.failed) for writer in writers)
+        for file, table in ((app, 'outbox'), (job, 'jobs')):
+            eventually(lambda: not file.execute(f'SELECT 1 FROM {table}').fetchall(), 20, f'an empty {table}')
+            assert file.execute('PRAGMA integrity_check').fetchall() == [('ok',)]
+
+
+def test_four_children_begin_on_an_empty_directory_and_share_what_one_process_does(start_server, connect, tmp_path):
+    program = script(tmp_path, WHO + '''
+@todol.jobs.every(3600)
+def hourly():
+    print('hourly', flush=True)
+@todol.jobs.task()
+def where():
+    print('job in', os.getpid(), flush=True)
+    gevent.sleep(0.2)
+@todol.app.get('/jobs')
+def enqueue():
+    for _ in range(40):
+        where.later()
+''')
+    server = start_server(program=program, WEB_CONCURRENCY=4, TODOL_JOB_WORKERS=3)
+    parent, children = server.process.pid, server.children()
+    assert len(children) == 4 and pids_of_answers(server, 40) == set(children), 'each serves'
+    for name in todol.databases:
+        suffix = '' if name == 'app' else f'_{name}'
+        made = re.findall(rf' (\d+) INFO    migrated \S*/test{suffix}.sqlite3: 0', server.log)
+        assert len(made) == 1 and int(made[0]) in children, server.log
+    client = get_session(server)
+    client.get('/jobs')
+    eventually(lambda: server.log.count('job in') == 40)
+    assert len({line for line in server.log.splitlines() if line.startswith('job in')}) == 4, 'each runs jobs'
+    sockets = [connect(server, client) for _ in range(20)]
+    for each in sockets:
+        assert each.receive() == {'type': 'welcome'}
+        each.command('subscribe', stream_identifier(client))
+        assert each.receive()['type'] == 'confirm_subscription'
+    client.create('for all of them')
+    assert all('for all of them' in each.receive()['message'] for each in sockets)
+    assert {answer.get('/up').text for answer in [server.client() for _ in range(20)]} == {'ok\n'}
+    for arguments in (['migrate'], ['check'], ['backup', 'copy.zip']):
+        assert command(tmp_path, *arguments)[0] == 0, arguments
+    assert_refused(command(tmp_path, 'restore', 'copy.zip', '--force'), 'an app runs on')
+    assert pathlib.Path(f'/proc/{parent}/fd').exists() and not [
+        fd for fd in pathlib.Path(f'/proc/{parent}/fd').iterdir() if 'sqlite3' in os.readlink(fd)]
+    for child in children:              # as a terminal does
+        os.kill(child, signal.SIGINT)
+        os.kill(child, signal.SIGHUP)
+    assert pids_of_answers(server, 20) <= set(children) and server.log.count('hourly') <= 1
+    started = time.monotonic()
+    assert server.stop(signal.SIGINT) == 0 and time.monotonic() - started < todol.DRAIN_SECONDS
+    assert server.log.endswith(f'{parent} INFO    stopped\n') and server.log.count('INFO    stopped') == 5
+    assert 'Traceback' not in server.log and not signs_of_life(tmp_path / 'db')
+    assert command(tmp_path, 'restore', 'copy.zip', '--force')[0] == 0
+
+
+def test_children_that_are_killed_are_replaced_and_lose_what_they_had_in_their_hands_at_most(
+        start_server, traffic, tmp_path):
+    server = start_server(program=script(tmp_path, WHO), WEB_CONCURRENCY=3, TODOL_WRITES_PER_MINUTE=10**9)
+    client, writers, follower = traffic(server)
+    first = server.children()
+    for victim in first[:2]:
+        before = [len(writer.created) for writer in writers]
+        os.kill(victim, signal.SIGKILL)
+        eventually(lambda: f'child {victim} had ended' in server.log and len(server.children()) == 3)
+        eventually(lambda: all(len(writer.created) > count + 5 for writer, count in zip(writers, before)), 30)
+    last = eventually(lambda: len(set(server.children()) - set(first)) == 2 and server.children())
+    eventually(lambda: pids_of_answers(server, 20) == set(last), what='to serve')
+    failed = [each for writer in writers for each in writer.stop().failed]
+    assert len(failed) <= 2 * len(writers), failed
+    assert_kept(server, writers, follower)
+    assert command(tmp_path, 'check')[1] == 'ok\n' and server.stop() == 0 and not signs_of_life(tmp_path / 'db')
+
+
+def test_sighup_brings_a_new_file_into_use_without_a_request_that_fails_and_a_broken_one_not_at_all(
+        start_server, traffic, tmp_path):
+    program = script(tmp_path, WHO)
+    server = start_server(program=program, WEB_CONCURRENCY=2, TODOL_WRITES_PER_MINUTE=10**9)
+    client, writers, follower = traffic(server)
+    writers.append(Writer(server, client.cookies, keep_alive=False))
+    children = server.children()
+    for version in range(2):
+        script(tmp_path, WHO + f'todol.app.get("/version")(lambda: "{version}")')
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: server.log.count('takes the place of') == 2 * version + 2 and len(server.children()) == 2, 60)
+        assert server.client().get('/version').text == str(version)
+    now, sockets = server.children(), follower.sockets
+    assert not set(children) & set(now) and 1 < sockets <= 5
+    for broken in ('raise SystemExit(3)', 'gevent.sleep(60)'):
+        script(tmp_path, WHO + broken)
+        said = server.log.count('did not get ready')
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: server.log.count('did not get ready') == said + 1 and len(server.children()) == 2, 60)
+    assert server.children() == now and server.client().get('/version').text == '1'
+    assert not [each for writer in writers for each in writer.stop().failed] and follower.sockets == sockets
+    assert_kept(server, writers, follower)
+    assert server.stop() == 0 and not signs_of_life(tmp_path / 'db')
+
+
+@pytest.mark.parametrize('processes', [1, 3])
+def test_a_stop_under_load_answers_every_request_that_reached_it(start_server, traffic, processes):
+    server = start_server(WEB_CONCURRENCY=processes, TODOL_WRITES_PER_MINUTE=10**9)
+    client, writers, follower = traffic(server)
+    writers += [Writer(server, client.cookies, keep_alive=False) for _ in range(3)]
+    eventually(lambda: all(len(writer.created) > 10 for writer in writers), 30)
+    started = time.monotonic()
+    assert server.stop() == 0 and time.monotonic() - started < 10
+    assert not [each for writer in writers for each in writer.stop().failed]
+    server.start(server.port)
+    assert_kept(server, writers, follower)
+
+
+def test_while_a_child_stands_still_the_others_serve_and_a_stop_does_not_wait_for_it(start_server, tmp_path):
+    server = start_server(program=script(tmp_path, WHO), WEB_CONCURRENCY=2)
+    still, moving = server.children()
+    held = eventually(lambda: [each for each in [server.client()] if each.get('/pid').text == str(still)])[0]
+    client = get_session(server)
+    os.kill(still, signal.SIGSTOP)
+    assert pids_of_answers(server, 10) == {moving} and server.client().get('/up').text == 'ok\n'
+    with concurrent.futures.ThreadPoolExecutor() as later:
+        answer = later.submit(held.get, '/pid')
+        client.create('meanwhile')
+        os.kill(still, signal.SIGCONT)
+        assert answer.result(20).text == str(still), 'it goes on'
+    os.kill(still, signal.SIGSTOP)
+    started = time.monotonic()
+    assert server.stop() == 0 and 4 < time.monotonic() - started < 8     # CHILD_STOP_SECONDS
+    assert server.start().stop() == 0 and not signs_of_life(tmp_path / 'db')
+
+
+def test_children_end_with_a_parent_that_is_killed_and_their_port_is_free(start_server, traffic):
+    server = start_server(WEB_CONCURRENCY=3, TODOL_WRITES_PER_MINUTE=10**9)
+    client, writers, follower = traffic(server)
+    eventually(lambda: all(len(writer.created) > 5 for writer in writers), 30)
+    children = server.children()
+    server.process.kill()
+    assert server.process.wait(20) == -signal.SIGKILL
+    eventually(lambda: not any(os.path.exists(f'/proc/{child}/exe') for child in children), 5)
+    server.start(server.port)
+    for writer in writers:
+        writer.stop()
+    assert_kept(server, writers, follower)
+
+
+def test_a_start_that_fails_in_the_parent_or_in_a_child_ends_with_status_1_and_leaves_nothing(tmp_path):
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        said = assert_one_sentence(run(cwd=tmp_path, PORT=str(taken.getsockname()[1]), WEB_CONCURRENCY='4'))
+        assert 'Address already in use' in said and not list(tmp_path.iterdir())
+    data = pathlib.Path(environment_of(tmp_path)['TODOL_DATA'])
+    data.mkdir()
+    (data / 'test.sqlite3').write_bytes(b'not a database at all')
+    done = run(cwd=tmp_path, WEB_CONCURRENCY='2', **environment_of(tmp_path))
+    assert done.returncode == 1 and 'app database is damaged' in done.stderr and 'Traceback' not in done.stderr
+    assert 'is at http' not in done.stderr and not signs_of_life(data)
+
+
+# LISTEN_FDS
+
+@contextlib.contextmanager
+def started_with(listener, cwd, count=1, **environment):
+    """The program, started as systemd does it: with a socket as file descriptor 3."""
+    become = ('import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ["LISTEN_PID"] = str(os.getpid()); '
+              'os.execv(sys.executable, [sys.executable, sys.argv[2]])')
+    with subprocess.Popen([sys.executable, '-c', become, str(listener.fileno()), PROGRAM], cwd=cwd, text=True,
+                          pass_fds=[listener.fileno()], stderr=subprocess.PIPE,
+                          env=environment_with(**environment_of(cwd, LISTEN_FDS=count, **environment))) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_listener_of_systemd_is_served_and_no_connection_is_refused_over_a_restart(tmp_path, processes):
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        port = listener.getsockname()[1]
+        for title in 'first', 'second':
+            with contextlib.closing(HTTPClient(port)) as client:
+                client._connection.connect()        # before anybody accepts
+                with started_with(listener, tmp_path, PORT=1, WEB_CONCURRENCY=processes) as process:
+                    client.create(title)
+                    process.terminate()     # the other child may not be ready yet
+                    _, log = process.communicate(timeout=20)
+                assert process.returncode == 0 and 'Error' not in log, log
+
+
+def test_systemds_own_program_starts_it_at_the_first_connection(tmp_path):
+    activate = need(shutil.which('systemd-socket-activate'), 'systemd-socket-activate is missing: apt install systemd')
+    with socket.create_server(('127.0.0.1', 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = environment_of(tmp_path, WEB_CONCURRENCY=2)
+    with open(tmp_path / 'log', 'w') as log:
+        process = subprocess.Popen(
+            [activate, '-l', f'127.0.0.1:{port}', *(f'-E{name}={value}' for name, value in environment.items()),
+             sys.executable, script(tmp_path, WHO + """
+todol.app.get('/passed')(lambda: repr([name for name in os.environ if name.startswith('LISTEN_')]))
+""")], cwd=tmp_path, env=environment_with(), stderr=log)
+        try:
+            eventually(lambda: 'Listening on' in (tmp_path / 'log').read_text())
+            client = HTTPClient(port)
+            pid = int(client.get('/pid').text)
+            assert client.get('/passed').text == '[]' and pid != process.pid, 'a child answers'
+            client.close()
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_what_is_no_listening_tcp_socket_and_what_is_for_another_process_is_not_taken(tmp_path):
+    unix = socket.socket(socket.AF_UNIX)
+    for refused in unix, socket.socket(), socket.socket(type=socket.SOCK_DGRAM), open(PROGRAM):
+        with refused, started_with(refused, tmp_path) as process:
+            _, log = process.communicate(timeout=20)
+        assert process.returncode == 1 and re.fullmatch('Error: LISTEN_FDS passes on .*\n', log), log
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        with started_with(listener, tmp_path, count=2) as process:
+            assert 'Error: LISTEN_FDS' in process.communicate(timeout=20)[1]
+        with subprocess.Popen([sys.executable, PROGRAM], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment_with(
+                **environment_of(tmp_path, LISTEN_FDS=1, LISTEN_PID=os.getpid()))) as process:
+            where = next(line for line in process.stderr if 'is at http' in line)
+            process.terminate()
+        assert f':{listener.getsockname()[1]} ' not in where
+
+
 # open_stack()
 
 @contextlib.contextmanager
@@ -9737,15 +10083,6 @@ class Machine(ServerProcess):
     def said(self):
         """What it logged since the last boot."""
         return self.log[self._log_from:]
-
-    def children(self):
-        """The process ids of the children of the command."""
-        found = []
-        for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
-            with contextlib.suppress(OSError):
-                if path.read_text().rpartition(')')[2].split()[1] == str(self.process.pid):
-                    found.append(int(path.parent.name))
-        return found
 
     def kill(self):
         """kill -9 of all its processes"""

@@ -4488,8 +4488,9 @@ def inherit(environ):
         return None, False
     try:
         listener = gevent.socket.socket(fileno=LISTENER_FD)
-        if listener.family not in (socket.AF_INET, socket.AF_INET6) or count != str(1 + has_parent):
-            raise OSError(f'{count} sockets, the first of {listener.family!r}')
+        if listener.family not in (socket.AF_INET, socket.AF_INET6) or count != str(1 + has_parent) \
+                or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise OSError(f'{count} of them, the first is {listener}')
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for fd in range(LISTENER_FD, LISTENER_FD + 1 + has_parent):
             os.set_inheritable(fd, False)
@@ -5120,7 +5121,7 @@ class Parent:
     def _begin(self):
         if all([child.ready.get() for child in self._children]):
             say_where(self._listener)
-        else:
+        elif not self._stopping.is_set():
             self._status = 1
             self._stopping.set()
 
