@@ -10632,6 +10632,20 @@ def test_the_commands_of_the_readme_are_those_of_the_program():
                for word in re.findall(r'\[?--[a-z]+', synopsis))
 
 
+def test_the_units_of_the_readme_are_what_systemd_takes_and_give_settings_that_there_are(tmp_path):
+    analyze = need(shutil.which('systemd-analyze'), 'systemd-analyze is missing: apt install systemd')
+    units = dict(re.findall(r'^```ini\n# /etc/systemd/system/(\S+)\n(.*?)^```$', project_text('README.md'), re.M | re.S))
+    assert set(units) == {'todol.socket', 'todol.service'}
+    for name, text in units.items():
+        (tmp_path / name).write_text(text.replace('/srv/todol/venv/bin/python', sys.executable))
+    done = subprocess.run([analyze, 'verify', '--man=no', *(tmp_path / name for name in units)], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    given = dict(pair.split('=') for pair in re.search(r'^Environment=(.*)', units['todol.service'], re.M)[1].split())
+    assert set(given) <= {setting.variable for setting in todol.SETTINGS}
+    directory, = re.findall(r'^StateDirectory=(.*)', units['todol.service'], re.M)
+    assert given['TODOL_DATA'] == f'/var/lib/{directory}' and 'ListenStream=127.0.0.1:8080\n' in units['todol.socket']
+
+
 def test_the_readme_uses_the_command_of_the_image():
     told = re.findall(r'(?:ssh console -C "|docker exec \w+ |`)((?:app|litestream|python) /?[a-z][^"`]*)', README)
     known = {'app': todol.COMMANDS, 'litestream': ('restore', 'databases'),

@@ -4994,12 +4994,6 @@ def open_stack(environ=None, run_jobs=False):
     """
     if processes.name:
         raise MisuseError('the stack is open already')
-    for name, version, least in (('SQLite', sqlite3.sqlite_version, (3, 35)),
-                                 ('bottle', bottle.__version__, (0, 13)),
-                                 ('gevent', gevent.__version__, (23, 9))):
-        if tuple(int(part) for part in re.findall(r'\d+', version)[:2]) < least:
-            raise SettingError(f'{name} {version} is too old here: {least[0]}.{least[1]} or later '
-                               f'is needed')
     load_settings(os.environ if environ is None else environ)
     with open_services(run_jobs):
         yield
@@ -5008,6 +5002,12 @@ def open_stack(environ=None, run_jobs=False):
 @contextlib.contextmanager
 def open_services(run_jobs):
     """open_stack(), with the settings as they were loaded."""
+    for name, version, least in (('SQLite', sqlite3.sqlite_version, (3, 35)),
+                                 ('bottle', bottle.__version__, (0, 13)),
+                                 ('gevent', gevent.__version__, (23, 9))):
+        if tuple(int(part) for part in re.findall(r'\d+', version)[:2]) < least:
+            raise SettingError(f'{name} {version} is too old here: {least[0]}.{least[1]} or later '
+                               f'is needed')
     bottle.BaseRequest.MEMFILE_MAX = settings.max_body_bytes    # bottle's bound of forms and JSON
     services = [processes, *databases.values(), keys, cache, cable, heartbeat]
     if settings.database_url:
