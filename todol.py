@@ -3106,7 +3106,9 @@ class _Schema:
 
     def _migrate(self):
         self.lock('migrations')
-        self.execute(f'CREATE SCHEMA IF NOT EXISTS {self._name}')
+        # IF NOT EXISTS would look at what was known before the wait for the lock.
+        if not self.execute('SELECT 1 FROM pg_namespace WHERE nspname = ?', (self._name,)):
+            self.execute(f'CREATE SCHEMA {self._name}')
         self._database._migrate()
 
     def _columns(self):
