@@ -7,7 +7,7 @@
 
     python .ci/bench.py                     everything but growth, eight minutes
     python .ci/bench.py --quick             a look, under two minutes
-    python .ci/bench.py --only page         one figure: `--help` lists them; growth, a minute, runs only when named
+    python .ci/bench.py --only page         one figure: `--help` lists them; growth and grow run only when named
     python .ci/bench.py --json FILE         every sample too
 
 The peers are installed into .ci/bench-venv at the first run. wrk and redis-server come from Debian (`apt-get install
@@ -468,6 +468,7 @@ asyncio.run(main())
 '''
 
 TODOL_MODULE = 'python -m todol'     # has bytecode; a main script is compiled at each start
+ALONE = 'one process'               # the peer of several
 STARLETTE = 'Starlette + uvicorn'
 FLASK = 'Flask + gunicorn (gevent)'
 REDIS_HUEY = 'huey on Redis'
@@ -504,10 +505,12 @@ TURBO_STREAM = 'text/vnd.turbo-stream.html'
 
 
 class Server:
-    """todol or a peer on SERVER_CORE, with files of its own below the directory; to be used in a with statement."""
+    """todol or a peer on a core (None: on any), with files of its own below the directory; to be used in a with
+    statement."""
 
     def __init__(self, name, directory, core=SERVER_CORE, **settings):
         self.name = name
+        self._core = core
         self.port = free_port()
         self._core = core
         self.data = tempfile.mkdtemp(dir=directory)
@@ -588,7 +591,7 @@ end
 '''
 
 
-def load(server, cookies, requests_lua, connections, seconds):
+def load(server, cookies, requests_lua, connections, seconds, core=LOAD_CORE):
     """Let wrk ask a server, and wait until all that follows from it is done: requests per second of that whole time, CPU
     microseconds per request, and the median latency."""
     script = pathlib.Path(server.data, 'wrk.lua')
@@ -598,7 +601,7 @@ def load(server, cookies, requests_lua, connections, seconds):
                       + requests_lua + DONE_LUA)
     before_s = cpu_s(server.pid)
     process = start([need('wrk'), '-t1', f'-c{connections}', f'-d{seconds}s', '-s', script, f'http://127.0.0.1:{server.port}'],
-                    LOAD_CORE, stdout=subprocess.PIPE, text=True)
+                    core, stdout=subprocess.PIPE, text=True)
     result = json.loads(process.communicate()[0].splitlines()[-1])
     ended = time.perf_counter()
     server.settle()
@@ -737,6 +740,31 @@ def live(effort):
         client.close()
     return [compared("POST to another client's socket, p50", 'ms', samples, 'p50_ms', at_most=5),
             compared('– p99', 'ms', samples, 'p99_ms', at_most=15)]
+
+
+@figure
+def grow(effort):
+    """Two processes against one, both cores free for them and for the load: its share of the cores is a row, too."""
+    need('wrk')
+    with scratch() as directory, contextlib.ExitStack() as running:
+        sides = {}
+        for side, processes in ('todol', '2'), (ALONE, '1'):
+            server = running.enter_context(Server('todol', directory, core=None, WEB_CONCURRENCY=processes))
+            sides[side] = server, server.visitors()
+
+        def measure(requests_lua):
+            def with_share(server, cookies):
+                before_s, started = os.times().children_user + os.times().children_system, time.perf_counter()
+                sample = load(server, cookies, requests_lua, 32, effort.load_seconds, core=None)
+                used_s = os.times().children_user + os.times().children_system - before_s
+                return {**sample, 'load_percent': 100 * used_s / (time.perf_counter() - started)}
+            return alternate({side: functools.partial(with_share, *each) for side, each in sides.items()}, effort.rounds)
+        pages, posts = measure(PAGE_LUA), measure(CREATE_LUA)
+    return [compared('GET / from two processes', 'pages/s', pages, 'per_s', ALONE, ratio_at_least=1.6),
+            compared('– its CPU, of all processes', 'µs', pages, 'cpu_us', ALONE),
+            compared('– what the load takes of a core', '%', pages, 'load_percent', ALONE),
+            compared('POST /todos to two processes', 'requests/s', posts, 'per_s', ALONE, ratio_at_least=1),
+            compared('– what the load takes of a core', '%', posts, 'load_percent', ALONE)]
 
 
 PAINT_SCRIPT = '''() => {
@@ -1476,7 +1504,8 @@ def main():
     if options.inside:
         return measure_here(options.inside, QUICK if options.quick else FULL)
     install_peers()
-    rows, curves, left_out, failed = measure_all(options.only or list(FIGURES), options)
+    names = options.only or [name for name in FIGURES if name != 'grow']
+    rows, curves, left_out, failed = measure_all(names, options)
     where = machine()
     print('\n\n'.join(([markdown(rows)] if rows else []) + [curve_markdown(curve) for curve in curves]))
     print(f'\n{where["cores"]} cores of {where["processor"]}, kernel {where["kernel"]}, Python {where["python"]}, '
