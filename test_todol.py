@@ -112,7 +112,8 @@ class PostgresServer:
                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **self.user)
 
     def start(self):
-        options = f'-p {self.port} -k {self.directory} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=300'
+        options = f'-p {self.port} -k {self.directory} -c listen_addresses=127.0.0.1 -c fsync=off '\
+            '-c full_page_writes=off -c autovacuum=off -c shared_buffers=32MB -c max_wal_size=64MB -c max_connections=200'
         self.run('pg_ctl', 'start', '-w', '-l', self.directory / 'log', '-o', options)
 
     def stop(self, mode='fast'):
@@ -154,8 +155,12 @@ def postgres():
 def engine(request):
     """The settings that say where a test keeps its data: none for files, or a database of its own."""
     if getattr(request, 'param', 'sqlite') == 'sqlite':
-        return {}
-    return {'DATABASE_URL': request.getfixturevalue('postgres').new_database('migrated')}
+        yield {}
+        return
+    server = request.getfixturevalue('postgres')
+    url = server.new_database('migrated')
+    yield {'DATABASE_URL': url}
+    server.execute(f'DROP DATABASE {url.rpartition("/")[2]} WITH (FORCE)')
 
 
 both_engines = pytest.mark.parametrize('engine', ['sqlite', 'postgres'], indirect=True)
@@ -2830,6 +2835,7 @@ def running_jobs(jobs):
     return jobs, notes
 
 
+@both_engines
 @WAYS_IN
 def test_a_job_runs_once_with_its_arguments_and_leaves_nothing_behind(running_jobs, enqueue):
     jobs, notes = running_jobs
@@ -2844,6 +2850,7 @@ def test_a_job_runs_once_with_its_arguments_and_leaves_nothing_behind(running_jo
     assert jobs.stats() == {'waiting': 0, 'running': 0, 'failed': 0} and len(notes) == 3 * 3 * 4
 
 
+@both_engines
 def test_a_task_is_called_as_its_function_is_and_run_later_by_itself_or_by_its_name(jobs):
     notes = []
 
@@ -2862,6 +2869,7 @@ def test_a_task_is_called_as_its_function_is_and_run_later_by_itself_or_by_its_n
     assert jobs.names() == {'work', 'need'} and bare.queue == 'default' and bare(True, '') is True
 
 
+@both_engines
 def test_never_more_jobs_run_at_once_than_there_are_workers_however_they_are_enqueued(jobs):
     most, running, ran = [], [], []
 
@@ -2941,6 +2949,7 @@ def test_an_error_of_the_database_does_not_end_the_dispatcher_and_no_outcome_is_
 
 # Order keys
 
+@both_engines
 def test_a_retry_holds_up_its_order_key_and_a_failed_job_does_not_and_when_retried_is_the_last(jobs, job_clock):
     runs, notes, (numbers, goes_on) = failing(jobs, 2, attempts=2), noted(jobs), held(jobs)
     jobs.open(5)
@@ -2966,6 +2975,7 @@ def test_a_retry_holds_up_its_order_key_and_a_failed_job_does_not_and_when_retri
     assert len(runs) == 3 and notes[2:] == [{'n': 3}]
 
 
+@both_engines
 def test_the_next_of_an_order_key_runs_when_its_head_was_cancelled_or_deleted_by_hand(running_jobs):
     jobs, notes = running_jobs
     heads = [jobs.enqueue('note', order_key='k', delay_seconds=3600) for _ in range(2)]
@@ -2997,6 +3007,7 @@ def test_a_unique_key_drops_a_job_while_another_waits_and_is_free_when_that_one_
     assert sorted(numbers) == [0, 2, 4]
 
 
+@both_engines
 def test_a_job_that_failed_or_is_tried_again_holds_no_unique_key(jobs, job_clock):
     runs = failing(jobs, 2, attempts=2)
     noted(jobs)
@@ -3013,6 +3024,7 @@ def test_a_job_that_failed_or_is_tried_again_holds_no_unique_key(jobs, job_clock
     assert jobs.find(waits).state == 'scheduled'
 
 
+@both_engines
 def test_a_delayed_job_runs_when_its_time_has_come_and_holds_up_none_before(jobs, job_clock, monkeypatch):
     monkeypatch.setattr(todol, 'OUTBOX_ROWS', 10)       # in one turn
     notes = noted(jobs)
@@ -3034,6 +3046,7 @@ def test_a_delayed_job_runs_when_its_time_has_come_and_holds_up_none_before(jobs
     assert [note['n'] for note in notes] == list(range(14)), 'what was due first comes first'
 
 
+@both_engines
 def test_queues_are_served_by_weight_and_none_starves(jobs):
     notes = noted(jobs)
     todol.random.seed(7)
@@ -3047,6 +3060,7 @@ def test_queues_are_served_by_weight_and_none_starves(jobs):
     assert len(notes) == 280
 
 
+@both_engines
 def test_the_last_worker_is_kept_for_the_first_queue(jobs):
     (numbers, goes_on), notes = held(jobs), noted(jobs, queue='urgent')
     assert next(iter(todol.QUEUES)) == 'urgent'
@@ -3066,6 +3080,7 @@ def test_the_last_worker_is_kept_for_the_first_queue(jobs):
 
 # Failures
 
+@both_engines
 def test_a_failed_job_is_tried_again_with_growing_pauses_and_then_kept_with_its_traceback(jobs, job_clock, log_lines):
     runs = failing(jobs, 99, attempts=42, retry_seconds=2.0)
     jobs.open(5)
@@ -3133,6 +3148,7 @@ def test_whatever_a_job_raises_is_its_failure_and_the_others_go_on(jobs, log_lin
     assert not jobs._running
 
 
+@both_engines
 def test_a_job_whose_name_nobody_knows_has_failed_and_runs_when_the_name_is_back(new_jobs):
     before, after = new_jobs(), new_jobs()
     noted(before, 'renamed')
@@ -3162,6 +3178,7 @@ REFUSED_JOBS = [         # (task, arguments), options
     *((('note', {}), {'queue': queue}) for queue in NO_QUEUES)]
 
 
+@both_engines
 @WAYS_IN
 def test_what_can_not_run_is_refused_at_the_call_and_an_ordinary_job_runs_after_it(running_jobs, enqueue):
     jobs, notes = running_jobs
@@ -3238,6 +3255,7 @@ def test_a_row_of_the_outbox_that_is_no_job_becomes_a_failed_one_and_the_others_
 
 # Looking, and changing by hand
 
+@both_engines
 def test_a_job_is_found_in_each_of_its_states(jobs, job_clock):
     (numbers, goes_on), _ = held(jobs), failing(jobs, 1, attempts=1)
     scheduled = jobs.enqueue('hold', {'n': 1}, delay_seconds=60, queue='low')
@@ -3263,6 +3281,7 @@ def test_a_job_is_found_in_each_of_its_states(jobs, job_clock):
     assert sorted(numbers) == [2, 3, 4]
 
 
+@both_engines
 def test_an_id_that_nobody_has_finds_nothing_and_changes_nothing_and_what_is_no_text_is_job_refused(jobs):
     noted(jobs)
     kept = jobs.enqueue('note', delay_seconds=60)
@@ -3288,6 +3307,7 @@ def runs_after(jobs, job_clock, runs, seconds):
     return len(runs) - before
 
 
+@both_engines
 def test_a_recurring_job_runs_on_multiples_of_its_period(jobs, job_clock):
     runs = []
     jobs.every(60)(named('tick', lambda: runs.append(job_clock.now)))
@@ -3300,6 +3320,7 @@ def test_a_recurring_job_runs_on_multiples_of_its_period(jobs, job_clock):
     assert runs_after(jobs, job_clock, runs, 600) == 1, 'what was missed is made up for once'
 
 
+@both_engines
 @pytest.mark.parametrize('catch_up', [True, False])
 def test_a_time_missed_while_nobody_ran_is_made_up_for_once_or_not_at_all(new_jobs, catch_up):
     for missed in (None, 1, 10 * 86400):
@@ -3318,6 +3339,7 @@ def test_a_time_missed_while_nobody_ran_is_made_up_for_once_or_not_at_all(new_jo
         jobs.close()
 
 
+@both_engines
 def test_a_recurring_job_never_runs_twice_at_once_and_goes_on_after_a_failure(jobs, job_clock):
     numbers, goes_on = [], gevent.event.Event()
     jobs.every(60, attempts=1)(named('tick', lambda: (numbers.append(job_clock.now), goes_on.wait(20), 1 / 0)))
@@ -3350,6 +3372,7 @@ def test_a_recurring_job_goes_on_within_its_period_when_the_clock_jumps(jobs, jo
         assert runs_after(jobs, job_clock, runs, seconds) == 1
 
 
+@both_engines
 @JUMPS
 def test_a_jump_of_the_clock_starts_no_job_again_and_keeps_none_that_is_ready_or_blocked_waiting(jobs, job_clock, jump):
     (numbers, goes_on), notes = held(jobs), noted(jobs)
@@ -3616,6 +3639,7 @@ def test_a_lease_ends_with_its_process_and_where_nobody_knows_of_that_in_time(jo
     all_done(jobs)
 
 
+@both_engines
 @pytest.mark.parametrize('fence', ["worker = 'another'", 'attempt = attempt + 1', 'run_at = run_at - 1'])
 def test_who_finishes_after_its_lease_went_to_another_changes_nothing(jobs, fence):
     """The other may be this process too, a second time, or run a newer job with the same number."""
@@ -3671,6 +3695,7 @@ def test_a_server_is_woken_at_once_by_a_stack_that_runs_no_jobs_and_by_what_a_st
         eventually(lambda: (second.pid, 'short', n) in job_process.notes(), 1, 'the run')
 
 
+@both_engines
 def test_a_stop_lets_a_running_job_end_gives_back_one_that_does_not_and_takes_no_more(new_jobs):
     stopping, going = new_jobs(), new_jobs()
     ended = []
@@ -3696,6 +3721,7 @@ def test_a_stop_lets_a_running_job_end_gives_back_one_that_does_not_and_takes_no
     assert sorted(note['seconds'] for note in notes) == [0.01, 0.02, 0.03, 60]
 
 
+@both_engines
 @pytest.mark.parametrize('job', ['ignores the stop', 'fails at the stop', 'swallows the stop'])
 def test_a_job_that_minds_its_end_does_not_hold_a_stop_up(new_jobs, job):
     stopping, going = new_jobs(), new_jobs()
@@ -3724,6 +3750,7 @@ def test_a_job_that_minds_its_end_does_not_hold_a_stop_up(new_jobs, job):
     assert works(going, noted(going))
 
 
+@both_engines
 def test_the_leases_of_running_jobs_are_renewed_while_nothing_else_happens(jobs, monkeypatch):
     monkeypatch.setattr(todol, 'LEASE_SECONDS', 0.6)
     numbers, goes_on = held(jobs)
@@ -3755,6 +3782,7 @@ def batched(jobs, goes_on=None, **options):
     return notes
 
 
+@both_engines
 def test_a_batch_task_is_called_once_for_all_that_start_together_and_takes_one_worker(jobs):
     goes_on = gevent.event.Event()
     notes = batched(jobs, goes_on)
@@ -3765,6 +3793,7 @@ def test_a_batch_task_is_called_once_for_all_that_start_together_and_takes_one_w
     assert jobs.stats()['running'] == 5
 
 
+@both_engines
 def test_each_job_of_a_failed_batch_and_one_that_was_tried_before_run_alone(jobs, job_clock):
     notes = batched(jobs, attempts=2)
     enqueue_many(jobs, 'batch', ['old', 'dead'])
@@ -3783,6 +3812,7 @@ def test_each_job_of_a_failed_batch_and_one_that_was_tried_before_run_alone(jobs
 
 # The tasks of the stack itself
 
+@both_engines
 def test_the_hourly_job_prunes_the_cache_and_old_failures(stack):
     stack.cache.add('short', 1, ttl=-1)
     assert stack.cache.stats()['entries'] == 1
@@ -3855,6 +3885,7 @@ def assert_lost(sentence, since, *arguments):
         since(*arguments)
 
 
+@both_engines
 def test_a_broadcast_reaches_every_subscriber_of_its_stream_as_long_as_it_is_one(cable, cache_clock):
     first, second, other, leaver = listen_to(cable, 'a'), [], listen_to(cable, 'b'), []
     receive, leave = second.append, leaver.append
@@ -3888,6 +3919,7 @@ def test_broadcasts_of_several_messages_are_one_transaction_in_their_order(cable
     assert payloads(first) == [1, 3, 5] == payloads(cable.since('a', f'{cable.epoch}:0'))
 
 
+@both_engines
 @pytest.mark.parametrize('error', [ZeroDivisionError, gevent.GreenletExit])
 def test_a_subscriber_may_fail_leave_and_bring_another_while_it_receives(cable, log_lines, error):
     joined = []
@@ -3923,6 +3955,7 @@ def test_broadcasts_of_many_greenlets_arrive_in_the_order_of_their_ids_exactly_o
         assert [each for each in payloads(here) if each // 100 == n] == list(range(n * 100, n * 100 + 20))
 
 
+@both_engines
 def test_who_comes_back_with_a_position_gets_what_was_missed_in_order(cable):
     broadcast_many(cable, 'a', [0])
     position = cable.position()
@@ -3942,6 +3975,7 @@ def test_who_comes_back_with_a_position_gets_what_was_missed_in_order(cable):
     assert payloads(cable.since('a', f'{cable.epoch}:0')) == [0, 0, 2, 3]
 
 
+@both_engines
 def test_a_replay_and_a_subscription_together_have_no_gap_and_no_double(cable):
     position = cable.position()
     broadcasting = gevent.spawn(lambda: [(cable.broadcast('a', n), gevent.sleep(0)) for n in range(50)])
@@ -3957,6 +3991,7 @@ def test_a_replay_and_a_subscription_together_have_no_gap_and_no_double(cable):
     assert [message.id for message in replayed + received] == list(range(1, 52))
 
 
+@both_engines
 def test_messages_are_given_from_a_time_on_and_more_than_are_worth_a_replay_are_a_lost_position(cable, cache_clock):
     for n in range(5):
         cache_clock.now += 10
@@ -3974,6 +4009,7 @@ def test_messages_are_given_from_a_time_on_and_more_than_are_worth_a_replay_are_
     assert_lost('missed', cable.since_time, 'a', cache_clock.now)
 
 
+@both_engines
 def test_the_log_is_bounded_in_time_and_number_and_tells_who_comes_back_too_late(cable, cache_clock, monkeypatch):
     start = cable.position()
     broadcast_many(cable, 'a', range(10))
@@ -4034,6 +4070,7 @@ def test_a_function_gives_its_message_once_while_nobody_else_can_write_to_the_lo
     assert len(calls) == 6 and log_ids(cable) == [1, 2, 3, 4, 5]
 
 
+@both_engines
 def test_what_json_does_not_have_or_is_too_large_is_refused_at_the_call(cable):
     received = listen_to(cable, 'a')
     for message in (float('nan'), [float('inf')], {1, 2}, b'bytes', {(1, 2): 3}, 10**5000, object(), deep(10**5),
@@ -4047,6 +4084,7 @@ def test_what_json_does_not_have_or_is_too_large_is_refused_at_the_call(cable):
     assert received[0].id == 1 and len(received[0].payload) == todol.MAX_BROADCAST_BYTES
 
 
+@both_engines
 def test_a_stream_that_is_no_short_text_is_refused_by_every_call_and_any_other_is_one(cable):
     called = []
     for stream in (None, 1, b'a', '', 'x' * 501, 'x' * 10**6, '\ud800', 'a\udfff', 'a\0b', ['a'], 10**5000):
@@ -4103,6 +4141,309 @@ def test_two_processes_get_each_others_broadcasts_in_one_order_without_polling(
         stack.cable.broadcast('a', n)
     process.send_signal(signal.SIGCONT)
     assert [payload for _, payload in heard(1000)] == list(range(1000)), 'suspended, it missed some'
+
+
+# === PostgreSQL: the same databases on one server, for any number of machines ========================================
+
+@pytest.fixture
+def served(open_stack, postgres):
+    """The whole stack on a PostgreSQL database of the test, with jobs; also .execute(SQL) past it."""
+    open_stack()
+    name = todol.settings.database_url.rpartition('/')[2]
+    return types.SimpleNamespace(postgres=postgres, execute=lambda text: postgres.execute(text, name))
+
+
+def table_of_notes():
+    """A table of the app for a test, and a function that notes something in a transaction."""
+    todol.app_db.execute(f'CREATE TABLE {todol.app_db.path.split()[-1]}.notes (note TEXT UNIQUE)')
+
+
+def notes_of(served):
+    return sorted(note for note, in served.execute('SELECT note FROM todol_test.notes'))
+
+
+def note(text):
+    todol.app_db.execute('INSERT INTO todol_test.notes (note) VALUES (?)', (text,))
+
+
+SAME_ON_BOTH = [
+    ("SELECT 'a ? :b %s 100%' , ? -- a comment: 'why? 100%'\n, 'it''s'", (1,)),
+    ('SELECT :a, :b, :a', {'a': 'x', 'b': None}),
+    ('SELECT CAST(value AS INTEGER) FROM json_each(:ids) ORDER BY 1', {'ids': '[3, 1, 2]'}),
+    ('SELECT count(*) FROM json_each(?)', (None,)),
+    ('SELECT sum(n) FROM (SELECT 1 AS n UNION ALL SELECT 2) AS numbers', ()),
+    ('SELECT 1 WHERE now_s() > ? AND now_s() < ?', (time.time() - 3600, time.time() + 86400)),
+    ('WITH few AS MATERIALIZED (SELECT id FROM todos LIMIT 2) SELECT count(*) FROM few', ()),
+    ('SELECT ?, ?, ?, ?', (2**62, -1, 1.5, 'ü\n"\'\\')), ('SELECT ?', (b'\0\xff',)),
+]
+
+
+@both_engines
+@pytest.mark.parametrize('statement, parameters', SAME_ON_BOTH)
+def test_a_statement_gives_the_same_on_both_engines(open_database, statement, parameters):
+    with contextlib.closing(sqlite3.connect(':memory:')) as plain:
+        plain.create_function('now_s', 0, time.time)
+        plain.execute('CREATE TABLE todos (id)')
+        expected = plain.execute(statement, parameters).fetchall()
+    assert open_database('app').execute(statement, parameters) == expected
+
+
+@both_engines
+def test_a_transaction_is_whole_or_undone_in_parts_and_refuses_what_it_can_not_keep(open_stack):
+    open_stack(run_jobs=False)
+    database, after = todol.app_db, []
+
+    def keep(name, error=None):
+        database.lock('names')
+        database.execute('INSERT INTO secrets (name, value) VALUES (?, ?)', (name, name))
+        database.after_commit(lambda: after.append(name))
+        if error:
+            raise error
+
+    def outer(error=None):
+        keep('first')
+        for name, trouble in (('undone', ValueError()), ('inner', None), ('gone', SystemExit())):
+            outcome(lambda: database.transact(keep, name, trouble))
+        with pytest.raises(todol.MisuseError, match='another database|of the app database'):
+            todol.cache_db.execute('DELETE FROM entries')
+        with pytest.raises(todol.MisuseError, match='of the app database'):
+            todol.cable.broadcast('stream', 1)
+        with pytest.raises(todol.MisuseError, match='can not wait'):
+            gevent.sleep(0)
+        keep('last', error)
+
+    assert isinstance(outcome(lambda: database.transact(outer, KeyError())), KeyError) and not after
+    database.transact(outer)
+    kept = [name for name, in database.execute("SELECT name FROM secrets WHERE name <> 'secret' ORDER BY name")]
+    assert kept == ['first', 'inner', 'last'] and after == ['first', 'inner', 'last']
+    with pytest.raises(todol.MisuseError, match='lock'):
+        database.lock('outside')
+    with pytest.raises(sqlite3.IntegrityError):
+        database.execute("INSERT INTO secrets (name, value) VALUES ('first', '')")
+
+
+def run_at_once(number, function):
+    """Call function(k) in so many greenlets."""
+    gevent.joinall([gevent.spawn(function, k) for k in range(number)], timeout=60, raise_error=True)
+
+
+@on_postgres
+def test_a_list_that_many_change_at_once_is_counted_right(served):
+    ids = [todol.create_todo('user', f'todo {n}').id for n in range(4)]
+
+    def change(k):
+        for turn in range(12):
+            todol.update_todo('user', ids[(k + turn) % 4], completed=bool((k + turn // 2) % 2))
+            if turn % 4 == 0:
+                todol.create_todo('user', f'{k} {turn}')
+                todol.clear_completed('nobody')
+
+    run_at_once(8, change)
+    assert list(todol.miscounted_lists()) == [] and todol.count_todos('user').version >= 4 + 24
+
+
+@on_postgres
+def test_messages_of_many_arrive_each_once_in_the_order_of_their_ids_and_of_the_states_they_tell(served):
+    received = listen_to(todol.cable, 'states')
+    others = [listen_to(todol.cable, f'other {k}') for k in range(8)]
+    todol.app_db.execute("INSERT INTO secrets (name, value) VALUES ('count', '0')")
+
+    def tell(k):
+        for turn in range(12):
+            todol.app_db.execute("UPDATE secrets SET value = CAST(CAST(value AS INTEGER) + 1 AS TEXT) "
+                                 "WHERE name = 'count'")
+            todol.cable.broadcast('states', lambda: int(todol.app_db.execute(
+                "SELECT value FROM secrets WHERE name = 'count'")[0][0]))
+            todol.cable.broadcast(f'other {k}', turn)
+
+    run_at_once(8, tell)
+    eventually(lambda: len(received) == 96 and all(len(other) == 12 for other in others), what='every message')
+    assert payloads(received) == sorted(payloads(received)) and payloads(received)[-1] == 96
+    assert [message.id for message in received] == sorted({message.id for message in received})
+    assert all(payloads(other) == list(range(12)) for other in others)
+
+
+@on_postgres
+def test_jobs_of_an_order_key_run_one_by_one_and_none_is_stuck_while_others_are_inserted(new_jobs):
+    jobs, running, runs = new_jobs(), collections.Counter(), collections.defaultdict(list)
+
+    def function(key, n):
+        running[key] += 1
+        runs[key].append((n, running[key]))
+        gevent.sleep(random.uniform(0, 0.002))
+        running[key] -= 1
+
+    jobs.task(named('ordered', function))
+    jobs.open(8)
+
+    def enqueue(k):
+        for n in range(40):
+            enqueued = jobs.enqueue if n % 2 else functools.partial(in_transaction, jobs)
+            enqueued('ordered', {'key': k % 4, 'n': (k, n)}, order_key=f'key {k % 4}')
+            gevent.sleep(random.uniform(0, 0.01))
+
+    run_at_once(4, enqueue)
+    all_done(jobs, 30)
+    assert {key: [n for (_, n), _ in ran] for key, ran in runs.items()} == {key: list(range(40)) for key in range(4)}
+    assert all(at_once == 1 for ran in runs.values() for _, at_once in ran)
+
+
+@on_postgres
+def test_a_failed_statement_undoes_the_transaction_though_the_function_goes_on_and_a_part_is_undone_alone(served):
+    table_of_notes()
+
+    def careless():
+        note('before')
+        outcome(lambda: note('before'))
+
+    def careful():
+        note('kept')
+        outcome(lambda: todol.app_db.transact(note, 'kept'))
+        note('after')
+
+    with pytest.raises(todol.StorageError, match='rolled back'):
+        todol.app_db.transact(careless)
+    todol.app_db.transact(careful)
+    assert notes_of(served) == ['after', 'kept']
+
+
+@on_postgres
+@pytest.mark.parametrize('swallows', [False, True], ids=['', 'and swallows it'])
+def test_who_is_killed_in_a_query_ends_at_once_and_nothing_is_done(served, swallows):
+    table_of_notes()
+
+    def sleepy():
+        note('killed')
+        try:
+            todol.app_db.execute('SELECT pg_sleep(30)')
+        except BaseException:
+            if not swallows:
+                raise
+            outcome(lambda: todol.app_db.execute('SELECT 1'))
+
+    greenlets = [gevent.spawn(todol.app_db.transact, sleepy) for _ in range(3)]
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(30)%' AND pid <> pg_backend_pid()"
+    eventually(lambda: served.execute(waiting)[0][0])
+    started = time.monotonic()
+    gevent.killall(greenlets, timeout=5)
+    with pytest.raises(gevent.Timeout), gevent.Timeout(0.2):
+        todol.app_db.transact(sleepy)
+    assert time.monotonic() - started < 5 and all(greenlet.dead for greenlet in greenlets)
+    todol.app_db.transact(note, 'fine')
+    assert notes_of(served) == ['fine'] and not todol.Database.current
+
+
+@on_postgres
+def test_a_transaction_whose_connection_is_lost_is_run_again_and_one_whose_server_restarts_waits(served):
+    table_of_notes()
+    calls = []
+
+    def unlucky(end):
+        note('once')
+        calls.append(1)
+        if len(calls) == 1:
+            pid, = todol.app_db.execute('SELECT pg_backend_pid()')[0]
+            end(pid)
+        return todol.app_db.execute('SELECT count(*) FROM todol_test.notes')
+
+    ended = todol.app_db.transact(unlucky, lambda pid: served.execute(f'SELECT pg_terminate_backend({pid})'))
+    assert ended == [(1,)] and len(calls) == 2 and notes_of(served) == ['once']
+    received, old = listen_to(todol.cable, 'stream'), todol.cable.position()
+    served.postgres.stop('immediate')
+    restarted = gevent.spawn_later(0.5, todol.in_thread, served.postgres.start)
+    todol.app_db.transact(note, 'waited')
+    restarted.get()
+    eventually(lambda: received == [None], what='the news that the log began anew')
+    with pytest.raises(todol.PositionLost):
+        todol.cable.since('stream', old)
+    todol.cable.broadcast('stream', 'after the crash')
+    eventually(lambda: len(received) == 2)
+    assert payloads(received[1:]) == ['after the crash'] and notes_of(served) == ['once', 'waited']
+    assert payloads(todol.cable.since('stream', f'{todol.cable.epoch}:0')) == ['after the crash']
+
+
+@on_postgres
+def test_two_nodes_serve_one_list_and_what_one_does_the_other_shows(start_server, connect, engine, tmp_path):
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+    a, b = (start_server(tmp_path / name, TODOL_DATA=tmp_path / 'none', **engine) for name in 'ab')
+    visitor = new_visitor(a)
+    there = b.client()
+    there.cookies = dict(visitor.cookies)
+    page = visitor.get('/').text
+    tab = connect(a, visitor)
+    tab.receive()
+    tab.command('subscribe', re.search(r"data-identifier='([^']+)'|$", page)[1] or stream_identifier(visitor))
+    assert tab.receive()['type'] == 'confirm_subscription'
+    started = time.monotonic()
+    there.create('from the other node')
+    assert 'from the other node' in tab.receive()['message'] and time.monotonic() - started < 5
+    assert visitor.todos() == [('from the other node', False)] == there.todos()
+    assert not (tmp_path / 'none').exists(), 'a node keeps no files'
+    assert b.client().get('/up').text == 'ok\n' and a.stop() == 0 and b.stop() == 0
+
+
+def test_several_nodes_start_on_an_empty_database_at_once_and_without_the_package_one_is_told_its_name(postgres, tmp_path):
+    url = postgres.new_database()
+    nodes = [subprocess.Popen([sys.executable, PROGRAM, 'migrate'], cwd=tmp_path, stderr=subprocess.PIPE,
+                              env=environment_with(DATABASE_URL=url, TODOL_ENV='test')) for _ in range(4)]
+    for node in nodes:
+        _, errors = node.communicate(timeout=60)
+        assert node.returncode == 0, errors
+    checked = run('check', cwd=tmp_path, DATABASE_URL=url, TODOL_ENV='test')
+    assert (checked.stdout, checked.returncode) == ('ok\n', 0), checked
+    without = python('import sys, todol\nprint("psycopg" in sys.modules)\nsys.modules["psycopg"] = None\n'
+                     'try:\n    with todol.open_stack(): pass\nexcept todol.SettingError as error: print(error)',
+                     DATABASE_URL=url)
+    assert re.match(r'False\nDATABASE_URL needs the package psycopg\[binary\]\. Try: .+ -m pip install', without)
+    for command in ('backup', 'restore'):
+        refused = run(command, 'x.tar', cwd=tmp_path, DATABASE_URL=url)
+        assert refused.returncode == 1 and "use pg_dump -n 'todol_development*'" in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_is_copied_to_a_server_and_back_and_a_target_that_is_not_empty_is_refused(postgres, tmp_path):
+    with todol.open_stack(environment_of(tmp_path)):
+        for n in range(1200):
+            todol.create_todo(f'user {n % 7}', f'todo {n} ü % ? :x \'"', f'key-{n}')
+        todol.delete_todo(f'user {1199 % 7}', 1200)
+        for delay in (1000, 2000):
+            todol.jobs.enqueue('tidy_up', delay_seconds=delay, order_key='order')
+        todol.job_db.execute(todol.INSERT_FAILED, ('failed', 'gone', '{}', 'a traceback'))
+        todol.cache.incr('count', 7)
+        todol.cache.set('bytes', b'\0\xff')
+        todol.cache.set('json', {'a': [1, None]})
+        secret = todol.app_db.execute(todol.KEPT_SECRET)
+
+    def seen():
+        jobs = todol.jobs
+        return ([todol.list_todos(f'user {n}') for n in range(7)], todol.app_db.execute(todol.KEPT_SECRET),
+                [todol.cache.get(key) for key in ('count', 'bytes', 'json')], jobs.stats()['failed'],
+                [(job.error, job.arguments) for job in jobs.failed()],
+                todol.job_db.execute("SELECT name, order_key, run_at, due_at IS NULL FROM jobs WHERE name = 'tidy_up' "
+                                     "ORDER BY id"), list(todol.miscounted_lists()))
+
+    with todol.open_stack(environment_of(tmp_path)):
+        todol.jobs._relay()
+        expected = seen()
+    assert expected[1] == secret
+    url, here = postgres.new_database(), {'TODOL_ENV': 'test', 'TODOL_DATA': str(tmp_path / 'db')}
+    copied = run('copy-to', url, **here)
+    assert copied.returncode == 0 and 'todos: 1199\n' in copied.stdout, copied.stderr
+    again = run('copy-to', url, **here)
+    assert again.returncode == 1 and 'so the target is not empty' in again.stderr
+    with todol.open_stack(environment_of(tmp_path, DATABASE_URL=url)):
+        assert seen() == expected
+        assert todol.create_todo('new', 'x').id == 1201, 'an id is never given twice'
+        busy = run('copy-to', f'sqlite:{tmp_path}/back', **here, DATABASE_URL=url)
+        assert busy.returncode == 1 and 'an app runs on the database server' in busy.stderr
+        todol.delete_todo('new', 1201)
+    back = run('copy-to', f'sqlite:{tmp_path}/back', **here, DATABASE_URL=url)
+    assert back.returncode == 0 and 'todos: 1199\n' in back.stdout, back.stderr
+    with todol.open_stack(environment_of(tmp_path, TODOL_DATA=tmp_path / 'back')):
+        assert seen() == expected and todol.create_todo('new', 'x').id == 1202
+    assert run('check', **{**here, 'TODOL_DATA': str(tmp_path / 'back')}).stdout.startswith('1 jobs of gone have failed')
+    todol.load_settings({})
 
 
 # === Sessions: who is asking, without a row for it ====================================================================
@@ -4265,6 +4606,7 @@ def test_a_visitor_gets_a_session_once_keeps_it_and_leaves_nothing_until_a_write
     assert client.todos() == [('mine', False)] and WSGIClient().todos() == []
 
 
+@both_engines
 def test_the_cookie_is_for_this_host_and_not_for_scripts_and_secure_where_https_is(open_stack):
     for trusted, secure_of in (('on', {'https': True, 'https, http': True, 'http': False}), ('off', {'https': False})):
         open_stack(TODOL_TRUST_PROXY=trusted)
@@ -4277,6 +4619,7 @@ def test_the_cookie_is_for_this_host_and_not_for_scripts_and_secure_where_https_
         open_stack.close()
 
 
+@both_engines
 @given(st.data())
 def test_a_changed_cookie_is_nobodys(client, data):
     """One character other, left out or put in anywhere."""
@@ -4291,6 +4634,7 @@ def test_a_changed_cookie_is_nobodys(client, data):
     assert forged == cookie or 'secret' not in answer.text
 
 
+@both_engines
 def test_a_session_that_was_not_signed_for_this_user_and_purpose_is_nobodys(stack, monkeypatch):
     mine, theirs = todol.sign_session(USERS[0]), todol.sign_session(USERS[1])
     (user, at, signature), other = mine.split('.'), theirs.split('.')[2]
@@ -4303,6 +4647,7 @@ def test_a_session_that_was_not_signed_for_this_user_and_purpose_is_nobodys(stac
         assert todol.verify_session(forged) is None, forged
 
 
+@both_engines
 def test_an_old_cookie_is_renewed_and_a_very_old_one_is_nobodys(client, monkeypatch):
     client.create('mine')
     user = session(client).split('.')[0]
@@ -4313,6 +4658,7 @@ def test_an_old_cookie_is_renewed_and_a_very_old_one_is_nobodys(client, monkeypa
         assert not is_renewed or (user_of_answer(answer)[1] == user) == is_mine
 
 
+@both_engines
 def test_the_session_is_found_among_other_cookies_by_the_safest_name(open_stack):
     open_stack(TODOL_TRUST_PROXY='on')
     u, v = map(todol.sign_session, USERS)
@@ -4338,6 +4684,7 @@ def test_the_session_is_found_among_other_cookies_by_the_safest_name(open_stack)
             assert user_of_answer(answer) == (('__Host-' if https else '') + name, USERS[user])
 
 
+@both_engines
 def test_a_secret_is_set_or_kept_and_two_apps_on_one_host_keep_apart(open_stack):
     cookies = {}
     for number, secret in enumerate(('s' * 32, 't' * 32, '', '')):
@@ -4360,6 +4707,7 @@ def test_a_secret_is_set_or_kept_and_two_apps_on_one_host_keep_apart(open_stack)
 stream_parts = st.text(min_size=1, max_size=30).map(lambda part: part.replace(':', ';'))
 
 
+@both_engines
 @given(stream_parts, st.lists(stream_parts | st.text('o~?>', min_size=9) | st.integers(), max_size=3), st.booleans(),
        st.data())
 def test_a_stream_name_is_signed_as_turbo_rails_signs_it_and_taken_from_who_may(stack, user, parts, shared, data):
@@ -4377,6 +4725,7 @@ def test_a_stream_name_is_signed_as_turbo_rails_signs_it_and_taken_from_who_may(
         assert forged == signed or todol.verify_stream_name(forged, user) is None
 
 
+@both_engines
 def test_two_streams_never_have_one_name_and_no_other_value_is_a_name(stack):
     for join in (todol.private_stream, todol.shared_stream):
         for parts in (('a:b',), (USERS[0], 'a:b'), (USERS[0], ':'), ('a', {'b': 1})):
@@ -7711,6 +8060,7 @@ def operate(model, operation, user, number, completed, title):
         assert [todo.title, todo.completed] == mine[id]
 
 
+@both_engines
 @given(operations)
 def test_lists_and_counts_agree_with_a_plain_model_whatever_two_users_do(stack, steps):
     for table, user in ((table, user) for table in ('todos', 'lists') for user in USERS):
@@ -7731,6 +8081,7 @@ def test_lists_and_counts_agree_with_a_plain_model_whatever_two_users_do(stack, 
     assert list(todol.miscounted_lists()) == []
 
 
+@both_engines
 def test_a_title_of_any_script_is_kept_trimmed_on_one_line(stack):
     titles = {title: title for title in (
         '🩷', '\U0001FAE9', '👩‍👩‍👧‍👦', 'שלום עולם', '\u202eevil', 'e\u0301', '\uf8ff', 'x' * 500, '<b>&amp;</b>',
@@ -7741,6 +8092,7 @@ def test_a_title_of_any_script_is_kept_trimmed_on_one_line(stack):
         assert todol.update_todo(USERS[0], todo.id, f'{typed} ').title == kept
 
 
+@both_engines
 def test_a_title_of_which_nothing_shows_is_blank_and_one_that_is_no_text_or_too_long_refused_and_said(stack):
     for title in ('', '\t\r\n', '\u00a0', '\u200b', '\ufeff', '\u200e \u200f'):
         with pytest.raises(todol.TitleError, match='needs a title'):
@@ -7759,6 +8111,7 @@ def test_a_title_of_which_nothing_shows_is_blank_and_one_that_is_no_text_or_too_
             assert (todol.list_todos(USERS[0]), todol.count_todos(USERS[0])) == before
 
 
+@both_engines
 def test_a_key_makes_one_todo_of_a_title_of_a_user_however_often_it_is_sent(stack):
     first = todol.create_todo(USERS[0], 'milk', 'k')
     for _ in range(2):          # the second changes nothing
@@ -7774,6 +8127,7 @@ def test_a_key_makes_one_todo_of_a_title_of_a_user_however_often_it_is_sent(stac
     assert len({first.id, *(todo.id for todo in others)}) == 5, 'an id is never used twice'
 
 
+@both_engines
 def test_a_full_list_takes_no_more_but_repeats_and_other_users_are_welcome(open_stack):
     open_stack(TODOL_MAX_TODOS=2, TODOL_MAX_TITLE_CHARS=3)
     client = WSGIClient()
@@ -7795,6 +8149,7 @@ def test_a_full_list_takes_no_more_but_repeats_and_other_users_are_welcome(open_
     client.create('new')
 
 
+@both_engines
 def test_keys_are_kept_in_the_order_of_time_whoever_made_them_and_never_mistaken(stack):
     keys = [f'{1795430000000 + number}-{text}' for number, text in enumerate('zxay')]
     for number, key in enumerate(keys):
@@ -7806,6 +8161,7 @@ def test_keys_are_kept_in_the_order_of_time_whoever_made_them_and_never_mistaken
     assert len(ids) == 8, 'what a key is cut to must not make it another one'
 
 
+@both_engines
 def test_a_change_and_the_job_that_tells_it_are_one_transaction(stack, monkeypatch):
     id = todol.create_todo(USERS[0], 'a').id
     todol.toggle_todos(USERS[0], True)
@@ -7818,6 +8174,7 @@ def test_a_change_and_the_job_that_tells_it_are_one_transaction(stack, monkeypat
         assert (todol.list_todos(USERS[0]), todol.count_todos(USERS[0])) == before
 
 
+@both_engines
 def test_check_finds_a_list_that_is_counted_wrong(stack):
     assert todol.miscounted_lists in todol.checks
     for number, damage in enumerate(('UPDATE lists SET active = active + 1', 'DELETE FROM lists',

@@ -1550,6 +1550,8 @@ OUTBOX_ROWS = 200           # are moved in one transaction
 CLAIM_ROWS = 200            # are claimed in one, at least
 SKIPPED_SECONDS = 0.1       # after which one looks again at jobs that another process was taking
 MAX_BACKOFF_SECONDS = 3600
+UNKNOWN_SECONDS = 300       # a job that is unknown here is left so long to newer versions of the app,
+UNKNOWN_PAUSE_SECONDS = 5   # which another process may have already
 MAX_JOB_KEY_CHARS = 200
 MAX_DELAY_SECONDS = 10 * 366 * 86400
 
@@ -1650,6 +1652,8 @@ FAIL_JOB = f'''
     UPDATE jobs SET worker = NULL, error = ?, due_at = now_s() + ?,
                     failed_at = CASE WHEN ? THEN now_s() END
     {OF_LEASE} RETURNING id'''
+LEAVE_JOB = f'''UPDATE jobs SET worker = NULL, due_at = now_s() + ?, attempt = attempt - 1
+                {OF_LEASE}'''
 RENEW_LEASES = 'UPDATE jobs SET due_at = now_s() + ? WHERE worker = ? AND due_at IS NOT NULL'
 # Whether one has run out, or ends later than one can.
 LEASES = '''SELECT worker, min(due_at) <= now_s() OR max(due_at) > now_s() + ? FROM jobs
@@ -2026,6 +2030,10 @@ class Jobs:
             if outcome != 'failed':
                 continue
             task, pause = self._tasks.get(claim.name), None
+            if (task is None and processes.patience() < LONELY_POLL_SECONDS
+                    and now() < claim.run_at + UNKNOWN_SECONDS):
+                self._db.execute(LEAVE_JOB, (UNKNOWN_PAUSE_SECONDS, *claim[:4]))
+                continue
             for_good = task is None or claim.attempt >= task.attempts
             if not for_good:
                 pause = task.retry_seconds * 2 ** min(claim.attempt - 1, 20)
@@ -2953,9 +2961,9 @@ class _Transaction(_Write):
 
     def execute(self, *statements):
         """The rows of the last of some statements, each (text, parameters)."""
-        texts = [*self._before, *itertools.starmap(self._connection.complete, statements)]
-        self._before, self._sent = [], True
         try:
+            texts = [*self._before, *itertools.starmap(self._connection.complete, statements)]
+            self._before, self._sent = [], True
             return self._connection.run(';'.join(texts))
         except self._server.driver.Error as error:
             explained, again = self._server.explained(error, self._connection)
@@ -3581,7 +3589,8 @@ def answer_errors(function):
         except AppError as error:
             if error.status >= 500:
                 log.error('request failed path=%s error=%s', bottle.request.path, error)
-            return bottle.HTTPError(error.status, str(error), error)
+            later = {'Retry_After': '1'} if error.status == 503 else {}
+            return bottle.HTTPError(error.status, str(error), error, **later)
         if isinstance(body, str):
             body = body.encode(bottle.response.charset, errors='replace')
         return body
