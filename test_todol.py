@@ -6553,7 +6553,7 @@ def test_a_drain_answers_who_has_come_so_far_once_more_and_hangs_up_then(serve, 
         busy.sendall(POST + b'Expect: 100-continue\r\nContent-Length: 14\r\n\r\n{"title"')
         old.sendall(b'GET /up HTTP/1.0\r\nConnection: keep-alive\r\n\r\n')
         assert busy.recv(65536).startswith(b'HTTP/1.1 100') and b'\r\nConnection: keep-alive\r\n' in old.recv(65536)
-        with socket.create_connection(('127.0.0.1', port)) as fresh:    # in the kernel; no turn for the server until here
+        with socket.create_connection(('127.0.0.1', port)) as fresh:    # no turn for the server until here
             draining = gevent.spawn(serve.drain)
             gevent.sleep(0)
             with pytest.raises(ConnectionRefusedError):

@@ -4499,8 +4499,9 @@ def inherit(environ):
         return None, False
     try:
         listener = gevent.socket.socket(fileno=LISTENER_FD)
-        if listener.family not in (socket.AF_INET, socket.AF_INET6) or count != str(1 + has_parent) \
-                or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if (listener.family not in (socket.AF_INET, socket.AF_INET6) or not listens
+                or count != str(1 + has_parent)):
             raise OSError(f'{count} of them, the first is {listener}')
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for fd in range(LISTENER_FD, LISTENER_FD + 1 + has_parent):
@@ -5063,8 +5064,8 @@ def _close_quietly(service):
 
 
 class Child:
-    """Another process of this program, on our listener, which is its fd 3. Its fd 4 is a line to us:
-    there it says that it is ready, and each side hears of the other's end."""
+    """Another process of this program, on our listener, which is its fd 3. Its fd 4 is a line to
+    us: there it says that it is ready, and each side hears of the other's end."""
     running = set()
 
     def __init__(self, listener):
