@@ -5,7 +5,7 @@
 # ///
 """Measure todol beside its peers: a Markdown table on stdout, progress on stderr.
 
-    python .ci/bench.py                     everything but growth, eight minutes
+    python .ci/bench.py                     everything but growth and grow, eight minutes
     python .ci/bench.py --quick             a look, under two minutes
     python .ci/bench.py --only page         one figure: `--help` lists them; growth and grow run only when named
     python .ci/bench.py --json FILE         every sample too
@@ -742,31 +742,6 @@ def live(effort):
             compared('– p99', 'ms', samples, 'p99_ms', at_most=15)]
 
 
-@figure
-def grow(effort):
-    """Two processes against one, both cores free for them and for the load: its share of the cores is a row, too."""
-    need('wrk')
-    with scratch() as directory, contextlib.ExitStack() as running:
-        sides = {}
-        for side, processes in ('todol', '2'), (ALONE, '1'):
-            server = running.enter_context(Server('todol', directory, core=None, WEB_CONCURRENCY=processes))
-            sides[side] = server, server.visitors()
-
-        def measure(requests_lua):
-            def with_share(server, cookies):
-                before_s, started = os.times().children_user + os.times().children_system, time.perf_counter()
-                sample = load(server, cookies, requests_lua, 32, effort.load_seconds, core=None)
-                used_s = os.times().children_user + os.times().children_system - before_s
-                return {**sample, 'load_percent': 100 * used_s / (time.perf_counter() - started)}
-            return alternate({side: functools.partial(with_share, *each) for side, each in sides.items()}, effort.rounds)
-        pages, posts = measure(PAGE_LUA), measure(CREATE_LUA)
-    return [compared('GET / from two processes', 'pages/s', pages, 'per_s', ALONE, ratio_at_least=1.6),
-            compared('– its CPU, of all processes', 'µs', pages, 'cpu_us', ALONE),
-            compared('– what the load takes of a core', '%', pages, 'load_percent', ALONE),
-            compared('POST /todos to two processes', 'requests/s', posts, 'per_s', ALONE, ratio_at_least=1),
-            compared('– what the load takes of a core', '%', posts, 'load_percent', ALONE)]
-
-
 PAINT_SCRIPT = '''() => {
     window.painted = [];        // milliseconds from each Enter to the end of the first frame with the whole row in it
     addEventListener('keydown', ({ key, timeStamp }) => {
@@ -1161,8 +1136,10 @@ class Procrastinate(Huey):
 
 @figure
 def grow(effort):
-    """Two nodes on PostgreSQL: from a POST on one to a socket on the other, POSTs, and jobs beside procrastinate's."""
+    """Two processes against one, on SQLite. Two nodes on PostgreSQL: from a POST on one to a socket on the other, POSTs, and
+    jobs beside procrastinate's."""
     need('wrk')
+    processes = grow_processes(effort)
     with scratch() as directory, contextlib.ExitStack() as running:
         url = running.enter_context(postgres_server(directory))
         samples = grow_jobs(effort, directory, url)
@@ -1171,10 +1148,35 @@ def grow(effort):
         across = alternate({'todol': functools.partial(across_nodes, nodes, cookies[0], effort.latencies)}, effort.rounds)
         posts = alternate({'two nodes': functools.partial(load_both, nodes, cookies, effort.load_seconds), 'todol':
                            functools.partial(load, nodes[0], cookies, CREATE_LUA, 16, effort.load_seconds)}, effort.rounds)
-    return [compared('PostgreSQL: POST on one node to a socket on another, p50', 'ms', across, 'p50_ms', at_most=10),
+    return [*processes,
+            compared('PostgreSQL: POST on one node to a socket on another, p50', 'ms', across, 'p50_ms', at_most=10),
             compared('– p99', 'ms', across, 'p99_ms', at_most=20),
             compared('– no-op jobs, enqueued to done', 'jobs/s', samples, 'per_s', PROCRASTINATE, ratio_at_least=3),
             compared('– POST /todos of one node', 'requests/s', posts, 'per_s', 'two nodes')]
+
+
+def grow_processes(effort):
+    """Two processes against one, both cores free for them and for the load: its share of the cores is a row, too."""
+    need('wrk')
+    with scratch() as directory, contextlib.ExitStack() as running:
+        sides = {}
+        for side, processes in ('todol', '2'), (ALONE, '1'):
+            server = running.enter_context(Server('todol', directory, core=None, WEB_CONCURRENCY=processes))
+            sides[side] = server, server.visitors()
+
+        def measure(requests_lua):
+            def with_share(server, cookies):
+                before_s, started = os.times().children_user + os.times().children_system, time.perf_counter()
+                sample = load(server, cookies, requests_lua, 32, effort.load_seconds, core=None)
+                used_s = os.times().children_user + os.times().children_system - before_s
+                return {**sample, 'load_percent': 100 * used_s / (time.perf_counter() - started)}
+            return alternate({side: functools.partial(with_share, *each) for side, each in sides.items()}, effort.rounds)
+        pages, posts = measure(PAGE_LUA), measure(CREATE_LUA)
+    return [compared('GET / from two processes', 'pages/s', pages, 'per_s', ALONE, ratio_at_least=1.6),
+            compared('– its CPU, of all processes', 'µs', pages, 'cpu_us', ALONE),
+            compared('– what the load takes of a core', '%', pages, 'load_percent', ALONE),
+            compared('POST /todos to two processes', 'requests/s', posts, 'per_s', ALONE, ratio_at_least=1),
+            compared('– what the load takes of a core', '%', posts, 'load_percent', ALONE)]
 
 
 def grow_jobs(effort, directory, url):
