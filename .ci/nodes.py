@@ -100,6 +100,14 @@ def run_program(arguments):
         if for_good or not todol.cache.incr('odd') > 1:
             raise ValueError('NUL \0, half a pair \ud800')
 
+    @todol.jobs.task
+    def stubborn():
+        """Wait for the server again and again, whatever happens."""
+        note('stubborn')
+        while not os.path.exists('enough'):
+            with contextlib.suppress(Exception):
+                todol.app_db.execute('SELECT count(pg_sleep(1))')
+
     for index in range(4):
         def tick():
             note('tick')
@@ -130,8 +138,13 @@ def run_program(arguments):
 
     @todol.app.post('/nodes/say')
     def say():
-        todol.cable.broadcast(stream, {'said': int(todol.fields()['number'])})
+        number = int(todol.fields()['number'])
+        todol.cable.broadcast(stream, lambda: {'said': number, 'state': state()})
         return 'ok'
+
+    def state():
+        """A number that only grows."""
+        return todol.app_db.execute('SELECT coalesce(max(place), 0) FROM asked')[0][0]
 
     @todol.app.post('/nodes/unclean')
     def unclean():
@@ -143,11 +156,15 @@ def run_program(arguments):
         todol.app_db.transact(change)
         return 'ok'
 
+    @todol.app.post('/nodes/add')
+    def add():
+        return str(sum(todol.cache.add(f'first {index}', 1) for index in range(20)))
+
     @todol.app.post('/nodes/fill')
     def fill():
         start = int(todol.fields()['number'])
         todol.cache.set_many({f'entry {start + index}': 'x' * 1000 for index in range(100)})
-        return str(sum(todol.cache.add(f'first {index}', 1) for index in range(20)))
+        return 'ok'
 
     @todol.app.get('/nodes/stream')
     def where():
@@ -452,6 +469,7 @@ class Tab:
         self.world, self.number = world, number
         self.heard = {}                     # (epoch, offset) -> what was told
         self.numbers = {}                   # said -> when it was heard
+        self.state = 0
         self.refreshed_at = []
         self.name = self.since = self.node = self.cookie = None
         self.greenlet = gevent.spawn(self.run)
@@ -516,6 +534,10 @@ class Tab:
         self.heard[place] = message['message']
         if number := message['message'].get('said'):
             self.numbers[number] = time.monotonic()
+            if message['message']['state'] < self.state:
+                self.world.count['states out of order'] += 1
+                self.world.say(f'tab {self.number} hears the state {message["message"]["state"]} after {self.state}')
+            self.state = message['message']['state']
         return True
 
 
@@ -754,24 +776,39 @@ def odd_text(world):
 @scene
 def eviction(world):
     """Two nodes fill the cache far beyond its bound."""
-    def fill(node, index):
-        status, text, _ = ask(node.port, 'POST', '/nodes/fill', {'number': 100 * next(world.numbers)})
+    def fill(node, path):
+        status, text, _ = ask(node.port, 'POST', f'/nodes/{path}', {'number': 100 * next(world.numbers)})
         if status != 200:
             world.say(f'filling the cache gets {status} {text[:200]}')
-        return int(text) if status == 200 else 0
-    filling = [gevent.spawn(fill, node, index) for index in range(20) for node in world.nodes]
-    gevent.joinall(filling)
-    if sum(each.value or 0 for each in filling) != 20:
-        world.say(f'{sum(each.value or 0 for each in filling)} of 20 keys were added first')
+        return text
+    adding = [gevent.spawn(fill, node, 'add') for _ in range(3) for node in world.nodes]
+    gevent.joinall(adding)
+    added = [each.value for each in adding]
+    if sum(map(int, added)) != 20:
+        world.say(f'of 20 keys so many were added first: {added}')
+    gevent.joinall([gevent.spawn(fill, node, 'fill') for _ in range(15) for node in world.nodes])
     gevent.sleep(1)             # written behind
-    for number in range(2):     # and a last time, as a full one makes room when it is written
-        fill(world.nodes[number], 0)
+    for node in world.nodes:    # a full one makes room when it is written
+        fill(node, 'fill')
     size = 'SELECT coalesce(sum(length(key) + coalesce(length(value), 8) + 100), 0) FROM '
 
     def fits():
         return world.server.query(f'{size} {SCHEMA}_cache.entries', world.database)[0][0] <= 1.2 * CACHE_BYTES
     if not eventually(fits, 20):
         world.say(f'the cache of {CACHE_BYTES} has {world.server.query(f"{size} {SCHEMA}_cache.entries", world.database)}')
+
+
+@scene
+def stops(world):
+    """SIGTERM while a job waits for the server, and goes on whatever happens."""
+    world.until_acknowledged('/nodes/enqueue', {'name': 'stubborn', 'arguments': '{}'})
+    pids = []
+    eventually(lambda: pids.extend(trace[-1] for trace in traces(world) if trace[0] == 'stubborn') or pids)
+    for node in world.nodes:
+        if node.popen.pid == pids[0]:
+            node.stop()
+            (world.directory / 'enough').touch()
+            node.start()
 
 
 @scene
@@ -814,7 +851,7 @@ def away_60_seconds(world):
 
 
 SHORT = ['calm', 'kills', 'fast_restart', 'immediate_restart', 'lost_commits', 'cuts', 'half_open', 'slow', 'away_8_seconds',
-         'versions', 'odd_text', 'eviction']
+         'versions', 'odd_text', 'eviction', 'stops']
 
 
 def late(world):
@@ -861,7 +898,7 @@ def run(options, directory):
         gevent.joinall(writers, timeout=PATIENCE_SECONDS)
         eventually(lambda: not server.query(f"SELECT 1 FROM {SCHEMA}_job.jobs WHERE name NOT LIKE 'tick%'"), 60)
         look(world, final=True)
-        look_at_ticks(world, time.monotonic() - began)
+        look_at_ticks(world, time.monotonic() - began, len(results))
         for node in world.nodes:
             node.stop()
     finally:
@@ -892,11 +929,11 @@ def play(world, name):
     return spent
 
 
-def look_at_ticks(world, seconds):
+def look_at_ticks(world, seconds, scenes):
     """Each of the four recurring jobs ran at most once a second."""
     ticks = sum(trace[0] == 'tick' for trace in traces(world))
     world.count['ticks'] = ticks
-    if ticks > 4 * (seconds + 60 + 2 * len(world.killed_at)):
+    if ticks > 4 * (seconds + 2) + 8 * (len(world.killed_at) + scenes):      # some are run again
         world.say(f'{ticks} ticks in {seconds:.0f} seconds of four jobs that recur every second')
 
 
