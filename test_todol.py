@@ -4248,12 +4248,16 @@ def test_messages_of_many_arrive_each_once_in_the_order_of_their_ids_and_of_the_
     others = [listen_to(todol.cable, f'other {k}') for k in range(8)]
     todol.app_db.execute("INSERT INTO secrets (name, value) VALUES ('count', '0')")
 
+    def state():
+        (value,), = todol.app_db.execute("SELECT value FROM secrets WHERE name = 'count'")
+        todol.app_db.execute('SELECT pg_sleep(random() / 100)')     # as long as a template might take
+        return int(value)
+
     def tell(k):
         for turn in range(12):
             todol.app_db.execute("UPDATE secrets SET value = CAST(CAST(value AS INTEGER) + 1 AS TEXT) "
                                  "WHERE name = 'count'")
-            todol.cable.broadcast('states', lambda: int(todol.app_db.execute(
-                "SELECT value FROM secrets WHERE name = 'count'")[0][0]))
+            todol.cable.broadcast('states', state)
             todol.cable.broadcast(f'other {k}', turn)
 
     run_at_once(8, tell)
@@ -4276,9 +4280,13 @@ def test_jobs_of_an_order_key_run_one_by_one_and_none_is_stuck_while_others_are_
     jobs.task(named('ordered', function))
     jobs.open(8)
 
+    def slowly(*arguments, **options):
+        jobs.enqueue(*arguments, **options)
+        jobs._outbox.execute('SELECT pg_sleep(random() / 100)')
+
     def enqueue(k):
         for n in range(40):
-            enqueued = jobs.enqueue if n % 2 else functools.partial(in_transaction, jobs)
+            enqueued = jobs.enqueue if n % 2 else functools.partial(jobs._outbox.transact, slowly)
             enqueued('ordered', {'key': k % 4, 'n': (k, n)}, order_key=f'key {k % 4}')
             gevent.sleep(random.uniform(0, 0.01))
 

@@ -2600,11 +2600,8 @@ cable = Cable(cable_db)
 PING_SECONDS = 2.0          # between looks at the server's clock, and at whether bells arrive
 POLLS_SECONDS = 1.0, 0.25   # while they do; while they don't, as behind a pooler
 CONNECTION_SECONDS = 600    # proxies end older connections
-CONNECT_SECONDS = 5
 ANSWER_SECONDS = 10         # a server that says nothing for so long is cut off
-TRUST_SECONDS = 2.0         # a copy in the front of the cache, where a bell may not arrive
 MAX_RUNG_SLOTS = 500        # of the cache in one bell, which has room for 8,000 bytes
-ROWS_OF_MESSAGE = 500       # of executemany()
 # A node that stops in a transaction must not hold its locks for ever.
 BEGIN = (f'BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {BUSY_SECONDS}000; '
          f'SET LOCAL idle_in_transaction_session_timeout = {2 * BUSY_SECONDS}000')
@@ -2613,15 +2610,10 @@ LONG_BEGIN = 'BEGIN; SET LOCAL statement_timeout = 0'
 # The time of a statement, which may have waited for a lock since its message came.
 CLOCK = "(SELECT date_part('epoch', clock_timestamp()))"
 
-# SQLSTATEs. Source: postgresql.org/docs/current/errcodes-appendix.html
+# Beginnings of SQLSTATEs. Source: postgresql.org/docs/current/errcodes-appendix.html
 AGAIN = ('40001', '40P01')      # serialization failure, deadlock: nothing was done
 HUNG_UP = ('57P', '08')
-UNUSABLE = {                    # their beginnings, and what is said of the database then
-    '57014': f'did not answer within {BUSY_SECONDS} seconds', '57': 'is shutting down',
-    '08': 'is not reachable', '53': 'is out of connections, memory or disk space',
-    '55P03': 'is locked', '25006': 'can not be written: it is read-only', '28': 'refuses us',
-    '3D': 'does not exist', '58': 'can not be used: its system reports an error',
-    'XX': 'is damaged'}
+UNUSABLE = ('25006', '28', '3D', '53', '55P03', '57', '58', 'XX')     # as STORAGE_ERRORS of SQLite
 
 # What translated() looks for. Tables get their schema where they stand behind one of the words.
 SQL_PARTS = re.compile(r'''
@@ -2662,13 +2654,14 @@ class PostgreSQL:
         self._loops, self._bound = [], []
         self.name, self.channel = f'{os.getpid()}-{secrets.token_hex(8)}', f'{APP}_{settings.env}'
         with self.connection() as connection:
-            self._set_clock(connection)
+            self._set_clock(connection, '')
         for database in databases.values():
             self.bind(database)
         self.bind_cache(cache)
         self._bind(processes, open=lambda: None, close=lambda: None, ring=self.ring,
-                   patience=self._patience, is_alive=self._is_alive, dead=set,
-                   bury=lambda names: None)
+                   patience=self._patience, dead=set, bury=lambda names: None,
+                   # Of others their leases tell: a connection is lost with every restart there.
+                   is_alive=lambda name: name == self.name or None)
         processes.name = self.name
         self._loops = [Loop('bells out', self._send_bells), Loop('bells in', self._hear_bells)]
 
@@ -2679,7 +2672,7 @@ class PostgreSQL:
         with contextlib.suppress(AppError):
             self._send_bells()
         for connection in filter(None, [*self._idle, self._listener]):
-            connection.close()
+            connection.raw.close()
         for bound, names in self._bound:
             for name in names:
                 delattr(bound, name)
@@ -2687,7 +2680,6 @@ class PostgreSQL:
         clock_ahead_seconds = 0.0
 
     def bind(self, database):
-        """Give a Database verbs for its schema here."""
         self._bind(database, **_Schema(self, database).verbs())
 
     def bind_cache(self, cache):
@@ -2726,14 +2718,14 @@ class PostgreSQL:
             while self._idle and connection is None:
                 connection = self._idle.pop()
                 if not connection.is_good():        # the server ended it meanwhile
-                    connection = connection.close()
+                    connection = connection.raw.close()
             connection = connection or self._connect(settings.database_url)
             yield connection
         finally:
             if connection and connection.is_good():
                 self._idle.append(connection)
             elif connection:
-                connection.close()
+                connection.raw.close()
             self._free.release()
 
     def _connect(self, url):
@@ -2747,7 +2739,7 @@ class PostgreSQL:
             try:
                 raw = self._hub.threadpool.apply(self.driver.Connection.connect, (url,), {
                     'autocommit': True, 'prepare_threshold': None, 'client_encoding': 'utf8',
-                    'connect_timeout': CONNECT_SECONDS,
+                    'connect_timeout': BUSY_SECONDS,
                     'application_name': f'{self.channel} {self.name}',
                     'tcp_user_timeout': 1000 * BUSY_SECONDS, 'keepalives_idle': BUSY_SECONDS,
                     'keepalives_interval': 2, 'keepalives_count': 3})
@@ -2775,13 +2767,12 @@ class PostgreSQL:
     def explained(self, error, connection):
         """What an error of the driver means here, and whether to start the transaction again."""
         state, text = error.sqlstate or '', ' '.join(str(error).split())
-        if connection.killed is not None:
+        if connection.killed is not None:       # also if the function went on after it
             return connection.killed, False
         if connection.raw.closed or state.startswith(HUNG_UP):
             return StorageError('the connection to the database was lost'), True
-        for start, sentence in UNUSABLE.items():
-            if state.startswith(start):
-                return StorageError(f'the database {sentence}: {text}'), False
+        if state.startswith(UNUSABLE):
+            return StorageError(f'the database can not be used: {text}'), False
         if state == '25P02':
             text = 'a statement of this transaction failed: nest transact() around what may fail'
         # The same kind in sqlite3: both have the classes of PEP 249.
@@ -2813,8 +2804,7 @@ class PostgreSQL:
             self._listener.raw.pgconn.notify_handler = self._heard
             self._listener.run(f'LISTEN {self.channel}')
             processes.hear(b'*')            # what was rung meanwhile
-        self._set_clock(self._listener)
-        self._listener.run(f"NOTIFY {self.channel}, '{self.name}  '")
+        self._set_clock(self._listener, f"NOTIFY {self.channel}, '{self.name}  ';")
         return self._await_bells
 
     def _await_bells(self):
@@ -2840,14 +2830,10 @@ class PostgreSQL:
     def _patience(self):
         return POLLS_SECONDS[time.monotonic() - self._echoed_at > 2 * PING_SECONDS]
 
-    def _is_alive(self, name):
-        """None: its leases tell. Its connection does not: the server may have been restarted."""
-        return True if name == self.name else None
-
-    def _set_clock(self, connection):
+    def _set_clock(self, connection, before):
         global clock_ahead_seconds
         asked_at = time.time()
-        (at,), = connection.run(f'SELECT {CLOCK}')
+        (at,), = connection.run(f'{before} SELECT {CLOCK}')
         clock_ahead_seconds = at - (asked_at + time.time()) / 2
 
 
@@ -2864,22 +2850,18 @@ class _Connection:
         self._poll.register(raw.fileno(), select.POLLIN)
         # It puts parameters into the text: several statements travel as one message, nothing is
         # prepared, and a NULL needs no type.
-        self._cursor = server.driver.ClientCursor(raw)
-        self.complete = self._cursor.mogrify
-        self._cursor.adapters.register_loader('numeric', _number_loader(server.driver))
+        self.cursor = server.driver.ClientCursor(raw)
+        self.complete = self.cursor.mogrify
+        floats = self.cursor.adapters.get_loader(701, 0)           # as sums come from SQLite
+        self.cursor.adapters.register_loader('numeric', floats)
         raw.wait = self._wait
 
     def run(self, text):
         """The rows of the last of the statements."""
-        self._cursor.execute(text)
-        while self._cursor.nextset():
+        self.cursor.execute(text)
+        while self.cursor.nextset():
             pass
-        return self._cursor.fetchall() if self._cursor.description else []
-
-    @property
-    def status(self):
-        """What the server says that the last statement did."""
-        return self._cursor.statusmessage
+        return self.cursor.fetchall() if self.cursor.description else []
 
     @property
     def is_idle(self):
@@ -2888,9 +2870,6 @@ class _Connection:
     def is_good(self):
         """Whether it can be used again. One that the server has ended has something to read."""
         return self.is_idle and time.monotonic() < self._ends_at and not self._poll.poll(0)
-
-    def close(self):
-        self.raw.close()
 
     def _wait(self, steps, interval=None, timeout=None):
         """Do the steps of psycopg's generator, each when the socket is ready. Others run
@@ -2941,7 +2920,7 @@ class _Transaction(_Write):
         """What the function gives, committed; raises _Again, or what the function raises."""
         greenlet, self._connection = gevent.getcurrent(), connection
         self._server.running, Database.current = self, self._database
-        greenlet.switch_out = self._refuse_to_switch
+        greenlet.switch_out = lambda: connection.waiting or _refuse_to_switch()
         try:
             value = self.call()
             self._commit()
@@ -2950,8 +2929,6 @@ class _Transaction(_Write):
             if self._sent and not connection.raw.closed and not connection.is_idle:
                 with contextlib.suppress(self._server.driver.Error):
                     connection.run('ROLLBACK')
-            if connection.killed is not None:       # also if the function went on
-                raise connection.killed
             if self._again:
                 raise _Again from None
             raise
@@ -2980,22 +2957,17 @@ class _Transaction(_Write):
 
     def part(self, call):
         """Call a function as a part that can be undone alone."""
-        savepoint, after, locks = f'SAVEPOINT part{next(self._parts)}', len(self.after), self._locks
-        self._before.append(savepoint)
+        name, after, locks = f'part{next(self._parts)}', len(self.after), self._locks
+        self._before.append(f'SAVEPOINT {name}')
         try:
             value = call()
         except BaseException:
             del self.after[after:]
             self._locks = locks             # those that came since end with the part
-            if savepoint in self._before:
-                del self._before[self._before.index(savepoint):]
-            else:
-                self._before = [f'ROLLBACK TO {savepoint}', f'RELEASE {savepoint}']
+            self._before.append(f'ROLLBACK TO {name}')
             raise
-        if savepoint in self._before:
-            self._before.remove(savepoint)
-        else:
-            self._before.append(f'RELEASE {savepoint}')
+        finally:
+            self._before.append(f'RELEASE {name}')
         return value
 
     def _commit(self):
@@ -3011,12 +2983,8 @@ class _Transaction(_Write):
                 explained = StorageError('the connection to the database was lost during the '
                                          'commit: the change may have been made, or not')
             raise explained from None
-        if self._connection.status != 'COMMIT':     # of a failed transaction it makes a rollback
+        if self._connection.cursor.statusmessage != 'COMMIT':     # of a failed transaction it makes a rollback
             raise StorageError('a statement of the transaction failed, so it was rolled back')
-
-    def _refuse_to_switch(self):
-        if not self._connection.waiting:
-            _refuse_to_switch()
 
 
 class _Again(Exception):
@@ -3025,10 +2993,6 @@ class _Again(Exception):
 
 class _Schema:
     """The verbs of a Database whose tables are in a schema of the server."""
-    VERBS = ('open', 'open_read_only', 'close', 'execute', 'executemany', 'transact',
-             'after_commit', 'lock', '_check', '_columns', '_slices', '_last_ids',
-             '_set_last_ids')
-
     def __init__(self, server, database):
         self._server, self._database = server, database
         self._name = server.channel + ('' if database.name == 'app' else f'_{database.name}')
@@ -3036,17 +3000,19 @@ class _Schema:
             re.findall(r'\bTABLE (?:IF NOT EXISTS )?(\w+)', statement)
             for _, statement in database.migrations))
         self._translated = functools.lru_cache(2000)(self._translate)
+        self.joined, self.path = database.part_of, f'schema {self._name}'
         self._check = server.check_thread
 
     def verbs(self):
-        return {'joined': self._database.part_of, 'path': f'schema {self._name}',
-                **{verb: getattr(self, verb) for verb in self.VERBS}}
+        """What a Database has too."""
+        return {name: getattr(self, name) for name in dir(self)
+                if hasattr(Database, name) and not name.startswith('__')}
 
     def open(self, path=None):
         if self._database._pending() and self._database.in_transaction:
-            self._migrate()
+            self._create()
         elif self._database._pending():
-            self._transact(self._migrate, LONG_BEGIN)
+            self._transact(self._create, LONG_BEGIN)
 
     def open_read_only(self, path=None):
         if self._database._pending():
@@ -3073,7 +3039,7 @@ class _Schema:
             raise MisuseError(f'executemany() outside a transaction of the {self._database.name} '
                               f'database would commit row by row')
         statement, rows = self._translated(statement), iter(rows)
-        while some := list(itertools.islice(rows, ROWS_OF_MESSAGE)):
+        while some := list(itertools.islice(rows, COPIED_ROWS)):
             self._server.running.execute(*((statement, row) for row in some))
 
     def transact(self, function, /, *arguments, **options):
@@ -3112,7 +3078,7 @@ class _Schema:
         transaction.call_after(self._database.name)
         return value
 
-    def _migrate(self):
+    def _create(self):
         self.lock('migrations')
         # IF NOT EXISTS would look at what was known before the wait for the lock.
         if not self.execute('SELECT 1 FROM pg_namespace WHERE nspname = ?', (self._name,)):
@@ -3168,7 +3134,7 @@ class _Schema:
 
 class _Stamps(VersionStamps):
     """Version stamps of this process; bells carry the slots that others change."""
-    trust_seconds = TRUST_SECONDS
+    trust_seconds = PING_SECONDS        # a bell may not arrive
 
     def __init__(self, server, path):
         self._server = server
@@ -3188,15 +3154,6 @@ class _Stamps(VersionStamps):
                 yield
         finally:
             self._server.ring(b'', slots)
-
-
-def _number_loader(driver):
-    """Sums are of the type numeric there."""
-    class Number(driver.adapt.Loader):
-        def load(self, data):
-            text = bytes(data).decode()
-            return int(text) if re.fullmatch('-?[0-9]+', text) else float(text)
-    return Number
 
 
 # === Sessions: who is asking, without a row for it =======================================
@@ -5347,8 +5304,12 @@ def copy_to(target):
         server = PostgreSQL()
         server.open()
         undo.callback(server.close)
-        if server.others():
-            raise BackupError('an app runs on the database server; stop all of its processes first')
+        deadline = time.monotonic() + BUSY_SECONDS
+        while server.others():                  # one that stopped just now is there for a moment
+            if time.monotonic() > deadline:
+                raise BackupError('an app runs on the database server; stop all of its processes '
+                                  'first')
+            gevent.sleep(0.05)
         for database in databases.values():
             database.joined = app_db            # one transaction for all
         copied = app_db.transact(_copy_rows, files, to_server)
