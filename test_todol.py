@@ -10886,16 +10886,23 @@ def proxied(request, tmp_path, start_server):
     else:
         config.write_text(f'{{\nadmin off\nauto_https off\n}}\n{text.replace(":80 {", f"http://:{port} {{{chr(10)}bind 127.0.0.1", 1)}')
         arguments = ['run', '--adapter', 'caddyfile', '--config', config]
+    with run_proxy([command, *arguments], folder, port):
+        yield types.SimpleNamespace(server=server, port=port)
+
+
+@contextlib.contextmanager
+def run_proxy(command, folder, port):
+    """A proxy that listens on the port while the block runs."""
     with open(folder / 'log', 'wb') as log:
-        process = subprocess.Popen([command, *arguments], stdout=log, stderr=log, env={**os.environ, 'HOME': str(folder)})
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, 'HOME': str(folder)})
     try:
         def listening():
             assert process.poll() is None, (folder / 'log').read_text()
             with contextlib.suppress(OSError):
                 socket.create_connection(('127.0.0.1', port), timeout=5).close()
                 return True
-        eventually(listening, 20, f'{request.param} listening')
-        yield types.SimpleNamespace(server=server, port=port)
+        eventually(listening, 20, f'{command[0]} listening')
+        yield
     finally:
         process.terminate()
         process.wait(20)
@@ -10925,6 +10932,30 @@ def test_behind_readmes_proxies_pages_changes_and_live_messages_work_and_nothing
             with contextlib.closing(stranger):
                 statuses.append(stranger.post('/todos', {'title': 'x'}, headers={'X-Real-IP': f'9.9.9.{number}'}).status)
         assert statuses.count(429) >= 10 and 303 in statuses
+
+
+@on_postgres
+def test_the_proxy_of_readmes_compose_text_goes_on_with_one_node_while_the_other_is_replaced(start_server, engine, tmp_path):
+    command = need(shutil.which('haproxy', path=os.environ['PATH'] + ':/usr/sbin'), 'haproxy is not installed')
+    nodes = [start_server(tmp_path, **engine, TODOL_TRUST_PROXY='on', TODOL_CLIENT_IP_HEADER='X-Real-IP') for _ in range(2)]
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
+    text = re.search(r'content: \|\n((?: {6}.*\n)+)', project_text('README.md'))[1].replace('bind :', 'bind 127.0.0.1:')
+    places = {'127.0.0.1:8080': f'127.0.0.1:{port}', 'a:8080': f'127.0.0.1:{nodes[0].port}', 'b:8080': f'127.0.0.1:{nodes[1].port}'}
+    config = tmp_path / 'haproxy.cfg'
+    config.write_text(re.sub('|'.join(places), lambda found: places[found[0]], text))
+    client = HTTPClient(port)
+    with run_proxy([command, '-f', config], tmp_path, port), contextlib.closing(client):
+        eventually(lambda: client.get('/').status == 200)
+        for step in (lambda: None, nodes[0].stop, lambda: nodes[0].start(nodes[0].port), nodes[1].stop, nodes[0].kill):
+            step()
+            if step == nodes[1].stop:
+                nodes[1].start(nodes[1].port)
+            elif step == nodes[0].kill:         # whether a POST was done then, no proxy can know
+                eventually(lambda: client.get('/').status == 200)
+            for _ in range(3):
+                client.create('through the proxy')
+        assert len(client.todos()) == 15
 
 
 SMUGGLED = b'GET /echo/smuggled HTTP/1.1\r\nHost: x\r\nX-Real-IP: 9.9.9.9\r\n\r\n'
