@@ -2155,6 +2155,7 @@ def test_a_cached_value_comes_back_as_it_was_here_and_in_another_process_under_a
     assert [cache.get_many([key, key + '.']) for cache in both] == [{key + '.': 'another'}] * 2
 
 
+@both_engines
 def test_what_can_be_no_key_time_to_live_or_value_is_refused_by_every_call_and_changes_nothing(open_cache):
     cache = open_cache(limit_bytes=2_000_000)
     cache.set('key', 'old')
@@ -2177,6 +2178,7 @@ def test_what_can_be_no_key_time_to_live_or_value_is_refused_by_every_call_and_c
     assert cache.get('key') == 'old' and not computed and cache._flush() and cache.stats()['entries'] == 1
 
 
+@both_engines
 def test_a_cached_or_computed_value_is_the_callers_own(cache):
     def fetch():
         value = cache.fetch('computed', 60, lambda: gevent.sleep(0.01) or {'list': ()})
@@ -2193,6 +2195,7 @@ def test_a_cached_or_computed_value_is_the_callers_own(cache):
     assert cache.get('key') == {'list': [1]} and cache.get('computed') == {'list': []}
 
 
+@both_engines
 def test_a_value_expires_to_the_fraction_of_a_second_counted_from_when_it_was_computed(cache, cache_clock):
     def compute():
         cache_clock.now += 10
@@ -2223,6 +2226,7 @@ def test_add_keeps_only_the_first_until_it_is_deleted_or_expires_and_no_incremen
     assert sorted(sums) == list(range(5, 205)) and {cache.get('key') for cache in both} == {204}
 
 
+@both_engines
 def test_an_increment_does_not_move_the_window_and_counts_from_what_was_set_or_deleted_before(cache, cache_clock):
     assert cache.incr('key', by=5, ttl=2) == 5
     cache_clock.now += 1.5
@@ -2305,6 +2309,7 @@ def test_touch_gives_a_value_a_new_time_to_live_in_every_process_and_says_whethe
         assert [cache.get_many(['longer', 'shorter', 'gone']) for cache in both] == [live] * 2
 
 
+@both_engines
 def test_memoize_keeps_results_by_function_and_arguments(cache, cache_clock):
     computed = []
 
@@ -2324,6 +2329,7 @@ def test_memoize_keeps_results_by_function_and_arguments(cache, cache_clock):
         cache.memoize(60)(lambda: 1)
 
 
+@both_engines
 def test_prune_deletes_what_has_expired_and_nothing_else(cache, cache_clock, monkeypatch):
     monkeypatch.setattr(todol, 'SLICE_ROWS', 3)
     for n in range(6):
@@ -2396,6 +2402,7 @@ def test_who_asks_after_a_delete_does_not_get_what_was_computed_before_it(cache)
     assert old.get() == 'old' and cache.get('key') == 'new'
 
 
+@both_engines
 def test_a_function_that_asks_for_the_key_it_computes_is_told_so(cache):
     def fetch(*keys):
         return cache.fetch(keys[0], 60, lambda: fetch(*keys[1:])) if keys else 1
@@ -4282,18 +4289,31 @@ def test_jobs_of_an_order_key_run_one_by_one_and_none_is_stuck_while_others_are_
 
     def slowly(*arguments, **options):
         jobs.enqueue(*arguments, **options)
-        jobs._outbox.execute('SELECT pg_sleep(random() / 100)')
+        jobs._outbox.execute('SELECT pg_sleep(random() / 50)')
 
     def enqueue(k):
         for n in range(40):
-            enqueued = jobs.enqueue if n % 2 else functools.partial(jobs._outbox.transact, slowly)
-            enqueued('ordered', {'key': k % 4, 'n': (k, n)}, order_key=f'key {k % 4}')
-            gevent.sleep(random.uniform(0, 0.01))
+            jobs._outbox.transact(slowly, 'ordered', {'key': k % 4, 'n': (k, n)}, order_key=f'key {k % 4}')
+            if n % 4 == 0:
+                gevent.sleep(random.uniform(0, 0.05))
 
     run_at_once(4, enqueue)
     all_done(jobs, 30)
     assert {key: [n for (_, n), _ in ran] for key, ran in runs.items()} == {key: list(range(40)) for key in range(4)}
     assert all(at_once == 1 for ran in runs.values() for _, at_once in ran)
+
+
+@on_postgres
+def test_a_job_that_only_a_newer_version_knows_is_left_to_it_and_fails_after_minutes(new_jobs, job_clock):
+    old, newer = new_jobs(), new_jobs()
+    newer.task(named('newer', lambda: None))
+    old.open(1)
+    id = newer.enqueue('newer')
+    old._bell.set()
+    eventually(lambda: newer.find(id).state == 'scheduled')
+    assert newer.find(id).attempts == 0
+    pass_time(old, job_clock, todol.UNKNOWN_SECONDS + 1)
+    eventually(lambda: newer.find(id).state == 'failed')
 
 
 @on_postgres
@@ -4368,6 +4388,8 @@ def test_a_transaction_whose_connection_is_lost_is_run_again_and_one_whose_serve
     eventually(lambda: len(received) == 2)
     assert payloads(received[1:]) == ['after the crash'] and notes_of(served) == ['once', 'waited']
     assert payloads(todol.cable.since('stream', f'{todol.cable.epoch}:0')) == ['after the crash']
+    served.execute("TRUNCATE todol_test_cable.messages; UPDATE todol_test_cable.epochs SET epoch = 'another'")
+    eventually(lambda: received[2:] == [None], what='the news that another node began the log anew')
 
 
 @on_postgres
@@ -4408,6 +4430,18 @@ def test_several_nodes_start_on_an_empty_database_at_once_and_without_the_packag
         refused = run(command, 'x.tar', cwd=tmp_path, DATABASE_URL=url)
         assert refused.returncode == 1 and "use pg_dump -n 'todol_development*'" in refused.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_small_app_serves_one_room_from_two_nodes_though_one_is_killed(start_server, tmp_path, postgres):
+    (tmp_path / 'b').mkdir()
+    program = new(PROGRAM, 'chat.py', tmp_path)
+    where = {'CHAT_ENV': 'test', 'CHAT_DATA': tmp_path / 'none', 'DATABASE_URL': postgres.new_database()}
+    a, b = start_server(program=program, **where), start_server(tmp_path / 'b', program=program, **where)
+    assert a.client().post('/messages', form={'key': 'a', 'name': 'Ada', 'text': 'Hello'}).status in (200, 303)
+    a.kill()
+    assert b.client().post('/messages', form={'key': 'b', 'name': 'Ben', 'text': 'Hi'}).status in (200, 303)
+    eventually(lambda: '<span id="said">2</span>' in b.client().get('/').text, what='the count of both')
+    assert re.findall('<p dir="auto">(.*?)</p>', b.client().get('/').text) == ['Hello', 'Hi']
 
 
 def test_all_is_copied_to_a_server_and_back_and_a_target_that_is_not_empty_is_refused(postgres, tmp_path):
