@@ -8004,6 +8004,14 @@ def test_whatever_goes_wrong_between_two_steps_nothing_is_lost_and_the_next_chan
     assert result['steps'] > steps and result['tried'] > tries
 
 
+def test_nodes_on_one_server_lose_nothing_whatever_is_killed_cut_silent_slow_or_away(postgres):
+    need((FRONT_END / 'nodes.py').exists(), 'there is no .ci/nodes.py beside')
+    done = subprocess.run([sys.executable, FRONT_END / 'nodes.py', '--short'], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-5000:]
+    result = json.loads(done.stdout)
+    assert not result['wrong'] and min(result['counts'][what] for what in ('todos', 'jobs', 'messages', 'cuts of tabs')) > 20
+
+
 # Whatever is given
 
 def work(number):
@@ -11079,7 +11087,7 @@ def test_the_units_of_the_readme_are_what_systemd_takes_and_give_settings_that_t
 def test_the_readme_uses_the_command_of_the_image():
     told = re.findall(r'(?:ssh console -C "|docker exec \w+ |`)((?:app|litestream|python) /?[a-z][^"`]*)', README)
     known = {'app': todol.COMMANDS, 'litestream': ('restore', 'databases'),
-             'python': ('todol.py', 'chat.py', '.ci/bench.py', '.ci/soak.py', '.ci/faults.py')}
+             'python': ('todol.py', 'chat.py', '.ci/bench.py', '.ci/soak.py', '.ci/faults.py', '.ci/nodes.py')}
     wrong = [text for text in told if text.split()[1] not in known[text.split()[0]]]
     assert told and not wrong
 

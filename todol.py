@@ -752,7 +752,16 @@ def in_thread(function, /, *arguments, **options):
     """Call a function that blocks (requests, smtplib, subprocess) in a thread of a pool, and wait
     for what it returns or raises, while others run. It must not use the stack."""
     refuse_in_transaction('a wait for a thread')
-    return gevent.get_hub().threadpool.apply(function, arguments, options)
+
+    def call():
+        try:
+            return function(*arguments, **options), None
+        except BaseException as error:      # gevent would log it, beside raising it
+            return None, error
+    value, error = gevent.get_hub().threadpool.apply(call)
+    if error is not None:
+        raise error
+    return value
 
 
 def make_private(path):
@@ -2726,6 +2735,8 @@ class PostgreSQL:
                 self._idle.append(connection)
             elif connection:
                 connection.raw.close()
+                while isinstance(connection.killed, StorageError) and self._idle:
+                    self._idle.pop().raw.close()    # who would wait for an answer as long
             self._free.release()
 
     def _connect(self, url):
@@ -2737,12 +2748,12 @@ class PostgreSQL:
                 raise StorageError('the database is not reachable')
             self._next_try_at = at + 1
             try:
-                raw = self._hub.threadpool.apply(self.driver.Connection.connect, (url,), {
-                    'autocommit': True, 'prepare_threshold': None, 'client_encoding': 'utf8',
-                    'connect_timeout': BUSY_SECONDS,
-                    'application_name': f'{self.channel} {self.name}',
-                    'tcp_user_timeout': 1000 * BUSY_SECONDS, 'keepalives_idle': BUSY_SECONDS,
-                    'keepalives_interval': 2, 'keepalives_count': 3})
+                raw = in_thread(
+                    self.driver.Connection.connect, url, autocommit=True, prepare_threshold=None,
+                    client_encoding='utf8', connect_timeout=BUSY_SECONDS,
+                    application_name=f'{self.channel} {self.name}',
+                    tcp_user_timeout=1000 * BUSY_SECONDS, keepalives_idle=BUSY_SECONDS,
+                    keepalives_interval=2, keepalives_count=3)
                 self._away_since = None
                 return _Connection(self, raw)
             except self.driver.Error as error:
@@ -3998,6 +4009,10 @@ class Connection:
             self._welcome()
             for text in iter(self.socket.receive, None):
                 self._obey(text)
+        except StorageError as error:
+            log.warning('a client is to come back error=%s', error)
+            self.disconnect('storage', reconnect=True)
+            self.socket.linger()
         finally:
             connections[self.user].discard(self)
             if not connections[self.user]:

@@ -9,14 +9,14 @@
     python .ci/nodes.py --short             the scenes that the tests run, about a minute
     python .ci/nodes.py --only kills        one of them: `--help` lists them
 
-Six writers and four sockets, which resume where they were, use two nodes; the clock of one is 30 seconds ahead, and it
-has two connections for its 20 jobs at once. A writer repeats what it asks for, with the same key, until that is
+Six writers and four sockets, which resume where they were, use two nodes; the clock of one is 30 seconds ahead, and
+it has two connections for its 20 jobs at once. A writer repeats what it asks for, with the same key, until that is
 acknowledged. Between each node and the server is a line of this program, which can be cut, go silent, be slow, or lose
 a commit on its way. After each scene everything that was acknowledged before is looked for: in the tables, in the
 traces that the jobs left on the disk, and in what the sockets heard.
 
-Prints a line for each scene, and at the end JSON. Exit status 0: nothing was missing, doubled, out of order, or twice at
-once. PostgreSQL and PgBouncer are Debian's (`apt-get install postgresql pgbouncer`). All stays on 127.0.0.1 and in a
+Prints a line for each scene, and at the end JSON. Exit status 0: nothing was missing, doubled, out of order, or twice
+at once. PostgreSQL and PgBouncer are Debian's (`apt-get install postgresql pgbouncer`). All stays on 127.0.0.1 and in a
 directory that is removed.
 """
 import sys
@@ -26,10 +26,10 @@ if sys.argv[1:2] != ['--run']:
     monkey.patch_all()
 
 import argparse
+import base64
 import collections
 import contextlib
 import functools
-import glob
 import http.client
 import importlib.util
 import json
@@ -64,7 +64,8 @@ CACHE_BYTES = 1_000_000
 def run_program(arguments):
     """Run the program of NODES_PROGRAM with these arguments."""
     ahead = float(os.environ.get('NODES_AHEAD', '0'))
-    time.time, time.time_ns = (lambda real=time.time: real() + ahead), (lambda real=time.time_ns: real() + int(ahead * 1e9))
+    real_time, real_ns = time.time, time.time_ns
+    time.time, time.time_ns = lambda: real_time() + ahead, lambda: real_ns() + int(ahead * 1e9)
     spec = importlib.util.spec_from_file_location('todol', os.environ['NODES_PROGRAM'])
     todol = sys.modules['todol'] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(todol)
@@ -206,10 +207,11 @@ class Postgres:
         self.directory.mkdir()
         if os.geteuid() == 0:
             shutil.chown(self.directory, 'nobody', 'nogroup')
-        self._bin = pathlib.Path(max(glob.glob('/usr/lib/postgresql/*/bin'), default=shutil.which('postgres') or '', key=len))
+        self._bin = max(pathlib.Path('/usr/lib/postgresql').glob('*/bin'), key=lambda path: int(path.parent.name))
         self._popen = None
-        subprocess.run([self._bin / 'initdb', '-D', self.directory / 'data', '-U', 'todol', '-A', 'trust', '-E', 'UTF8',
-                        '--locale=C', '--no-sync'], check=True, cwd='/', stdout=subprocess.DEVNULL, **unprivileged())
+        subprocess.run([self._bin / 'initdb', '-D', self.directory / 'data', '-U', 'todol', '-A', 'trust',
+                        '-E', 'UTF8', '--locale=C', '--no-sync'],
+                       check=True, cwd='/', stdout=subprocess.DEVNULL, **unprivileged())
 
     def start(self):
         # fsync is for what a power loss would take; the server's own crashes are survived without.
@@ -247,12 +249,12 @@ def pgbouncer(server, mode):
     """The port of a PgBouncer before the server."""
     port, place = free_port(), server.directory
     (place / 'bouncer.ini').write_text(
-        f'[databases]\n* = host=127.0.0.1 port={server.port}\n[pgbouncer]\nlisten_addr=127.0.0.1\nlisten_port={port}\n'
-        f'unix_socket_dir=\nauth_type=any\npool_mode={mode}\nmax_client_conn=200\ndefault_pool_size=20\n'.replace(
-            '* = host', '* = user=todol host'))
+        f'[databases]\n* = user=todol host=127.0.0.1 port={server.port}\n[pgbouncer]\nlisten_addr=127.0.0.1\n'
+        f'listen_port={port}\nunix_socket_dir=\nauth_type=any\npool_mode={mode}\nmax_client_conn=200\n'
+        'default_pool_size=80\n')
+    program = shutil.which('pgbouncer', path=os.environ['PATH'] + ':/usr/sbin')
     with open(place / 'bouncer.log', 'ab') as log:
-        popen = subprocess.Popen([shutil.which('pgbouncer', path=os.environ['PATH'] + ':/usr/sbin'), place / 'bouncer.ini'],
-                                 cwd='/', stdout=log, stderr=log, **unprivileged())
+        popen = subprocess.Popen([program, place / 'bouncer.ini'], cwd='/', stdout=log, stderr=log, **unprivileged())
     try:
         assert eventually(lambda: connects(port)), (place / 'bouncer.log').read_text()
         yield port
@@ -275,7 +277,7 @@ class Line:
         self.is_cut = False             # who connects is hung up on
         self.is_silent = False          # what is sent gets nowhere, on connections old and new
         self.slow_seconds = 0           # before what the server sends gets through
-        self.lose_commits = []          # for the next ones: whether they get to the server, of which nothing is heard then
+        self.lose_commits = []          # for the next: whether they get to the server; nothing is heard of them
         self._pairs = {}                # (client, server) -> whether it listens
         self._server = gevent.server.StreamServer(('127.0.0.1', 0), self._carry)
         self._server.start()
@@ -349,12 +351,13 @@ class Node:
         world.started.append(self)
 
     def start(self, wait=True):
-        inherited = {name: value for name, value in os.environ.items() if not re.match('TODOL_|DATABASE_|DIRECT_', name)}
+        inherited = {name: value for name, value in os.environ.items()
+                     if not re.match('TODOL_|DATABASE_|DIRECT_', name)}
         with open(self.world.directory / f'log-{self.name}', 'ab') as log:
             self.popen = subprocess.Popen(
                 [sys.executable, str(HERE), '--run', 'serve'], cwd=self.world.directory, stdout=log, stderr=log, env={
-                    **inherited, 'TODOL_ENV': 'production', 'TODOL_WRITES_PER_MINUTE': '1000000', 'PORT': str(self.port),
-                    'NODES_PROGRAM': str(self.world.options.program), **self.environment})
+                    **inherited, 'TODOL_ENV': 'production', 'TODOL_WRITES_PER_MINUTE': '1000000',
+                    'PORT': str(self.port), 'NODES_PROGRAM': str(self.world.options.program), **self.environment})
         if wait:
             self.wait_until_up()
         return self
@@ -418,6 +421,9 @@ class World:
         self.waits = [0.0]                      # seconds from the first try to the acknowledgement
         self.late = []                          # seconds from saying on one node to hearing from another
 
+    def query(self, statement):
+        return self.server.query(statement, self.database)
+
     def say(self, sentence):
         if len(self.wrong) < 30:
             print('WRONG:', sentence, file=sys.stderr, flush=True)
@@ -454,7 +460,8 @@ def write(world, cookie):
             if world.until_acknowledged('/todos', {'title': f't{number}', 'key': f'{number}'}, cookie):
                 world.titles[f't{number}'] = time.monotonic()
         elif kind % 3 == 1:
-            fields = {'number': number, 'thread': f'thread {random.randrange(8)}', 'seconds': 0.5 if kind % 60 == 1 else 0.01}
+            fields = {'number': number, 'thread': f'thread {random.randrange(8)}',
+                      'seconds': 0.5 if kind % 60 == 1 else 0.01}
             if world.until_acknowledged('/nodes/job', fields):
                 world.jobs[number] = time.monotonic()
         elif asked := world.until_acknowledged('/nodes/say', {'number': number}):
@@ -493,12 +500,14 @@ class Tab:
             self.refreshed_at.append(at)
 
     def listen(self):
-        with socket.create_connection(('127.0.0.1', self.node.port), 10) as connection, connection.makefile('rb') as file:
+        place = '127.0.0.1', self.node.port
+        with socket.create_connection(place, 10) as connection, connection.makefile('rb') as file:
             connection.settimeout(20)       # pings come every 3 s
             connection.sendall(
-                f'GET /cable HTTP/1.1\r\nHost: 127.0.0.1:{self.node.port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n'
-                'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Protocol: '
-                f'actioncable-v1-ext-json, actioncable-unsupported\r\nCookie: {self.cookie}\r\n\r\n'.encode())
+                f'GET /cable HTTP/1.1\r\nHost: 127.0.0.1:{self.node.port}\r\nUpgrade: websocket\r\n'
+                'Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n'
+                'Sec-WebSocket-Protocol: actioncable-v1-ext-json, actioncable-unsupported\r\n'
+                f'Cookie: {self.cookie}\r\n\r\n'.encode())
             while file.readline().strip():
                 pass
             identifier = json.dumps({'channel': 'Turbo::StreamsChannel', 'signed_stream_name': self.name,
@@ -550,15 +559,15 @@ def look(world, final=False):
     look_at_jobs(world, asked)
     look_at_messages(world, said)
     if final:
-        left = world.server.query(f'SELECT uid, name, worker, error FROM {SCHEMA}_job.jobs '
-                                  "WHERE name NOT LIKE 'tick%'", world.database)
+        left = world.query(f'SELECT uid, name, worker, error FROM {SCHEMA}_job.jobs '
+                                  "WHERE name NOT LIKE 'tick%'")
         if left:
             world.say(f'{len(left)} jobs are left: {left[:3]}')
     world.count.update({'todos': len(titles), 'jobs': len(asked), 'messages': len(said)})
 
 
 def look_at_todos(world, titles):
-    there = collections.Counter(title for title, in world.server.query(f'SELECT title FROM {SCHEMA}.todos', world.database))
+    there = collections.Counter(title for title, in world.query(f'SELECT title FROM {SCHEMA}.todos'))
     for title in titles:
         if title not in there:
             world.count['acknowledged and missing'] += 1
@@ -567,11 +576,11 @@ def look_at_todos(world, titles):
         if times > 1:
             world.count['doubled'] += 1
             world.say(f'the todo {title} is there {times} times')
-    for row in world.server.query(f'''
+    for row in world.query(f'''
             SELECT lists.user_id, lists.active, lists.completed, count(*) FILTER (WHERE todos.completed = 0), count(*)
             FROM {SCHEMA}.lists JOIN {SCHEMA}.todos USING (user_id) GROUP BY 1, 2, 3
             HAVING lists.active <> count(*) FILTER (WHERE todos.completed = 0)
-                OR lists.active + lists.completed <> count(*)''', world.database):
+                OR lists.active + lists.completed <> count(*)'''):
         world.count['counts wrong'] += 1
         world.say(f'a list is miscounted: {row}')
 
@@ -590,12 +599,12 @@ def look_at_jobs(world, asked):
         done = {trace[1] for trace in traces(world) if trace[0] == 'done'}
         return [number for number in asked if number not in done]
     left = unfinished()
-    while left and eventually(lambda: len(unfinished()) < len(left)):       # as long as they get fewer
+    while left and eventually(lambda left=left: len(unfinished()) < len(left)):       # as long as they get fewer
         left = unfinished()
     if left:
         world.count['jobs lost'] += len(left)
         world.say(f'{len(left)} acknowledged jobs do not get done: {left[:5]}')
-    rows = world.server.query(f'SELECT number, thread FROM {SCHEMA}.asked ORDER BY place', world.database)
+    rows = world.query(f'SELECT number, thread FROM {SCHEMA}.asked ORDER BY place')
     there, committed = dict(rows), collections.defaultdict(list)
     for number in asked:
         if number not in there:
@@ -636,8 +645,8 @@ def look_at_messages(world, said):
         if missing(tab):
             world.count['messages missing'] += len(missing(tab))
             world.say(f'tab {tab.number} has not heard {missing(tab)[:5]}')
-    log = world.server.query(f'''SELECT epoch, id, payload FROM {SCHEMA}_cable.epochs, {SCHEMA}_cable.messages
-                                 WHERE stream = '{world.stream}' ORDER BY id''', world.database)
+    log = world.query(f'''SELECT epoch, id, payload FROM {SCHEMA}_cable.epochs, {SCHEMA}_cable.messages
+                                 WHERE stream = '{world.stream}' ORDER BY id''')
     for tab in world.tabs:
         ours = [id for epoch, id in tab.heard if log and epoch == log[0][0]]
         kept = {id: json.loads(payload) for _, id, payload in log if ours and min(ours) <= id <= max(ours)}
@@ -648,7 +657,8 @@ def look_at_messages(world, said):
             world.say(f'tab {tab.number} lacks {gaps[:5]} of the log, and has heard others as {changed[:5]}')
     for number in said:
         began, node, _ = world.said[number]
-        world.late += [tab.numbers[number] - began for tab in world.tabs if tab.node is not node and number in tab.numbers]
+        world.late += [tab.numbers[number] - began for tab in world.tabs
+                       if tab.node is not node and number in tab.numbers]
 
 
 # === Scenes: what happens to them =====================================================================================
@@ -746,7 +756,7 @@ def versions(world):
         world.say('jobs that an old node does not know were not done by the others')
     old.stop()
     old.line.close()
-    failed = world.server.query(f'SELECT name, error FROM {SCHEMA}_job.jobs WHERE failed_at IS NOT NULL', world.database)
+    failed = world.query(f'SELECT name, error FROM {SCHEMA}_job.jobs WHERE failed_at IS NOT NULL')
     if failed:
         world.say(f'jobs have failed: {failed[:2]}')
 
@@ -756,21 +766,22 @@ def odd_text(world):
     """NUL and lone surrogates in errors and titles; a transaction that goes on behind a failed statement."""
     port = world.nodes[0].port
     for for_good in (False, True):
-        world.until_acknowledged('/nodes/enqueue', {'name': 'raise_odd', 'arguments': json.dumps({'for_good': for_good})})
+        arguments = json.dumps({'for_good': for_good})
+        world.until_acknowledged('/nodes/enqueue', {'name': 'raise_odd', 'arguments': arguments})
     for title in ('a\0b', 'a\ud800b'):
         status = ask(port, 'POST', '/todos', json.dumps({'title': title}), **{'Content-Type': 'application/json'})[0]
         if status not in (400, 422):
             world.say(f'the title {title!r} gets {status}')
     status, text, _ = ask(port, 'POST', '/nodes/unclean', {})
-    there = world.server.query(f'SELECT 1 FROM {SCHEMA}.asked WHERE number = -1', world.database)
+    there = world.query(f'SELECT 1 FROM {SCHEMA}.asked WHERE number = -1')
     if (status == 200) != bool(there):
         world.say(f'a transaction with a failed statement gets {status} {text[:100]}, and its row is {there}')
 
     def failed():
-        return world.server.query(f"SELECT attempt, error FROM {SCHEMA}_job.jobs WHERE name = 'raise_odd'", world.database)
-    if not eventually(lambda: [attempt for attempt, error in failed() if error and r'\x00' in error + r'\x00'] == [3], 30):
+        return world.query(f"SELECT attempt, error FROM {SCHEMA}_job.jobs WHERE name = 'raise_odd'")
+    if not eventually(lambda: [attempt for attempt, error in failed() if error] == [3], 30):
         world.say(f'of two jobs with odd errors one is done and one has failed; not so: {failed()}')
-    world.server.query(f"DELETE FROM {SCHEMA}_job.jobs WHERE name = 'raise_odd'", world.database)
+    world.query(f"DELETE FROM {SCHEMA}_job.jobs WHERE name = 'raise_odd'")
 
 
 @scene
@@ -793,9 +804,9 @@ def eviction(world):
     size = 'SELECT coalesce(sum(length(key) + coalesce(length(value), 8) + 100), 0) FROM '
 
     def fits():
-        return world.server.query(f'{size} {SCHEMA}_cache.entries', world.database)[0][0] <= 1.2 * CACHE_BYTES
+        return world.query(f'{size} {SCHEMA}_cache.entries')[0][0] <= 1.2 * CACHE_BYTES
     if not eventually(fits, 20):
-        world.say(f'the cache of {CACHE_BYTES} has {world.server.query(f"{size} {SCHEMA}_cache.entries", world.database)}')
+        world.say(f'the cache of {CACHE_BYTES} has {world.query(f"{size} {SCHEMA}_cache.entries")}')
 
 
 @scene
@@ -850,8 +861,8 @@ def away_60_seconds(world):
     gevent.sleep(15)
 
 
-SHORT = ['calm', 'kills', 'fast_restart', 'immediate_restart', 'lost_commits', 'cuts', 'half_open', 'slow', 'away_8_seconds',
-         'versions', 'odd_text', 'eviction', 'stops']
+SHORT = ['calm', 'kills', 'fast_restart', 'immediate_restart', 'lost_commits', 'cuts', 'half_open', 'slow',
+         'away_8_seconds', 'versions', 'odd_text', 'eviction', 'stops']
 
 
 def late(world):
@@ -887,8 +898,8 @@ def run(options, directory):
         server.start()
         start_nodes(world)
         began = time.monotonic()
-        ask_stream = json.loads(ask(world.nodes[0].port, 'GET', '/nodes/stream')[1])['name']
-        world.stream = stream_name(ask_stream)
+        signed = json.loads(ask(world.nodes[0].port, 'GET', '/nodes/stream')[1])['name']
+        world.stream = json.loads(base64.b64decode(signed.partition('--')[0]))
         cookies = [ask(world.nodes[0].port, 'GET', '/', Accept='text/html')[2] for _ in range(3)] * 2
         writers = [gevent.spawn(write, world, cookie) for cookie in cookies]
         world.tabs = [Tab(world, number) for number in range(4)]
@@ -901,6 +912,7 @@ def run(options, directory):
         look_at_ticks(world, time.monotonic() - began, len(results))
         for node in world.nodes:
             node.stop()
+        look_at_logs(world)
     finally:
         for node in world.started:
             if node.popen and node.popen.poll() is None:
@@ -910,9 +922,11 @@ def run(options, directory):
     return 1 if world.wrong else 0
 
 
-def stream_name(signed):
-    import base64
-    return json.loads(base64.b64decode(signed.partition('--')[0]))
+def look_at_logs(world):
+    """What a node could not explain is there with a traceback."""
+    for path in world.directory.glob('log-*'):
+        for line in re.findall('ERROR   failed: (.*)', path.read_text())[:3]:
+            world.say(f'the log of {path.name} has a traceback of {line}')
 
 
 def play(world, name):
@@ -924,7 +938,8 @@ def play(world, name):
     look(world)
     spent = {'seconds': round(ended - began, 1), 'settled after': round(time.monotonic() - ended, 1),
              'longest wait s': round(max(world.waits), 2), 'wrong': len(world.wrong) - wrong,
-             **{what: times for what, times in (world.count - before).items() if what not in ('todos', 'jobs', 'messages')}}
+             **{what: times for what, times in (world.count - before).items()
+                if what not in ('todos', 'jobs', 'messages')}}
     print(f'{name}: {spent}', file=sys.stderr, flush=True)
     return spent
 
