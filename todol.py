@@ -41,6 +41,7 @@ import os
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -164,6 +165,13 @@ def secret_text(text):
     return text
 
 
+def server_url(text):
+    """A parser of the URL of a PostgreSQL server."""
+    if text and not re.match('postgres(ql)?://', text):
+        raise ValueError('unset, or postgresql://user:password@host:port/name')
+    return text
+
+
 SETTINGS = []                           # every Setting, in the order of declaration
 settings = types.SimpleNamespace()      # their values: PORT is .port, <APP>_ENV is .env
 
@@ -199,21 +207,30 @@ app_settings(
     Setting('PORT', '8080', 'TCP port to listen on; 0 takes a free one',
             whole_number(0, 65535), prefixed=False),
     Setting('HOST', '127.0.0.1', 'address to listen on; 0.0.0.0 for all', str, prefixed=False),
+    Setting('WEB_CONCURRENCY', '1', 'processes that serve and run jobs; SIGHUP replaces them if '
+            'there are several', whole_number(1, 1000), prefixed=False),
     Setting('ENV', 'development', 'development, test or production: names the files, sets '
             'what errors show', one_of('development', 'test', 'production')),
     Setting('DATA', 'db', 'directory of the database files', absolute_path),
+    Setting('DATABASE_URL', '', 'postgresql://… of the server that keeps everything, for any '
+            'number of machines; unset: SQLite files', server_url, secret=True, prefixed=False),
+    Setting('DIRECT_DATABASE_URL', '', 'its URL past a pooler, for one connection that listens; '
+            'unset: the same', server_url, secret=True, prefixed=False),
+    Setting('DATABASE_POOL', '10', 'most connections of one process beside that one',
+            whole_number(1, 1000), prefixed=False),
     Setting('SECRET', '', 'signs sessions and stream names; unset: made once and kept in the '
             'app database', secret_text, secret=True),
     Setting('SYNC', 'NORMAL', 'synchronous of the app database: NORMAL, or FULL to survive '
             'power loss', one_of('NORMAL', 'FULL')),
-    Setting('JOB_WORKERS', '20', 'jobs that run at once', whole_number(1, 10_000)),
+    Setting('JOB_WORKERS', '20', 'jobs that run at once in a process', whole_number(1, 10_000)),
     Setting('MAX_BODY_BYTES', '262144', 'largest request body, bytes',
             whole_number(1024, 2**30)),
     Setting('MAX_MESSAGE_BYTES', '65536', 'largest WebSocket message from a client, bytes',
             whole_number(1024, 2**30)),
-    Setting('MAX_SOCKETS', '100', 'most WebSockets of one user', whole_number(1, 1_000_000)),
-    Setting('WRITES_PER_MINUTE', '600', 'most changes of one session in a minute, ten times as '
-            'many of one address; above it 429', whole_number(1, 10**9)),
+    Setting('MAX_SOCKETS', '100', 'most WebSockets of one user to a process',
+            whole_number(1, 1_000_000)),
+    Setting('WRITES_PER_MINUTE', '600', 'most changes of one session that a process takes in a '
+            'minute, ten times as many of one address; above it 429', whole_number(1, 10**9)),
     Setting('IDLE_SECONDS', '0', 'a visible tab without a sign of life drops its socket after '
             'this; 0: never', whole_number(0, 10**6)),
     Setting('HOSTS', '', 'names that it answers to, between commas; others get 421; unset: any',
@@ -227,9 +244,12 @@ app_settings(
 )
 
 
+clock_ahead_seconds = 0.0       # of the server of DATABASE_URL, whose clock is that of all machines
+
+
 def now():
     """Wall time in Unix seconds: what is stored."""
-    return time.time()
+    return time.time() + clock_ahead_seconds
 
 
 # JSON as RFC 8259 has it: NaN and Infinity are refused.
@@ -254,6 +274,7 @@ def _shown(value):
 BUSY_SECONDS = 5            # longer than any transaction here, shorter than a proxy's patience
 JOURNAL_LIMIT_BYTES = 16 * 1024 * 1024
 CHECKPOINT_PAGES = 4000     # 16 MB: SQLite's 1000 wait for the disk four times as often
+COPIED_ROWS = 1000          # at a time, from one engine to the other
 SQLITE_HEADER = b'SQLite format 3\0'
 DATABASE_SUFFIXES = ('', '-wal', '-shm', '-journal')    # of the names of the files it may have
 TOLERATED_TABLES = ('sqlite_', '_litestream_')          # that others keep in our files
@@ -306,20 +327,25 @@ class Database:
 
     name: 'app' is the one without a suffix. migrations: a list of (name, SQL statement) that only
     grows; sections and apps add to it before it is opened. disposable: a damaged one is set aside
-    and made anew. copied: backups and Litestream take it along.
+    and made anew. copied: backups and Litestream take it along. part_of: another one, whose
+    transactions write this one too where one server keeps both.
 
     Rows are tuples, and a statement outside transact() is a transaction of its own. SQL has
     now_s() for the time. Every verb raises StorageError when the file can't be used, MisuseError
     from another thread, and lets other errors of sqlite3 through.
     """
     current = None          # the Database whose transaction is running; nothing switches in one
+    joined = None           # part_of, while both are on one server
+    path = None             # of the file
 
-    def __init__(self, name, migrations=(), disposable=False, copied=True, declared=True):
+    def __init__(self, name, migrations=(), disposable=False, copied=True, declared=True,
+                 part_of=None):
         self.name = name
         self.migrations = list(migrations)
         self.disposable = disposable
         self.copied = copied
-        self.path = self.damage = None
+        self.part_of = part_of
+        self.damage = None
         self._connection = self._hub = None     # each OS thread has its own hub
         self._queue = collections.deque()       # writes that wait for the next transaction
         self._leading = None        # an Event while a greenlet is about to run the queue
@@ -430,13 +456,32 @@ class Database:
     def transact(self, function, /, *arguments, **options):
         """Call the function in a transaction, and give what it returns, after the commit.
 
-        The function is called once. If it raises, all that it did is undone, and nothing else.
-        Inside another transaction of this database it joins that one, as a part that can be undone
-        alone; inside one of another database it is refused (MisuseError): enqueue a job, which is
-        written with the transaction. It can't wait: an attempt raises MisuseError.
+        If the function raises, all that it did is undone, and nothing else. Inside another
+        transaction of this database it joins that one, as a part that can be undone alone; inside
+        one of another database it is refused (MisuseError): enqueue a job, which is written with
+        the transaction. It can't wait: an attempt raises MisuseError.
 
-        Greenlets that write at the same time share a commit: who comes first leads, and calls the
-        others' functions too. So a function must not use the current request.
+        On SQLite it is called once, and no other transaction runs from its first line to the
+        commit. Greenlets that write at the same time share a commit: who comes first leads, and
+        calls the others' functions too. So a function must not use the current request.
+
+        On PostgreSQL (DATABASE_URL) others run at the same time, here and in other processes:
+        * What it reads may change before it writes. `db.lock('list 7')` as its first line keeps out
+          whoever locks the same name, until the commit; on SQLite nobody is there. Without it, a
+          function that reads, decides and writes is wrong now and then, and nothing tells. One
+          statement alone needs no lock: UPDATE … SET n = n + 1, INSERT … ON CONFLICT.
+        * It may be called again from its start, after a deadlock or a lost connection. So it
+          changes nothing but the database.
+        * After a statement that fails nothing more is done, unless that stood in a transact() of
+          its own, inside.
+        * A connection that is lost in the commit raises StorageError, and the change may have been
+          made: what a client repeats has an idempotency key.
+
+        SQL is written for SQLite, and translated: ?, :name, now_s(), INTEGER, REAL, BLOB, triggers
+        with AFTER, CAST(value AS INTEGER) FROM json_each(:ids), tables behind FROM, JOIN, INTO,
+        UPDATE, TABLE or ON. What only PostgreSQL knows stands between /*pg and */. It does not know
+        iif(), max() of two values, INSERT OR, rowid, or a GROUP BY that lacks a column; there LIKE
+        minds case, text has no NUL, a truth is no number, and the ids of a table may have gaps.
         """
         self._check()
         call = functools.partial(function, *arguments, **options)
@@ -463,7 +508,7 @@ class Database:
     @property
     def in_transaction(self):
         """Whether the caller is inside transact() of this database."""
-        return Database.current is self
+        return Database.current is not None and Database.current in (self, self.joined)
 
     def after_commit(self, function):
         """Call the function when the running transaction is committed; once, however often it is
@@ -472,6 +517,12 @@ class Database:
             self._after_commit.append(function)
         else:
             function()
+
+    def lock(self, *names, held=False):
+        """Keep out who locks one of the names, until the commit: see transact(). held: from now
+        on, not from the next statement on. Raises MisuseError outside of a transaction."""
+        if not self.in_transaction:
+            raise MisuseError('a lock ends with its transaction: call it inside transact()')
 
     def _lead(self):
         """Run everybody who is in the queue one turn of the event loop later."""
@@ -606,22 +657,45 @@ class Database:
             self._disconnect()
 
     def _pending(self):
-        tables = [name for name, in self._patiently(
-                      "SELECT name FROM sqlite_master WHERE type = 'table'")
-                  if not name.startswith(TOLERATED_TABLES)]
-        if not tables:
+        columns = self._columns()
+        if not columns:
             return self.migrations
-        if ('name',) not in self._patiently(
-                "SELECT name FROM pragma_table_info('schema_migrations')"):
+        if ('schema_migrations', 'name') not in columns:
             raise MigrationError(f'{self.path} is a database of another program (it has a table '
-                                 f'{tables[0]!r}); move it away, or set {PREFIX}DATA')
-        applied = {name for name, in self._patiently('SELECT name FROM schema_migrations')}
+                                 f'{columns[0][0]!r}); move it away, or set {PREFIX}DATA')
+        applied = {name for name, in self.execute('SELECT name FROM schema_migrations')}
         unknown = applied - {name for name, _ in self.migrations}
         if unknown:
             raise MigrationError(f'{self.path}: the migration {min(unknown)!r} is unknown here; '
                                  f'the file is from a newer version or of another app, or somebody '
                                  f'renamed it. Delete the file if nothing in it matters')
         return [(name, statement) for name, statement in self.migrations if name not in applied]
+
+    def _columns(self):
+        return [(table, column) for table, column in self.execute(
+                    "SELECT tables.name, columns.name FROM sqlite_master AS tables, "
+                    "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'")
+                if not table.startswith(TOLERATED_TABLES)]
+
+    def _slices(self, table, columns):
+        """The rows of a table, in lists."""
+        cursor = self._connection.execute(f'SELECT {columns} FROM {table}')
+        while rows := cursor.fetchmany(COPIED_ROWS):
+            yield rows
+
+    def _last_ids(self):
+        """{table: the last id that it gave away}, where one is never given twice."""
+        tables = [table for table, in self._connection.execute(
+                      "SELECT name FROM sqlite_master WHERE sql LIKE '% AUTOINCREMENT%'")]
+        kept = dict(self._connection.execute('SELECT name, seq FROM sqlite_sequence')
+                    if tables else ())
+        return {table: kept.get(table, 0) for table in tables}
+
+    def _set_last_ids(self, last):
+        for table in self._last_ids():
+            self._connection.execute('DELETE FROM sqlite_sequence WHERE name = ?', (table,))
+            self._connection.execute('INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)',
+                                     (table, last[table]))
 
     def _migrate(self):
         pending = self._pending()           # looked at again: another process may have been faster
@@ -685,7 +759,16 @@ def in_thread(function, /, *arguments, **options):
     """Call a function that blocks (requests, smtplib, subprocess) in a thread of a pool, and wait
     for what it returns or raises, while others run. It must not use the stack."""
     refuse_in_transaction('a wait for a thread')
-    return gevent.get_hub().threadpool.apply(function, arguments, options)
+
+    def call():
+        try:
+            return function(*arguments, **options), None
+        except BaseException as error:      # gevent would log it, beside raising it
+            return None, error
+    value, error = gevent.get_hub().threadpool.apply(call)
+    if error is not None:
+        raise error
+    return value
 
 
 def make_private(path):
@@ -876,8 +959,12 @@ class Processes:
     def _answer(self, fd):
         rung = os.read(fd, 4096)
         self._seen_at = None
+        self.hear(b'*' if len(rung) == 4096 else rung)      # some may not have fitted
+
+    def hear(self, rung):
+        """Set the events of the bytes that another process rang with."""
         for byte, events in self._events.items():
-            if byte in rung or b'*' in rung or len(rung) == 4096:   # some may not have fitted
+            if byte in rung or b'*' in rung:
                 for event in events:
                     event.set()
 
@@ -957,7 +1044,7 @@ MAX_KEY_CHARS = 500
 
 CACHE_MIGRATIONS = [
     ('001 create entries', '''
-        CREATE TABLE entries (
+        CREATE /*pg UNLOGGED */ TABLE entries (
             id          INTEGER PRIMARY KEY,    -- in the order in which they came
             key         TEXT NOT NULL UNIQUE,
             number      INTEGER,                -- the value, if it is a whole number (a counter)
@@ -971,36 +1058,36 @@ CACHE_MIGRATIONS = [
     ('004 drop index by expiry', 'DROP INDEX entries_by_expiry'),
     ('005 drop index by use', 'DROP INDEX entries_by_use'),
 ]
-# In Python the body of an entry is an int, bytes, or text: the JSON of anything else.
 UPSERT_ENTRY = '''
     INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
-    VALUES (:key, iif(typeof(:body) = 'integer', :body, NULL),
-            iif(typeof(:body) = 'integer', NULL, CAST(:body AS BLOB)),
-            typeof(:body) = 'text', :expires_at, 0)
+    VALUES (:key, :number, :value, :is_json, :expires_at, 0)
     ON CONFLICT (key) DO UPDATE SET
         number = excluded.number, value = excluded.value, is_json = excluded.is_json,
         expires_at = excluded.expires_at, used_at = now_s()'''
 ADD_ENTRY = UPSERT_ENTRY + ' WHERE entries.expires_at <= now_s() RETURNING id'
-# A live counter keeps its window; an expired one starts anew. A sum beyond 64 bits would become a
-# float: nothing is changed then.
+# A live counter keeps its window; an expired one starts anew. A sum beyond 64 bits is none: nothing
+# is changed then.
 INCREMENT_ENTRY = '''
     INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
     VALUES (:key, :by, NULL, 0, :expires_at, 0)
     ON CONFLICT (key) DO UPDATE SET
-        number = iif(entries.expires_at <= now_s(), :by, entries.number + :by),
-        expires_at = iif(entries.expires_at <= now_s(), :expires_at, entries.expires_at),
+        number = CASE WHEN entries.expires_at <= now_s() THEN :by ELSE entries.number + :by END,
+        expires_at = CASE WHEN entries.expires_at <= now_s() THEN :expires_at
+                     ELSE entries.expires_at END,
         value = NULL, is_json = 0, used_at = now_s()
-    WHERE entries.expires_at <= now_s() OR typeof(entries.number + :by) = 'integer'
+    WHERE entries.expires_at <= now_s() OR entries.number BETWEEN :least AND :most
     RETURNING number'''
-GET_ENTRY = '''SELECT coalesce(number, iif(is_json, CAST(value AS TEXT), value)), expires_at
-               FROM entries WHERE key = ?'''
+GET_ENTRY = 'SELECT number, value, is_json, expires_at FROM entries WHERE key = ?'
 TOUCH_ENTRY = '''UPDATE entries SET expires_at = ?, used_at = now_s()
                  WHERE key = ? AND expires_at > now_s() RETURNING id'''
 PRUNE_ENTRIES = '''DELETE FROM entries WHERE id > ? AND id <= ? AND expires_at <= now_s()
                    RETURNING id'''
-FIRST_ENTRIES = 'SELECT id, key, used_at > 0 FROM entries ORDER BY id LIMIT ?'
-MOVE_ENTRY = '''UPDATE entries SET id = (SELECT max(id) FROM entries) + 1, used_at = 0
-                WHERE id = ?'''
+FIRST_ENTRIES = '''SELECT id, key, used_at > 0, coalesce(length(value), 8) FROM entries
+                   ORDER BY id LIMIT ?'''
+DELETE_ENTRY = '''DELETE FROM entries WHERE id = ?
+                  RETURNING key, number, value, is_json, expires_at'''
+INSERT_ENTRY = '''INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
+                  VALUES (?, ?, ?, ?, ?, 0)'''
 
 _MISSING = object()
 
@@ -1018,6 +1105,7 @@ class VersionStamps:
     even one after it: a process that dies between leaves no false copy behind.
     """
     SLOTS = 4096
+    trust_seconds = math.inf        # how long a copy may be believed for its stamp alone
 
     def __init__(self, path):
         """Raises OSError."""
@@ -1062,6 +1150,7 @@ class Cache:
     A value is bytes or anything that JSON has; what get() gives is the caller's own. A key is text
     of at most MAX_KEY_CHARS characters. Inside a transaction the cache can only be read.
     """
+    new_stamps = VersionStamps
 
     def __init__(self, database):
         self._db = database
@@ -1071,7 +1160,7 @@ class Cache:
     def _reset(self):
         self._front = {}            # key -> _Entry
         self._front_bytes = 0       # that came since it was emptied
-        self._pending = {}          # key -> row of UPSERT_ENTRY; an expired one is to be deleted,
+        self._pending = {}          # key -> what _row() gave; an expired one is to be deleted,
                                     # one with a stamp gives way to what was changed since
         self._pending_bytes = 0     # that came since the last flush
         self._used = set()          # keys that were read since they came
@@ -1085,7 +1174,7 @@ class Cache:
     def open(self):
         """Start serving; the database is open already, and the stamps lie beside it."""
         try:
-            self._stamps = VersionStamps(self._db.path + '-stamps')
+            self._stamps = self.new_stamps(self._db.path + '-stamps')
         except OSError as error:
             raise StorageError(f'{self._db.path}-stamps can not be written: '
                                f'{error.strerror}') from None
@@ -1137,7 +1226,7 @@ class Cache:
         """Keep a value if the key has none, and say whether it was kept. Atomic between processes.
         Raises CacheError."""
         row = self._row(key, value, ttl)
-        return bool(self._through(key, ADD_ENTRY, row, otherwise=[True]))
+        return bool(self._through(key, ADD_ENTRY, _stored(row), otherwise=[True]))
 
     def incr(self, key, by=1, ttl=FOREVER_SECONDS):
         """Add to a whole number and give the sum. A missing or expired one starts at 0 with a new
@@ -1146,7 +1235,8 @@ class Cache:
         number or the sum has more than 64 bits."""
         if not _fits_64_bits(by):
             raise CacheError(f'incr() adds a whole number of 64 bits, not {_shown(by)}')
-        row = {'key': key, 'by': by, 'expires_at': self._expiry(key, ttl)}
+        row = {'key': key, 'by': by, 'expires_at': self._expiry(key, ttl),
+               'least': max(-2**63, -2**63 - by), 'most': min(2**63 - 1, 2**63 - 1 - by)}
         rows = self._through(key, INCREMENT_ENTRY, row, otherwise=[(by,)])
         if not rows:
             raise CacheError(f'the value of {key!r} is not a whole number, or {by} more would not '
@@ -1224,9 +1314,9 @@ class Cache:
 
     def _slot(self, key):
         self._db._check()
-        if not isinstance(key, str) or len(key) > MAX_KEY_CHARS:
-            raise CacheError(f'a cache key must be text of at most {MAX_KEY_CHARS} characters, not '
-                             f'{_shown(key)}')
+        if not isinstance(key, str) or len(key) > MAX_KEY_CHARS or '\0' in key:
+            raise CacheError(f'a cache key must be text of at most {MAX_KEY_CHARS} characters '
+                             f'without NUL, not {_shown(key)}')
         try:
             return self._stamps.slot(key)
         except UnicodeEncodeError:
@@ -1239,7 +1329,8 @@ class Cache:
         return now() + ttl
 
     def _row(self, key, value, ttl):
-        """The parameters of UPSERT_ENTRY. Raises CacheError."""
+        """An entry to be kept. Its body is an int, bytes, or text: the JSON of anything else.
+        Raises CacheError."""
         expires_at, body = self._expiry(key, ttl), value
         if not isinstance(value, bytes) and not _fits_64_bits(value):
             try:
@@ -1260,10 +1351,12 @@ class Cache:
         if waiting:
             rows = [(waiting['body'], waiting['expires_at'])]
         else:
-            rows = self._forgiving((), self._db.execute, GET_ENTRY, (key,))
+            rows = [(_body(*columns), expires_at) for *columns, expires_at in
+                    self._forgiving((), self._db.execute, GET_ENTRY, (key,))]
         if not rows or rows[0][1] <= now():
             return None
         body, expires_at = rows[0]
+        expires_at = min(expires_at, now() + self._stamps.trust_seconds)
         is_json = isinstance(body, str) and body[0] in '[{'
         entry = _Entry(body if is_json else _decoded(body), is_json, expires_at, slot, stamp)
         if not waiting and not stamp & 1:
@@ -1328,7 +1421,7 @@ class Cache:
     def _turn(self):
         self._dirty.clear()
         if self._stamps.deleted():
-            self._stamps = VersionStamps(self._db.path + '-stamps')
+            self._stamps = self.new_stamps(self._db.path + '-stamps')
             self._empty_front()
         return self._wait if self._flush() else functools.partial(gevent.sleep, REST_SECONDS)
 
@@ -1362,7 +1455,7 @@ class Cache:
                 if row['expires_at'] <= now():
                     self._db.execute('DELETE FROM entries WHERE key = ?', (key,))
                 elif stamp is None or stamp | 1 == self._stamps.get(self._stamps.slot(key)) | 1:
-                    self._db.execute(UPSERT_ENTRY, row)
+                    self._db.execute(UPSERT_ENTRY, _stored(row))
             except StorageError:
                 raise
             except Exception as error:
@@ -1383,18 +1476,21 @@ class Cache:
         """Until there is room, move those of the first entries that were used since they came to
         the end, and delete the others. Gives the number of these. A quarter goes in any case, or
         much work might free little. Reads are known of this process only."""
-        rows = self._db.execute(FIRST_ENTRIES, (SLICE_ROWS,))
+        excess = self._size_bytes() - self.limit_bytes * 0.99
+        rows = self._db.execute(FIRST_ENTRIES, (SLICE_ROWS,)) if excess > 0 else ()
         moves, gone = len(rows) * 3 // 4, 0
-        for id, key, used in rows:
-            if self._size_bytes() <= self.limit_bytes * 0.99:
+        for id, key, used, size in rows:
+            if excess <= 0:
                 break
+            entries = self._db.execute(DELETE_ENTRY, (id,))
             if moves and (used or key in self._used):
                 moves -= 1
                 self._used.discard(key)
-                self._db.execute(MOVE_ENTRY, (id,))
+                for entry in entries:
+                    self._db.execute(INSERT_ENTRY, entry)
             else:
                 gone += 1
-                self._db.execute('DELETE FROM entries WHERE id = ?', (id,))
+                excess -= ENTRY_BYTES + size
         return gone
 
     def _size_bytes(self):
@@ -1423,6 +1519,20 @@ class _Entry(typing.NamedTuple):
     expires_at: float
     slot: int
     stamp: int              # of the slot before the value was read
+
+
+def _stored(row):
+    """What _row() gave as parameters of UPSERT_ENTRY."""
+    body = row['body']
+    return {'key': row['key'], 'number': body if isinstance(body, int) else None,
+            'value': body.encode() if isinstance(body, str) else
+                     body if isinstance(body, bytes) else None,
+            'is_json': int(isinstance(body, str)), 'expires_at': row['expires_at']}
+
+
+def _body(number, value, is_json):
+    """The body of an entry, of its columns."""
+    return number if value is None else value.decode() if is_json else value
 
 
 def _fits_64_bits(value):
@@ -1454,7 +1564,10 @@ STOP_SECONDS = 3.5          # running jobs may go on so long when the process st
 KEEP_FAILED_SECONDS = 10 * 86400
 OUTBOX_ROWS = 200           # are moved in one transaction
 CLAIM_ROWS = 200            # are claimed in one, at least
+SKIPPED_SECONDS = 0.1       # after which one looks again at jobs that another process was taking
 MAX_BACKOFF_SECONDS = 3600
+UNKNOWN_SECONDS = 300       # a job that is unknown here is left so long to newer versions of the app,
+UNKNOWN_PAUSE_SECONDS = 5   # which another process may have already
 MAX_JOB_KEY_CHARS = 200
 MAX_DELAY_SECONDS = 10 * 366 * 86400
 
@@ -1511,7 +1624,8 @@ JOB_MIGRATIONS = [
     ('010 index jobs by lease and due time', '''
         CREATE INDEX jobs_by_lease ON jobs (worker, queue, due_at) WHERE due_at IS NOT NULL'''),
     ('011 drop index by due time', 'DROP INDEX jobs_by_due'),
-    ('012 give the oldest jobs a uid', 'UPDATE jobs SET uid = id WHERE uid IS NULL'),
+    ('012 give the oldest jobs a uid',
+     'UPDATE jobs SET uid = CAST(id AS TEXT) WHERE uid IS NULL'),
     ('013 unblock when a job is deleted', f'''
         CREATE TRIGGER unblock_deleted AFTER DELETE ON jobs
         WHEN old.order_key IS NOT NULL {UNBLOCK_NEXT}'''),
@@ -1529,10 +1643,9 @@ INSERT_JOB = '''
            CASE WHEN :order_key IS NULL OR NOT EXISTS (
                     SELECT 1 FROM jobs WHERE order_key = :order_key AND failed_at IS NULL)
                 THEN :run_at END
-    WHERE true
+    WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE uid = :uid)
     ON CONFLICT (unique_key) WHERE unique_key IS NOT NULL AND failed_at IS NULL
         DO UPDATE SET unique_key = excluded.unique_key
-    ON CONFLICT DO NOTHING
     RETURNING uid'''
 INSERT_FAILED = '''
     INSERT INTO jobs (uid, name, arguments, queue, run_at, enqueued_at, failed_at, error)
@@ -1540,11 +1653,13 @@ INSERT_FAILED = '''
     ON CONFLICT DO NOTHING'''
 # A unique key is free again when its job starts: a change made while it runs is not lost.
 CLAIM_JOBS = '''
+    WITH due AS MATERIALIZED (
+        SELECT id FROM jobs WHERE worker IS NULL AND queue = :queue AND due_at <= now_s()
+        ORDER BY due_at, id LIMIT :limit /*pg FOR UPDATE SKIP LOCKED */)
     UPDATE jobs SET due_at = now_s() + :lease, worker = :worker, attempt = attempt + 1,
                     unique_key = NULL
-    WHERE id IN (SELECT id FROM jobs WHERE worker IS NULL AND queue = :queue AND due_at <= now_s()
-                 ORDER BY due_at, id LIMIT :limit)
-    RETURNING id, worker, attempt, run_at, name, arguments'''
+    WHERE id IN (SELECT id FROM due)
+    RETURNING id, worker, attempt, run_at, name, arguments, order_key'''
 FIRST_DUE = '''SELECT min(due_at) FROM jobs
                WHERE worker IS NULL AND queue = ? AND due_at IS NOT NULL'''
 OF_LEASE = 'WHERE id = ? AND worker = ? AND attempt = ? AND run_at = ?'
@@ -1553,8 +1668,11 @@ FAIL_JOB = f'''
     UPDATE jobs SET worker = NULL, error = ?, due_at = now_s() + ?,
                     failed_at = CASE WHEN ? THEN now_s() END
     {OF_LEASE} RETURNING id'''
+LEAVE_JOB = f'''UPDATE jobs SET worker = NULL, due_at = now_s() + ?, attempt = attempt - 1
+                {OF_LEASE}'''
 RENEW_LEASES = 'UPDATE jobs SET due_at = now_s() + ? WHERE worker = ? AND due_at IS NOT NULL'
-LEASES = '''SELECT worker, min(due_at), max(due_at) FROM jobs
+# Whether one has run out, or ends later than one can.
+LEASES = '''SELECT worker, min(due_at) <= now_s() OR max(due_at) > now_s() + ? FROM jobs
             WHERE worker IS NOT NULL AND due_at IS NOT NULL AND worker <> ? GROUP BY worker'''
 FREE_LEASES = '''UPDATE jobs SET due_at = now_s(), worker = NULL
                  WHERE worker = ? AND due_at IS NOT NULL RETURNING id'''
@@ -1566,15 +1684,11 @@ RUN_FROM_FUTURE = '''
 START_RECURRING = '''
     INSERT INTO recurring (name, due_at) VALUES (:name, :next)
     ON CONFLICT (name) DO UPDATE SET
-        due_at = CASE WHEN :catch_up THEN min(due_at, :next) ELSE :next END'''
-# A failed job comes last of its order key: else it would be its head, beside the one that runs.
-RETRY_FAILED = '''
-    UPDATE jobs SET id = (SELECT max(id) + 1 FROM jobs), unique_key = NULL, failed_at = NULL,
-        attempt = 0, run_at = now_s(),
-        due_at = CASE WHEN NOT EXISTS (SELECT 1 FROM jobs AS other WHERE failed_at IS NULL
-                                       AND other.order_key = jobs.order_key)
-                 THEN now_s() END
-    WHERE uid = ? AND failed_at IS NOT NULL RETURNING id'''
+        due_at = CASE WHEN :catch_up AND recurring.due_at < :next THEN recurring.due_at
+                 ELSE :next END'''
+TICK_RECURRING = 'UPDATE recurring SET due_at = ? WHERE name = ? AND due_at = ? RETURNING name'
+DELETE_FAILED = '''DELETE FROM jobs WHERE uid = ? AND failed_at IS NOT NULL
+                   RETURNING uid, name, arguments, queue, order_key, enqueued_at'''
 SELECT_JOB = '''
     SELECT uid, name, arguments, queue,
            CASE WHEN failed_at IS NOT NULL THEN 'failed' WHEN worker IS NOT NULL THEN 'running'
@@ -1615,6 +1729,7 @@ class Claim(typing.NamedTuple):
     run_at: float
     name: str
     arguments: str              # JSON object
+    order_key: str | None
 
 
 class Job(typing.NamedTuple):
@@ -1734,16 +1849,26 @@ class Jobs:
                'order_key': _check_key('order_key', order_key),
                'enqueued_at': now()}
         row['run_at'] = row['enqueued_at'] + _check_seconds('delay_seconds', delay_seconds)
-        if self._outbox.in_transaction:
+        if self._outbox.in_transaction and not self._db.in_transaction:
             self._outbox.execute(INSERT_OUTBOX, (to_json(row),))
             self._outbox.after_commit(self._wake)
             return row['uid']
-        refuse_in_transaction('a job that is enqueued')
-        if order_key is not None:
-            self._relay()               # what was committed before comes first
-        (id,), = self._db.execute(INSERT_JOB, row)
-        self._wake()
-        return id
+        if not self._outbox.in_transaction:
+            refuse_in_transaction('a job that is enqueued')
+            if order_key is not None:
+                self._relay()           # what was committed before comes first
+        return self._db.transact(self._insert, row)
+
+    def _insert(self, row):
+        """Insert a row, under the lock of its order key: who deletes the one before it at the same
+        time, elsewhere, would not see it. Gives the id of the job."""
+        self._lock_order(row['order_key'])
+        inserted = self._db.execute(INSERT_JOB, row)
+        self._db.after_commit(self._wake)
+        return inserted[0][0] if inserted else row['uid']
+
+    def _lock_order(self, *keys):
+        self._db.lock(*(f'order {key}' for key in keys if key is not None))
 
     # Looking, and changing by hand
 
@@ -1762,25 +1887,35 @@ class Jobs:
         """Delete a job that has not started, and say whether it was there."""
         refuse_in_transaction('jobs.cancel()')
         self._relay()
-        gone = self._db.execute('DELETE FROM jobs WHERE uid = ? AND worker IS NULL '
-                                'AND failed_at IS NULL RETURNING id', (_check_id(id),))
-        self._wake()                    # the next of its order key may be due
-        return bool(gone)
+        return self._db.transact(self._cancel, _check_id(id))
+
+    def _cancel(self, id):
+        self._lock_order(*(key for key, in self._db.execute(
+            'SELECT order_key FROM jobs WHERE uid = ?', (id,))))
+        self._db.after_commit(self._wake)       # the next of its order key may be due
+        return bool(self._db.execute('DELETE FROM jobs WHERE uid = ? AND worker IS NULL '
+                                     'AND failed_at IS NULL RETURNING id', (id,)))
 
     def retry(self, id):
-        """Run a failed job again, with all its attempts. Raises JobError if it has not failed."""
-        self._change_failed(RETRY_FAILED, id)
-        self._wake()
+        """Run a failed job again, with all its attempts, as the last of its order key. Raises
+        JobError if it has not failed."""
+        refuse_in_transaction('jobs.retry()')
+        self._db.transact(self._retry, id)
+
+    def _retry(self, id):
+        uid, name, arguments, queue, order_key, enqueued_at = self.discard(id)
+        self._insert({'uid': uid, 'name': name, 'arguments': arguments, 'queue': queue,
+                      'unique_key': None, 'order_key': order_key, 'enqueued_at': enqueued_at,
+                      'run_at': now()})
 
     def discard(self, id):
         """Delete a failed job. Raises JobError if it has not failed."""
-        self._change_failed(
-            'DELETE FROM jobs WHERE uid = ? AND failed_at IS NOT NULL RETURNING id', id)
-
-    def _change_failed(self, statement, id):
-        refuse_in_transaction('a change of a job')
-        if not self._db.execute(statement, (_check_id(id),)):
+        if not self._db.in_transaction:
+            refuse_in_transaction('jobs.discard()')
+        rows = self._db.execute(DELETE_FAILED, (_check_id(id),))
+        if not rows:
             raise JobError(f'there is no failed job {_shown(id)}')
+        return rows[0]
 
     def stats(self):
         """How many jobs wait, run and have failed."""
@@ -1863,7 +1998,7 @@ class Jobs:
         already.
         """
         self._settle(settled)
-        inserted = self._insert_outbox()
+        inserted = 0 if self._db.joined else self._insert_outbox()
         self._mind_the_clock()
         if time.monotonic() - self._looked_at > LEASE_SECONDS / 10:
             self._looked_at = time.monotonic()
@@ -1880,6 +2015,9 @@ class Jobs:
                     'queue': queue, 'limit': free, 'worker': processes.name,
                     'lease': LEASE_SECONDS})
                 claims += [Claim(*row) for row in sorted(rows)]
+                if not rows:            # another process takes them just now
+                    times.append(now() + SKIPPED_SECONDS)
+                    break
         self._db.after_commit(functools.partial(self._start, self._together(claims)))
         return min((at for at in times if at is not None), default=None), inserted == OUTBOX_ROWS
 
@@ -1901,12 +2039,17 @@ class Jobs:
 
     def _settle(self, settled):
         """Delete what is done, and have what failed tried again, or kept as failed."""
+        self._lock_order(*(claim.order_key for claim, *_ in settled))
         self._db.executemany(FINISH_JOB, [claim[:4] for claim, outcome, _ in settled
                                           if outcome == 'done'])
         for claim, outcome, error in settled:
             if outcome != 'failed':
                 continue
             task, pause = self._tasks.get(claim.name), None
+            if (task is None and processes.patience() < LONELY_POLL_SECONDS
+                    and now() < claim.run_at + UNKNOWN_SECONDS):
+                self._db.execute(LEAVE_JOB, (UNKNOWN_PAUSE_SECONDS, *claim[:4]))
+                continue
             for_good = task is None or claim.attempt >= task.attempts
             if not for_good:
                 pause = task.retry_seconds * 2 ** min(claim.attempt - 1, 20)
@@ -1931,7 +2074,7 @@ class Jobs:
                     raise JobError('it has no time, or no arguments')
                 delay = row['run_at'] - row['enqueued_at']
                 row['run_at'] = min(row['run_at'], now() + delay)   # the clock may have been set
-                self._db.execute(INSERT_JOB, row)
+                self._db.execute(INSERT_JOB, row)       # without a lock: SQLite has one writer
             except (StorageError, OSError, MemoryError):        # not the row's
                 raise
             except Exception as error:
@@ -1942,6 +2085,12 @@ class Jobs:
         self._db.after_commit(functools.partial(self._relayed.update, [id for id, _ in rows]))
         return len(rows)
 
+    def adopt_outbox(self):
+        """Make jobs of what the outbox holds, in a transaction of both databases."""
+        while self._insert_outbox():
+            self._outbox.execute('DELETE FROM outbox WHERE id IN (SELECT id FROM outbox '
+                                 'ORDER BY id LIMIT ?)', (OUTBOX_ROWS,))
+
     def _empty_outbox(self):
         """Delete what was moved from it."""
         relayed = set(self._relayed)
@@ -1951,8 +2100,11 @@ class Jobs:
             self._relayed -= relayed
 
     def _relay(self):
-        """Move what the outbox holds now; in a transaction it stays there."""
-        while Database.current is None and self._outbox.execute('SELECT 1 FROM outbox LIMIT 1'):
+        """Move what the outbox holds now; in a transaction it stays there. On one server a job is
+        written with the transaction, and needs no outbox."""
+        if Database.current or self._db.joined:
+            return
+        while self._outbox.execute('SELECT 1 FROM outbox LIMIT 1'):
             self._db.transact(self._insert_outbox)
             self._empty_outbox()
 
@@ -1961,9 +2113,9 @@ class Jobs:
         nothing waits for a time that was the present."""
         offset = now() - time.monotonic()
         if self._clock_offset is None or abs(offset - self._clock_offset) > 1:
-            self._clock_offset = offset
             self._db.execute(RUN_FROM_FUTURE)
             self._start_recurring()
+            self._db.after_commit(lambda: setattr(self, '_clock_offset', offset))
 
     def _renew_leases(self):
         """Go on with what is leased here; give back what nobody here knows of, since the claim
@@ -1979,11 +2131,11 @@ class Jobs:
     def _free_leases(self):
         """Free what a dead process had leased at once; where nobody knows whether it is dead, when
         the lease has run out, or ends later than one can."""
-        dead, at = processes.dead(), now()
-        for worker, first, last in self._db.execute(LEASES, (processes.name,)):
+        dead = processes.dead()
+        for worker, ended in self._db.execute(LEASES, (LEASE_SECONDS, processes.name)):
             alive = processes.is_alive(worker)
             if alive is None:
-                alive = at < first and last <= at + LEASE_SECONDS
+                alive = not ended
             if not alive:
                 freed = self._db.execute(FREE_LEASES, (worker,))
                 log.warning('freed the jobs of a dead process worker=%s jobs=%s', worker,
@@ -2002,13 +2154,14 @@ class Jobs:
             if name not in self._recurring:
                 continue
             if due_at <= at:
-                self._db.execute(INSERT_JOB, {
-                    'uid': _new_id(), 'name': name, 'arguments': '{}',
-                    'queue': self._tasks[name].queue, 'unique_key': f'every {name}',
-                    'order_key': f'every {name}', 'enqueued_at': at, 'run_at': at})
                 after, _ = self._recurring[name]
-                due_at = after(at)
-                self._db.execute('UPDATE recurring SET due_at = ? WHERE name = ?', (due_at, name))
+                was_due_at, due_at = due_at, after(at)
+                # Of several processes one finds the time that it has read.
+                if self._db.execute(TICK_RECURRING, (due_at, name, was_due_at)):
+                    self._insert({
+                        'uid': _new_id(), 'name': name, 'arguments': '{}',
+                        'queue': self._tasks[name].queue, 'unique_key': f'every {name}',
+                        'order_key': f'every {name}', 'enqueued_at': at, 'run_at': at})
             times.append(due_at)
         return min(times, default=None)
 
@@ -2194,7 +2347,7 @@ def _clean(text):
     return text.encode('utf-8', 'backslashreplace').decode().replace('\0', '\\0')
 
 
-job_db = Database('job', JOB_MIGRATIONS)
+job_db = Database('job', JOB_MIGRATIONS, part_of=app_db)
 jobs = Jobs(job_db, outbox=app_db)
 
 
@@ -2231,7 +2384,7 @@ MAX_BROADCAST_BYTES = 1024 * 1024       # more than a socket may leave unread
 
 CABLE_MIGRATIONS = [
     ('001 create messages', '''
-        CREATE TABLE messages (
+        CREATE /*pg UNLOGGED */ TABLE messages (
             id          INTEGER PRIMARY KEY AUTOINCREMENT,      -- the offset of a position
             stream      TEXT NOT NULL,
             payload     TEXT NOT NULL,                          -- JSON
@@ -2239,18 +2392,21 @@ CABLE_MIGRATIONS = [
         )'''),
     ('002 index messages by stream', 'CREATE INDEX messages_by_stream ON messages (stream, id)'),
     ('003 index messages by time', 'CREATE INDEX messages_by_time ON messages (created_at)'),
-    ('004 create epochs', 'CREATE TABLE epochs (epoch TEXT PRIMARY KEY)'),      # one row
+    ('004 create epochs',
+     'CREATE /*pg UNLOGGED */ TABLE epochs (epoch TEXT PRIMARY KEY)'),      # one row
     ('005 drop index by time', 'DROP INDEX messages_by_time'),      # ids are in the order of time
-    ('006 name the epoch', 'INSERT INTO epochs SELECT lower(hex(randomblob(4))) '
-                           'WHERE NOT EXISTS (SELECT 1 FROM epochs)'),
+    ('006 name the epoch', "DELETE FROM epochs WHERE epoch = ''"),      # _begin() does
 ]
 # Ids are in the order of time: the first that is young enough ends the look. The last message
 # always stays, since its id is the position of who is up to date.
 TRIM_MESSAGES = '''
     DELETE FROM messages
-    WHERE id < max(:end - :keep + 1,
-                   coalesce((SELECT id FROM messages WHERE created_at >= now_s() - :seconds
-                             ORDER BY id LIMIT 1), :end))'''
+    WHERE id <= :end - :keep
+        OR id < coalesce((SELECT id FROM messages WHERE created_at >= now_s() - :seconds
+                          ORDER BY id LIMIT 1), :end)'''
+NEXT_MESSAGES = '''
+    SELECT epoch, id, stream, payload, created_at FROM epochs LEFT JOIN messages ON id > ?
+    ORDER BY id LIMIT ?'''
 
 
 class CableError(AppError):
@@ -2282,8 +2438,7 @@ class Cable:
 
     def open(self):
         """Start delivering what is appended from now on."""
-        (self.epoch,), = self._db.execute('SELECT epoch FROM epochs')
-        self._last = self._end()
+        self.epoch, self._last = self._db.transact(self._begin)
         processes.wakes(self._bell, b'c')
         self._loop = Loop('cable', self._turn)
 
@@ -2294,10 +2449,10 @@ class Cable:
     def broadcast(self, stream, message):
         """Append a message to the log, and have it delivered. Gives its id when it is in the log.
 
-        message: what JSON has, or a function that gives it, called under the lock of the log: what
-        it reads in other databases is newer than all that the log has, so that messages which tell
-        a state stand in the order of the states. Raises CableError; inside a transaction
-        MisuseError: enqueue a job there, which broadcasts.
+        message: what JSON has, or a function that gives it, called under a lock of the stream: what
+        it reads in other databases is newer than all that the log has of the stream, so that
+        messages which tell a state stand in the order of the states. Raises CableError; inside a
+        transaction MisuseError: enqueue a job there, which broadcasts.
         """
         return self.broadcast_all([(stream, message)])[0]
 
@@ -2317,7 +2472,8 @@ class Cable:
         return f'{self.epoch}:{self._last}'
 
     def subscribe(self, stream, receive):
-        """Call receive(message) for each new Message of a stream, in order. It must not wait."""
+        """Call receive(message) for each new Message of a stream, in order, and receive(None) where
+        the log began anew, so that some may be missing. It must not wait."""
         self._db._check()
         self._subscribers.setdefault(_stream_checked(stream), set()).add(receive)
 
@@ -2357,15 +2513,28 @@ class Cable:
                                          'seconds': KEEP_MESSAGES_SECONDS})
 
     def _append(self, messages):
-        ids = []
-        for stream, message in messages:
-            payload = _payload(message()) if callable(message) else message
-            (id,), = self._db.execute('INSERT INTO messages (stream, payload, created_at) '
-                                      'VALUES (?, ?, now_s()) RETURNING id', (stream, payload))
-            ids.append(id)
-            if id % TRIM_EVERY == 0:
-                self.prune()
+        # The order of the states comes from the first locks, that of the ids from the last: between
+        # them other streams can be rendered.
+        self._db.lock(*(stream for stream, message in messages if callable(message)), held=True)
+        rendered = [(stream, _payload(message()) if callable(message) else message)
+                    for stream, message in messages]
+        _, end = self._begin()
+        ids = [end + 1 + index for index in range(len(messages))]
+        self._db.executemany('INSERT INTO messages (id, stream, payload, created_at) '
+                             'VALUES (?, ?, ?, now_s())',
+                             [(id, *message) for id, message in zip(ids, rendered)])
+        if any(id % TRIM_EVERY == 0 for id in ids):
+            self.prune()
         return ids
+
+    def _begin(self):
+        """Take the lock of the log, and give its epoch and the id of its last message. One that a
+        crash of a server has emptied begins anew."""
+        self._db.lock('the log')
+        rows = self._db.execute('SELECT epoch, (SELECT coalesce(max(id), 0) FROM messages) '
+                                'FROM epochs')
+        return rows[0] if rows else self._db.execute(
+            'INSERT INTO epochs (epoch) VALUES (?) RETURNING epoch, 0', (secrets.token_hex(4),))[0]
 
     def _end(self):
         """The id of the last message that was ever appended."""
@@ -2378,17 +2547,25 @@ class Cable:
 
     def _deliver(self):
         """Hand out the next rows of the log, and give their number."""
-        rows = self._db.execute('SELECT id, stream, payload, created_at FROM messages '
-                                'WHERE id > ? ORDER BY id LIMIT ?', (self._last, DELIVER_ROWS))
-        for row in rows:
+        rows = self._db.execute(NEXT_MESSAGES, (self._last, DELIVER_ROWS))
+        if not rows or rows[0][0] != self.epoch:
+            self.epoch, self._last = self._db.transact(self._begin)
+            log.warning('the log of messages began anew epoch=%s', self.epoch)
+            for stream in tuple(self._subscribers):
+                self._hand_out(stream, None)
+            return len(rows)
+        for _, *row in rows if rows[0][1] is not None else ():
             message = Message(*row)
             self._last = message.id
-            for receive in tuple(self._subscribers.get(message.stream, ())):
-                try:
-                    receive(message)
-                except BaseException:       # one subscriber's trouble is not another's
-                    log.exception('subscriber failed stream=%s', message.stream)
+            self._hand_out(message.stream, message)
         return len(rows)
+
+    def _hand_out(self, stream, message):
+        for receive in tuple(self._subscribers.get(stream, ())):
+            try:
+                receive(message)
+            except BaseException:           # one subscriber's trouble is not another's
+                log.exception('subscriber failed stream=%s', stream)
 
     def _read(self, stream, after, at):
         rows = self._db.execute(
@@ -2408,9 +2585,9 @@ def offset_of(position):
 
 
 def _stream_checked(stream):
-    if not isinstance(stream, str) or not re.fullmatch(r'[^\ud800-\udfff]{1,500}', stream):
-        raise CableError(f'a stream is text of 1 to 500 characters, without lone surrogates, not '
-                         f'{_shown(stream)}')
+    if not isinstance(stream, str) or not re.fullmatch(r'[^\0\ud800-\udfff]{1,500}', stream):
+        raise CableError(f'a stream is text of 1 to 500 characters, without NUL and lone '
+                         f'surrogates, not {_shown(stream)}')
     return stream
 
 
@@ -2428,6 +2605,573 @@ def _payload(message):
 
 cable_db = Database('cable', CABLE_MIGRATIONS, disposable=True, copied=False)
 cable = Cable(cable_db)
+
+
+# === PostgreSQL: the same databases on one server, for any number of machines ============
+# Where DATABASE_URL is set, every Database is a schema there, and a greenlet has a connection and
+# a transaction of its own. What is right is made so by the tables, named locks and the server's
+# clock: a bell (NOTIFY) only says "look now", and a poll stands behind it. Nothing is kept in a
+# session of the server, so any pooler works.
+
+PING_SECONDS = 2.0          # between looks at the server's clock, and at whether bells arrive
+POLLS_SECONDS = 1.0, 0.25   # while they do; while they don't, as behind a pooler
+CONNECTION_SECONDS = 600    # proxies end older connections
+ANSWER_SECONDS = 10         # a server that says nothing for so long is cut off
+MAX_RUNG_SLOTS = 500        # of the cache in one bell, which has room for 8,000 bytes
+# A node that stops in a transaction must not hold its locks for ever.
+BEGIN = (f'BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {BUSY_SECONDS}000; '
+         f'SET LOCAL idle_in_transaction_session_timeout = {2 * BUSY_SECONDS}000')
+LONG_SECONDS = 7 * 86400    # of a migration
+LONG_BEGIN = 'BEGIN; SET LOCAL statement_timeout = 0'
+# The time of a statement, which may have waited for a lock since its message came.
+CLOCK = "(SELECT date_part('epoch', clock_timestamp()))"
+
+# Beginnings of SQLSTATEs. Source: postgresql.org/docs/current/errcodes-appendix.html
+AGAIN = ('40001', '40P01')      # serialization failure, deadlock: nothing was done
+HUNG_UP = ('57P', '08')
+UNUSABLE = ('25006', '28', '3D', '53', '55P03', '57', '58', 'XX')     # as STORAGE_ERRORS of SQLite
+
+# What translated() looks for. Tables get their schema where they stand behind one of the words.
+SQL_PARTS = re.compile(r'''
+    (?P<quoted> '(?:[^']|'')*' | "[^"]*" ) | --[^\n]* | /\*pg(?P<ours>.*?)\*/ | /\*.*?\*/
+    | (?P<mark> \? ) | (?P<percent> % ) | (?<!:):(?P<name> [a-z]\w* ) | (?P<clock> now_s\(\) )
+    | json_each\((?P<list> [:?]\w* )\)
+    | (?P<id> INTEGER\ PRIMARY\ KEY(?:\ AUTOINCREMENT)? )
+    | (?P<type> \b(?:INTEGER|REAL|BLOB)\b ) | (?P<tail> \)\s*(?:STRICT|WITHOUT\ ROWID)\s*\Z )
+    | (?P<before> \b(?i:FROM|JOIN|INTO|UPDATE|TABLE|ON|EXISTS|REFERENCES|DROP\ INDEX)\s+ )
+      (?P<table> (?!json_each\b)[a-z_]\w* )\b (?! \s*\. )''', re.VERBOSE | re.DOTALL)
+TYPES = {'INTEGER': 'BIGINT', 'REAL': 'DOUBLE PRECISION', 'BLOB': 'BYTEA'}
+TRIGGER = re.compile(r'\s*CREATE TRIGGER (\w+) (.+?)(?:\s+WHEN\s+(.+?))?\s+BEGIN\b(.+)END\s*',
+                     re.DOTALL)
+
+
+class PostgreSQL:
+    """The server of DATABASE_URL. From open() to close() every Database, the bells and the cache
+    have verbs that use it."""
+
+    def open(self):
+        """Raises SettingError, StorageError."""
+        try:
+            import psycopg          # only here: nobody else needs it
+        except ImportError:
+            raise SettingError(f'DATABASE_URL needs the package psycopg[binary]. Try: '
+                               f'{sys.executable} -m pip install "psycopg[binary]"') from None
+        self.driver = psycopg
+        self.running = None         # the _Transaction of the greenlet that runs now
+        self._hub = gevent.get_hub()
+        self._idle = []             # _Connections; the last used comes first
+        self._free = gevent.lock.BoundedSemaphore(settings.database_pool)
+        self._away_since = None     # monotonic, when it could not be reached first; None: it can
+        self._next_try_at = 0       # after a while only one of us tries, every second
+        self._listener = None       # the _Connection that bells come by
+        self._echoed_at = -math.inf     # when our own came
+        self._bells, self._slots, self._rung = set(), set(), gevent.event.Event()
+        self._measure_at = 0        # the size of the cache
+        self._loops, self._bound = [], []
+        self.name, self.channel = f'{os.getpid()}-{secrets.token_hex(8)}', f'{APP}_{settings.env}'
+        with self.connection() as connection:
+            self._set_clock(connection, '')
+        for database in databases.values():
+            self.bind(database)
+        self.bind_cache(cache)
+        self._bind(processes, open=lambda: None, close=lambda: None, ring=self.ring,
+                   patience=self._patience, dead=set, bury=lambda names: None,
+                   # Of others their leases tell: a connection is lost with every restart there.
+                   is_alive=lambda name: name == self.name or None)
+        processes.name = self.name
+        self._loops = [Loop('bells out', self._send_bells), Loop('bells in', self._hear_bells)]
+
+    def close(self):
+        global clock_ahead_seconds
+        for loop in self._loops:
+            loop.stop()
+        with contextlib.suppress(AppError):
+            self._send_bells()
+        for connection in filter(None, [*self._idle, self._listener]):
+            connection.raw.close()
+        for bound, names in self._bound:
+            for name in names:
+                delattr(bound, name)
+        processes.__init__()
+        clock_ahead_seconds = 0.0
+
+    def bind(self, database):
+        self._bind(database, **_Schema(self, database).verbs())
+
+    def bind_cache(self, cache):
+        self._bind(cache, new_stamps=functools.partial(_Stamps, self),
+                   _size_bytes=functools.partial(self._size_of, cache._db))
+
+    def _bind(self, bound, **verbs):
+        vars(bound).update(verbs)
+        self._bound.append((bound, verbs))
+
+    def check_thread(self):
+        if self._hub is not gevent.get_hub():
+            raise MisuseError('called from another thread; in_thread() runs what blocks, and its '
+                              'caller uses the stack')
+
+    def _size_of(self, database):
+        """The bytes of the cache. To look at all entries takes a while, so it is done anew only
+        after a longer one, or in a transaction, which evicts."""
+        at = time.monotonic()
+        if Database.current or at > self._measure_at:
+            (self._measured,), = database.execute(
+                'SELECT coalesce(sum(length(key) + coalesce(length(value), 8) + ?), 0) '
+                'FROM entries', (ENTRY_BYTES,))
+            self._measure_at = at + 20 * (time.monotonic() - at)
+        return self._measured
+
+    # Connections
+
+    @contextlib.contextmanager
+    def connection(self):
+        """One of the pool. Raises StorageError."""
+        if not self._free.acquire(timeout=BUSY_SECONDS):
+            raise BusyError(f'no connection to the database was free for {BUSY_SECONDS} seconds')
+        connection = None
+        try:
+            while self._idle and connection is None:
+                connection = self._idle.pop()
+                if not connection.is_good():        # the server ended it meanwhile
+                    connection = connection.raw.close()
+            connection = connection or self._connect(settings.database_url)
+            yield connection
+        finally:
+            if connection and connection.is_good():
+                self._idle.append(connection)
+            elif connection:
+                connection.raw.close()
+                while isinstance(connection.killed, StorageError) and self._idle:
+                    self._idle.pop().raw.close()    # who would wait for an answer as long
+            self._free.release()
+
+    def _connect(self, url):
+        """A new connection, made in a thread, since names and TLS block. It waits for a server
+        that has not been away for long."""
+        while True:
+            at = time.monotonic()
+            if self._is_away(at) and at < self._next_try_at:
+                raise StorageError('the database is not reachable')
+            self._next_try_at = at + 1
+            try:
+                raw = in_thread(
+                    self.driver.Connection.connect, url, autocommit=True, prepare_threshold=None,
+                    client_encoding='utf8', connect_timeout=BUSY_SECONDS,
+                    application_name=f'{self.channel} {self.name}',
+                    tcp_user_timeout=1000 * BUSY_SECONDS, keepalives_idle=BUSY_SECONDS,
+                    keepalives_interval=2, keepalives_count=3)
+                self._away_since = None
+                return _Connection(self, raw)
+            except self.driver.Error as error:
+                self._away_since = self._away_since or at
+                if self._is_away(time.monotonic()):
+                    raise StorageError('the database is not reachable: '
+                                       f'{" ".join(str(error).split())}') from None
+            gevent.sleep(random.uniform(0.05, 0.2))
+
+    def others(self):
+        """How many connections other processes of the app have."""
+        with self.connection() as connection:
+            (number,), = connection.run(connection.complete(
+                'SELECT count(*) FROM pg_stat_activity WHERE starts_with(application_name, %s) '
+                'AND application_name <> %s',
+                (f'{self.channel} ', f'{self.channel} {self.name}')))
+        return number
+
+    def _is_away(self, at):
+        return self._away_since is not None and at - self._away_since > BUSY_SECONDS
+
+    def explained(self, error, connection):
+        """What an error of the driver means here, and whether to start the transaction again."""
+        state, text = error.sqlstate or '', ' '.join(str(error).split())
+        if connection.killed is not None:       # also if the function went on after it
+            return connection.killed, False
+        if connection.raw.closed or state.startswith(HUNG_UP):
+            return StorageError('the connection to the database was lost'), True
+        if state.startswith(UNUSABLE):
+            return StorageError(f'the database can not be used: {text}'), False
+        if state == '25P02':
+            text = 'a statement of this transaction failed: nest transact() around what may fail'
+        # The same kind in sqlite3: both have the classes of PEP 249.
+        kind = next(kind for kind in type(error).__mro__ if hasattr(sqlite3, kind.__name__))
+        return getattr(sqlite3, kind.__name__)(text), state in AGAIN
+
+    # Bells
+
+    def ring(self, byte=b'*', slots=()):
+        """Wake the other processes; what is rung while a bell is sent shares the next."""
+        self._bells.add(byte)
+        self._slots.update(slots)
+        self._rung.set()
+
+    def _send_bells(self):
+        self._rung.clear()
+        bells, slots = b''.join(self._bells).decode(), self._slots
+        self._bells, self._slots = set(), set()
+        if bells or slots:
+            rung = 'all' if len(slots) > MAX_RUNG_SLOTS else ','.join(map(str, slots))
+            with self.connection() as connection:
+                connection.run(f"NOTIFY {self.channel}, '{self.name} {bells} {rung}'")
+        return self._rung.wait
+
+    def _hear_bells(self):
+        """See that the line carries bells, our own too, and how the server's clock goes."""
+        if self._listener is None or self._listener.raw.closed:
+            self._listener = self._connect(settings.direct_database_url or settings.database_url)
+            self._listener.raw.pgconn.notify_handler = self._heard
+            self._listener.run(f'LISTEN {self.channel}')
+            processes.hear(b'*')            # what was rung meanwhile
+        self._set_clock(self._listener, f"NOTIFY {self.channel}, '{self.name}  ';")
+        return self._await_bells
+
+    def _await_bells(self):
+        pgconn, until = self._listener.raw.pgconn, time.monotonic() + PING_SECONDS
+        with contextlib.suppress(TimeoutError):
+            while True:
+                left = max(0, until - time.monotonic())
+                gevent.socket.wait_read(pgconn.socket, left, TimeoutError())
+                pgconn.consume_input()
+                while notification := pgconn.notifies():
+                    self._heard(notification)
+
+    def _heard(self, notification):
+        sender, bells, slots = notification.extra.decode().split(' ')
+        if sender == self.name:
+            self._echoed_at = time.monotonic()
+            return
+        if slots and cache._stamps:
+            cache._stamps.outdate(range(VersionStamps.SLOTS) if slots == 'all'
+                                  else map(int, slots.split(',')))
+        processes.hear(bells.encode())
+
+    def _patience(self):
+        return POLLS_SECONDS[time.monotonic() - self._echoed_at > 2 * PING_SECONDS]
+
+    def _set_clock(self, connection, before):
+        global clock_ahead_seconds
+        asked_at = time.time()
+        (at,), = connection.run(f'{before} SELECT {CLOCK}')
+        clock_ahead_seconds = at - (asked_at + time.time()) / 2
+
+
+class _Connection:
+    """A connection of psycopg that waits as gevent does."""
+
+    def __init__(self, server, raw):
+        self.raw, self._server = raw, server
+        self.waiting = False
+        self.killed = None          # what ended a wait, and with it the connection
+        self.seconds = ANSWER_SECONDS
+        self._ends_at = time.monotonic() + CONNECTION_SECONDS * random.uniform(0.8, 1)
+        self._poll = select.poll()
+        self._poll.register(raw.fileno(), select.POLLIN)
+        # It puts parameters into the text: several statements travel as one message, nothing is
+        # prepared, and a NULL needs no type.
+        self.cursor = server.driver.ClientCursor(raw)
+        self.complete = self.cursor.mogrify
+        floats = self.cursor.adapters.get_loader(701, 0)           # as sums come from SQLite
+        self.cursor.adapters.register_loader('numeric', floats)
+        raw.wait = self._wait
+
+    def run(self, text):
+        """The rows of the last of the statements."""
+        self.cursor.execute(text)
+        while self.cursor.nextset():
+            pass
+        return self.cursor.fetchall() if self.cursor.description else []
+
+    @property
+    def is_idle(self):
+        return not self.raw.closed and self.raw.pgconn.transaction_status == 0
+
+    def is_good(self):
+        """Whether it can be used again. One that the server has ended has something to read."""
+        return self.is_idle and time.monotonic() < self._ends_at and not self._poll.poll(0)
+
+    def _wait(self, steps, interval=None, timeout=None):
+        """Do the steps of psycopg's generator, each when the socket is ready. Others run
+        meanwhile, outside of our transaction."""
+        server, ours = self._server, (self._server.running, Database.current)
+        server.running = Database.current = None
+        self.waiting, until = True, time.monotonic() + self.seconds
+        try:
+            wanted = next(steps)
+            while True:
+                wanted = steps.send(self._ready(wanted, until - time.monotonic()))
+        except StopIteration as end:
+            return end.value
+        except BaseException as error:
+            if not isinstance(error, server.driver.Error):
+                self.killed = error         # in the midst of a message: nobody can use it again
+                self.raw.pgconn.finish()
+            raise
+        finally:
+            self.waiting = False
+            server.running, Database.current = ours
+
+    def _ready(self, wanted, seconds):
+        """Wait for 1: something to read, 2: room to write, 3: either; gives which it is."""
+        watcher = gevent.get_hub().loop.io(self.raw.pgconn.socket, int(wanted))
+        try:
+            gevent.socket.wait(watcher, max(0, seconds), StorageError(
+                f'the database did not answer for {self.seconds} seconds'))
+        finally:
+            watcher.close()
+        return wanted if wanted != 3 else 3 if self._poll.poll(0) else 2
+
+
+class _Transaction(_Write):
+    """One run of a function on a connection. What only prepares a statement travels with it."""
+
+    def __init__(self, server, database, call, begin):
+        super().__init__(call)
+        self._server, self._database = server, database
+        self._begin = begin
+        self._before = [begin] if begin else []     # statements to send before the next
+        self._sent = False
+        self._again = False         # it failed in a way that another run may not
+        self._locks = frozenset()
+        self._parts = itertools.count()
+
+    def run(self, connection):
+        """What the function gives, committed; raises _Again, or what the function raises."""
+        greenlet, self._connection = gevent.getcurrent(), connection
+        self._server.running, Database.current = self, self._database
+        greenlet.switch_out = lambda: connection.waiting or _refuse_to_switch()
+        try:
+            value = self.call()
+            self._commit()
+            return value
+        except BaseException:
+            if self._sent and not connection.raw.closed and not connection.is_idle:
+                with contextlib.suppress(self._server.driver.Error):
+                    connection.run('ROLLBACK')
+            if self._again:
+                raise _Again from None
+            raise
+        finally:
+            self._server.running = Database.current = None
+            del greenlet.switch_out
+
+    def execute(self, *statements):
+        """The rows of the last of some statements, each (text, parameters)."""
+        try:
+            texts = [*self._before, *itertools.starmap(self._connection.complete, statements)]
+            self._before, self._sent = [], True
+            return self._connection.run(';'.join(texts))
+        except self._server.driver.Error as error:
+            explained, again = self._server.explained(error, self._connection)
+            self._again = self._again or again
+            raise explained from None
+
+    def lock(self, names, held):
+        keys = {int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big', signed=True)
+                for name in names} - self._locks
+        self._locks |= keys
+        self._before += [f'SELECT pg_advisory_xact_lock({key})' for key in sorted(keys)]
+        if held and keys:
+            self.execute(('SELECT 1', ()))
+
+    def part(self, call):
+        """Call a function as a part that can be undone alone."""
+        name, after, locks = f'part{next(self._parts)}', len(self.after), self._locks
+        self._before.append(f'SAVEPOINT {name}')
+        try:
+            value = call()
+        except BaseException:
+            del self.after[after:]
+            self._locks = locks             # those that came since end with the part
+            self._before.append(f'ROLLBACK TO {name}')
+            raise
+        finally:
+            self._before.append(f'RELEASE {name}')
+        return value
+
+    def _commit(self):
+        if self._again:
+            raise _Again                    # the function caught it, and went on
+        if not self._sent or not self._begin:
+            return
+        try:
+            self._connection.run(';'.join([*self._before, 'COMMIT']))
+        except self._server.driver.Error as error:
+            explained, lost = self._server.explained(error, self._connection)
+            if lost:
+                explained = StorageError('the connection to the database was lost during the '
+                                         'commit: the change may have been made, or not')
+            raise explained from None
+        if self._connection.cursor.statusmessage != 'COMMIT':     # of a failed transaction it makes a rollback
+            raise StorageError('a statement of the transaction failed, so it was rolled back')
+
+
+class _Again(Exception):
+    """Nothing was done, and another run may succeed."""
+
+
+class _Schema:
+    """The verbs of a Database whose tables are in a schema of the server."""
+    def __init__(self, server, database):
+        self._server, self._database = server, database
+        self._name = server.channel + ('' if database.name == 'app' else f'_{database.name}')
+        self._tables = {'schema_migrations'}.union(*(
+            re.findall(r'\bTABLE (?:IF NOT EXISTS )?(\w+)', statement)
+            for _, statement in database.migrations))
+        self._translated = functools.lru_cache(2000)(self._translate)
+        self.joined, self.path = database.part_of, f'schema {self._name}'
+        self._check = server.check_thread
+
+    def verbs(self):
+        """What a Database has too."""
+        return {name: getattr(self, name) for name in dir(self)
+                if hasattr(Database, name) and not name.startswith('__')}
+
+    def open(self, path=None):
+        if self._database._pending() and self._database.in_transaction:
+            self._create()
+        elif self._database._pending():
+            self._transact(self._create, LONG_BEGIN)
+
+    def open_read_only(self, path=None):
+        if self._database._pending():
+            raise StorageError(f'the schema {self._name} is not there, or not up to date; the '
+                               f'command `migrate` makes it so')
+
+    def close(self):
+        pass
+
+    def execute(self, statement, parameters=()):
+        self._check()
+        running, reads = self._server.running, READS.match(statement)
+        if running:
+            if not reads and not self._database.in_transaction:
+                refuse_in_transaction(f'anything but a SELECT from the {self._database.name} '
+                                      f'database')
+            return running.execute((self._translated(statement), parameters))
+        return self._transact(functools.partial(self.execute, statement, parameters),
+                              '' if reads else BEGIN)
+
+    def executemany(self, statement, rows):
+        self._check()
+        if not self._database.in_transaction:
+            raise MisuseError(f'executemany() outside a transaction of the {self._database.name} '
+                              f'database would commit row by row')
+        statement, rows = self._translated(statement), iter(rows)
+        while some := list(itertools.islice(rows, COPIED_ROWS)):
+            self._server.running.execute(*((statement, row) for row in some))
+
+    def transact(self, function, /, *arguments, **options):
+        self._check()
+        call = functools.partial(function, *arguments, **options)
+        if self._database.in_transaction:
+            return self._server.running.part(call)
+        refuse_in_transaction(f'a write to the {self._database.name} database')
+        return self._transact(call, BEGIN)
+
+    def after_commit(self, function):
+        if self._database.in_transaction:
+            self._server.running.after.append(function)
+        else:
+            function()
+
+    def lock(self, *names, held=False):
+        if not self._database.in_transaction:
+            raise MisuseError('a lock ends with its transaction: call it inside transact()')
+        self._server.running.lock([f'{self._name} {name}' for name in names], held)
+
+    def _transact(self, call, begin):
+        until = time.monotonic() + BUSY_SECONDS
+        while True:
+            transaction = _Transaction(self._server, self._database, call, begin)
+            try:
+                with self._server.connection() as connection:
+                    connection.seconds = LONG_SECONDS if begin is LONG_BEGIN else ANSWER_SECONDS
+                    value = transaction.run(connection)
+                break
+            except _Again:
+                if time.monotonic() > until:
+                    raise BusyError(f'the database did not do it within {BUSY_SECONDS} '
+                                    f'seconds') from None
+            gevent.sleep(random.uniform(0.001, 0.02))
+        transaction.call_after(self._database.name)
+        return value
+
+    def _create(self):
+        self.lock('migrations')
+        # IF NOT EXISTS would look at what was known before the wait for the lock.
+        if not self.execute('SELECT 1 FROM pg_namespace WHERE nspname = ?', (self._name,)):
+            self.execute(f'CREATE SCHEMA {self._name}')
+        self._database._migrate()
+
+    def _columns(self):
+        return self.execute('SELECT relname, attname FROM pg_class JOIN pg_attribute '
+                            "ON attrelid = pg_class.oid WHERE relkind = 'r' AND attnum > 0 "
+                            'AND NOT attisdropped AND relnamespace = to_regnamespace(?) '
+                            'ORDER BY pg_class.oid, attnum', (self._name,))
+
+    def _slices(self, table, columns):
+        self.execute(f'DECLARE slices NO SCROLL CURSOR FOR SELECT {columns} FROM {table}')
+        while rows := self.execute(f'FETCH {COPIED_ROWS} FROM slices'):
+            yield rows
+        self.execute('CLOSE slices')
+
+    def _last_ids(self):
+        return {name.removesuffix('_id_seq'): last or 0 for name, last in self.execute(
+                    'SELECT sequencename, last_value FROM pg_sequences WHERE schemaname = ?',
+                    (self._name,))}
+
+    def _set_last_ids(self, last):
+        for table in self._last_ids():
+            self.execute(f"SELECT setval('{self._name}.{table}_id_seq', greatest(1, ?, "
+                         f'(SELECT max(id) FROM {table})))', (last.get(table, 1),))
+
+    def _translate(self, statement):
+        """What PostgreSQL understands of SQL that is written for SQLite."""
+        text = SQL_PARTS.sub(self._part, statement)
+        trigger = TRIGGER.fullmatch(text)
+        if trigger:
+            name, event, condition, body = trigger.groups()
+            text = (f'CREATE FUNCTION {self._name}.{name}() RETURNS trigger LANGUAGE plpgsql AS '
+                    f'$$ BEGIN {body} RETURN NULL; END $$; CREATE TRIGGER {name} {event} FOR EACH '
+                    f'ROW WHEN ({condition or "true"}) EXECUTE FUNCTION {self._name}.{name}()')
+        return text
+
+    def _part(self, found):
+        kind, text = found.lastgroup, found[0]
+        if kind == 'table':
+            table = found['table']
+            ours = table in self._tables or 'INDEX' in found['before'].upper()
+            return f'{found["before"]}{self._name}.{table}' if ours else text
+        mark = '%s' if found['list'] == '?' else f'%({(found["list"] or "")[1:]})s'
+        return {'quoted': text.replace('%', '%%'), 'ours': found['ours'], 'mark': '%s',
+                'percent': '%%', 'name': f'%({found["name"]})s', 'clock': CLOCK,
+                'list': f'jsonb_array_elements_text(CAST({mark} AS jsonb)) AS each(value)',
+                'id': 'BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY',
+                'type': TYPES.get(text), 'tail': ')', None: ''}[kind]
+
+
+class _Stamps(VersionStamps):
+    """Version stamps of this process; bells carry the slots that others change."""
+    trust_seconds = PING_SECONDS        # a bell may not arrive
+
+    def __init__(self, server, path):
+        self._server = server
+        self._stamps = [0] * self.SLOTS
+
+    def deleted(self):
+        return False
+
+    def outdate(self, slots):
+        for slot in slots:
+            self._stamps[slot] = time.perf_counter_ns() & ~1
+
+    @contextlib.contextmanager
+    def changing(self, slots):
+        try:
+            with super().changing(slots):
+                yield
+        finally:
+            self._server.ring(b'', slots)
 
 
 # === Sessions: who is asking, without a row for it =======================================
@@ -2844,7 +3588,8 @@ def answer_errors(function):
         except AppError as error:
             if error.status >= 500:
                 log.error('request failed path=%s error=%s', bottle.request.path, error)
-            return bottle.HTTPError(error.status, str(error), error)
+            later = {'Retry_After': '1'} if error.status == 503 else {}
+            return bottle.HTTPError(error.status, str(error), error, **later)
         if isinstance(body, str):
             body = body.encode(bottle.response.charset, errors='replace')
         return body
@@ -3254,16 +3999,16 @@ class Subscription:
     def start(self, missed=None, last_id=-1):
         """Send what was missed, or else what was held, and be live from here on. last_id: of the
         last message that the client has."""
-        if missed is None:
-            missed = self._held or ()
-        else:
+        if missed is not None:
             self._last_id = last_id
-        self._held = None
-        for message in missed:
+        held, self._held = self._held or (), None       # some came while the others were read
+        for message in (*(missed or ()), *held):
             self.receive(message)
 
     def receive(self, message):
-        """Send a message of the stream."""
+        """Send a message of the stream; None: that all may have changed."""
+        if message is None:
+            message, self._last_id = refresh_of(self.stream), -1    # its ids begin anew too
         if self._held is not None:
             self._held.append(message)
         elif message.id > self._last_id:
@@ -3273,6 +4018,11 @@ class Subscription:
                 tail = (f',"stream_id":{json.dumps(self.stream)},"epoch":"{cable.epoch}",'
                         f'"offset":{message.id}}}').encode()
             self.connection.socket.push(frame(self._head + message.payload.encode() + tail))
+
+
+def refresh_of(stream):
+    """In the place of messages that are lost: the page is to be loaded again."""
+    return Message(offset_of(cable.position()), stream, json.dumps(REFRESH), 0.0)
 
 
 class Connection:
@@ -3299,6 +4049,10 @@ class Connection:
             self._welcome()
             for text in iter(self.socket.receive, None):
                 self._obey(text)
+        except StorageError as error:
+            log.warning('a client is to come back error=%s', error)
+            self.disconnect('storage', reconnect=True)
+            self.socket.linger()
         finally:
             connections[self.user].discard(self)
             if not connections[self.user]:
@@ -3324,7 +4078,7 @@ class Connection:
         if not self.extended:
             return self.send({'type': 'welcome'})
         welcome = {'type': 'welcome', 'sid': self.sid}
-        saved = cache.get(f'cable {self._restore[:100]}') if self._restore else None
+        saved = cache.get(f'cable {self._restore[:100]!r}') if self._restore else None
         if saved and saved['user'] == self.user:
             for identifier in saved['identifiers']:
                 stream, _ = self._stream_of(identifier)
@@ -3375,8 +4129,7 @@ class Connection:
             try:
                 subscription.start(cable.since(stream, str(since)), offset_of(since))
             except PositionLost:
-                subscription.start([Message(offset_of(cable.position()), stream,
-                                            json.dumps(REFRESH), 0.0)])
+                subscription.start([refresh_of(stream)])
 
     def _unsubscribe(self, identifier):
         subscription = self.subscriptions.pop(identifier, None)
@@ -3420,7 +4173,7 @@ class Connection:
         """Keep what it takes to resume this session after a cut, or a restart. The live script,
         which offers actioncable-unsupported too, resumes by position: it leaves no row."""
         if self.extended and not self.rails:
-            cache.set(f'cable {self.sid}', {'user': self.user,
+            cache.set(f'cable {self.sid!r}', {'user': self.user,
                                             'identifiers': list(self.subscriptions)},
                       ttl=RESUME_SECONDS)
 
@@ -3467,6 +4220,7 @@ heartbeat = Heartbeat()
 
 QUIET_SECONDS = 75          # how long a connection may be silent, between requests or within one
 DRAIN_SECONDS = 3.5         # requests may go on so long when the process stops
+LAST_SECONDS = 1            # of these: so long the next request of a connection is answered too
 SEND_BYTES = 65_536         # a client has QUIET_SECONDS for as many
 MAX_CONNECTIONS = 20_000
 MAX_HEADERS = 100           # of a request
@@ -3553,7 +4307,7 @@ class Handler(WebSocketHandler):
         """The first line of a request. Until it comes the server may hang up."""
         self.server.waiting.add(self)
         try:
-            return '' if self.server.closed else super().read_requestline()
+            return '' if self.server.hung_up else super().read_requestline()
         finally:
             self.server.waiting.discard(self)
 
@@ -3604,6 +4358,11 @@ class Handler(WebSocketHandler):
         for name, value in self.headers.items():
             if '_' not in name and name not in ('content-type', 'content-length'):
                 yield 'HTTP_' + name.replace('-', '_').upper(), value
+
+    def start_response(self, status, headers, exc_info=None):
+        if self.server.closed:              # the last answer of this connection
+            headers = [*headers, ('Connection', 'close')]
+        return super().start_response(status, headers, exc_info)
 
     def _handle_client_error(self, error):
         # As shipped, some of these print a traceback past the log.
@@ -3684,6 +4443,8 @@ class Handler(WebSocketHandler):
         if offered and protocol is None:
             return ('400 Bad Request',
                     f'the protocols spoken here are {", ".join(PROTOCOLS[:2])}')
+        if self.server.closed:
+            return '503 Service Unavailable', 'this process is stopping'
         if len(connections.get(user, ())) >= settings.max_sockets:
             return '429 Too Many Requests', f'{settings.max_sockets} sockets are open already'
         return None
@@ -3705,24 +4466,66 @@ class Server(WSGIServer):
 
     def __init__(self, listener):
         self.waiting = set()        # handlers between two requests
+        self.hung_up = False        # on these
+        # With wsgi.multiprocess gevent accepts one connection a turn: others on the same listener
+        # get their share.
         super().__init__(listener, application, spawn=gevent.pool.Pool(MAX_CONNECTIONS), log=None,
                          error_log=log, handler_class=Handler,
-                         environ={'SERVER_NAME': settings.host})
+                         environ={'SERVER_NAME': settings.host, 'wsgi.multiprocess': True})
 
     def drain(self):
-        """Accept nothing more, let requests end and sockets close, for DRAIN_SECONDS at most."""
+        """Accept nothing more, let requests end and sockets close, for DRAIN_SECONDS at most.
+
+        A connection between two requests is not hung up on at once, for the next may be on its
+        way: for LAST_SECONDS that is answered, with the word that it was the last.
+        """
+        if self.started:            # accept whom the kernel has let in already
+            self.max_accept = MAX_CONNECTIONS
+            self._do_read()
         self.close()
+        for connection in [each for group in connections.values() for each in group]:
+            connection.disconnect('server_restart', reconnect=True)
+        self.pool.join(LAST_SECONDS)
+        self.hung_up = True
         for handler in list(self.waiting):
             with contextlib.suppress(OSError):
                 handler.socket.shutdown(socket.SHUT_RD)
-        for connection in [each for group in connections.values() for each in group]:
-            connection.disconnect('server_restart', reconnect=True)
-        self.pool.join(DRAIN_SECONDS)
+        self.pool.join(DRAIN_SECONDS - LAST_SECONDS)
         self.pool.kill(timeout=0.5)
 
 
+LISTENER_FD, PARENT_FD = 3, 4       # what a process may inherit
+FD_NAMES = 'listener:parent'        # of both; systemd has other names for the first
+
+
+def inherit(environ):
+    """(listener, whether there is a parent): what the process was started with. Source:
+    sd_listen_fds(3). Raises SettingError.
+
+    systemd passes on a listener, a parent of ours (see Process) also the line to itself. The
+    variables that say so are taken out of the environment: they are not for what we start.
+    """
+    count, pid, names = (environ.pop(f'LISTEN_{word}', '') for word in ('FDS', 'PID', 'FDNAMES'))
+    has_parent = names == FD_NAMES
+    if not has_parent and pid != str(os.getpid()):
+        return None, False
+    try:
+        listener = gevent.socket.socket(fileno=LISTENER_FD)
+        listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if (listener.family not in (socket.AF_INET, socket.AF_INET6) or not listens
+                or count != str(1 + has_parent)):
+            raise OSError(f'{count} of them, the first is {listener}')
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for fd in range(LISTENER_FD, LISTENER_FD + 1 + has_parent):
+            os.set_inheritable(fd, False)
+    except OSError as error:
+        raise SettingError(f'LISTEN_FDS passes on what is not one listening TCP socket: '
+                           f'{error}') from None
+    return listener, has_parent
+
+
 def listen():
-    """The listening socket. Raises SettingError if the address can't be had."""
+    """A listening socket. Raises SettingError if the address can't be had."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -4362,7 +5165,13 @@ def service_worker():
 # SIGINT, in less than Docker's 10 seconds: no new connections, requests end, sockets are told to
 # come back, jobs are given back, files are closed, exit status 0 (on any other, Litestream skips
 # its last sync).
+#
+# With WEB_CONCURRENCY a parent binds the port and opens no file. Its children are this program
+# again, and find each other as any processes on one directory do. Who has died is replaced; at
+# SIGHUP each in turn is, by what the file of the program has become.
 
+READY_SECONDS = 60          # a child that takes longer does not replace another
+CHILD_STOP_SECONDS = 9      # then it is killed: longer than its longest stop, shorter than Docker's
 LITESTREAM_SECONDS = 3      # before that it has not seen new files (litestream #436)
 RESTORING = '.restoring'    # suffix of the file that is there while restore() changes the others
 
@@ -4371,8 +5180,8 @@ class JsonLines(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record):
-        line = {'time': round(record.created, 3), 'level': record.levelname.lower(),
-                'message': record.getMessage()}
+        line = {'time': round(record.created, 3), 'pid': record.process,
+                'level': record.levelname.lower(), 'message': record.getMessage()}
         if record.exc_info:
             line['traceback'] = self.formatException(record.exc_info)
         return json.dumps(line)
@@ -4382,7 +5191,7 @@ def start_logging(form='text'):
     """Log to stderr, as text or json."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == 'json' else
-                         logging.Formatter('%(asctime)s %(levelname)-7s %(message)s'))
+                         logging.Formatter('%(asctime)s %(process)d %(levelname)-7s %(message)s'))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -4400,17 +5209,28 @@ def open_stack(environ=None, run_jobs=False):
     """
     if processes.name:
         raise MisuseError('the stack is open already')
+    load_settings(os.environ if environ is None else environ)
+    with open_services(run_jobs):
+        yield
+
+
+@contextlib.contextmanager
+def open_services(run_jobs):
+    """open_stack(), with the settings as they were loaded."""
     for name, version, least in (('SQLite', sqlite3.sqlite_version, (3, 35)),
                                  ('bottle', bottle.__version__, (0, 13)),
                                  ('gevent', gevent.__version__, (23, 9))):
         if tuple(int(part) for part in re.findall(r'\d+', version)[:2]) < least:
             raise SettingError(f'{name} {version} is too old here: {least[0]}.{least[1]} or later '
                                f'is needed')
-    load_settings(os.environ if environ is None else environ)
     bottle.BaseRequest.MEMFILE_MAX = settings.max_body_bytes    # bottle's bound of forms and JSON
-    make_data_directory()
+    services = [processes, *databases.values(), keys, cache, cable, heartbeat]
+    if settings.database_url:
+        services.insert(0, PostgreSQL())
+    else:
+        make_data_directory()
     with contextlib.ExitStack() as opened:
-        for service in (processes, *databases.values(), keys, cache, cable, heartbeat):
+        for service in services:
             service.open()
             opened.callback(_close_quietly, service)
             if service is processes and os.path.exists(app_db.default_path + RESTORING):
@@ -4446,18 +5266,123 @@ def _close_quietly(service):
         log.exception('could not close %s', type(service).__name__)
 
 
+class Child:
+    """Another process of this program, on our listener, which is its fd 3. Its fd 4 is a line to
+    us: there it says that it is ready, and each side hears of the other's end."""
+    running = set()
+
+    def __init__(self, listener):
+        self.ready = gevent.event.AsyncResult()     # whether it came so far
+        self.ended = gevent.event.Event()
+        line, theirs = gevent.socket.socketpair()
+        # Copied out of the way first, or one could take the other's number.
+        fds = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 10) for each in (listener, theirs)]
+        try:
+            self.pid = os.posix_spawn(
+                sys.executable, [sys.executable, *sys.orig_argv[1:]],
+                {**os.environ, 'LISTEN_FDS': '2', 'LISTEN_FDNAMES': FD_NAMES},
+                file_actions=[(os.POSIX_SPAWN_DUP2, fds[0], LISTENER_FD),
+                              (os.POSIX_SPAWN_DUP2, fds[1], PARENT_FD)],
+                setsigmask=[signal.SIGINT, signal.SIGHUP])      # a terminal sends them to all
+        finally:
+            theirs.close()
+            for fd in fds:
+                os.close(fd)
+        self.running.add(self)
+        gevent.spawn(self._listen, line)
+
+    def _listen(self, line):
+        with line:
+            self.ready.set(line.recv(1) != b'')
+            line.recv(1)
+        os.kill(self.pid, signal.SIGKILL)       # who has hung up is dead, or must be
+        os.waitpid(self.pid, 0)
+        self.running.discard(self)
+        self.ended.set()
+
+    def stop(self):
+        """Tell it to end, and wait until it has."""
+        for number, seconds in ((signal.SIGTERM, CHILD_STOP_SECONDS), (signal.SIGKILL, None)):
+            if not self.ended.is_set():
+                os.kill(self.pid, number)
+            self.ended.wait(seconds)
+
+
+class Parent:
+    """Keeps WEB_CONCURRENCY children on a listener until an event is set."""
+
+    def __init__(self, listener, stopping):
+        self._listener, self._stopping = listener, stopping
+        self._hung_up = gevent.event.Event()
+        self._children = [Child(listener) for _ in range(settings.web_concurrency)]
+        self._status = 0
+
+    def run(self):
+        """Gives the exit status; it is 1 if one of the first children does not get ready."""
+        gevent.signal_handler(signal.SIGHUP, self._hung_up.set)
+        gevent.spawn(self._begin)
+        work = [Loop('replacing', self._replace)]
+        work += [Loop(f'child {index}', functools.partial(self._keep, index))
+                 for index in range(len(self._children))]
+        self._stopping.wait()
+        log.info('stopping')
+        for loop in work:
+            loop.stop()
+        self._listener.close()
+        gevent.joinall([gevent.spawn(child.stop) for child in Child.running])
+        log.info('stopped')
+        return self._status
+
+    def _begin(self):
+        if all([child.ready.get() for child in self._children]):
+            say_where(self._listener)
+        elif not self._stopping.is_set():
+            self._status = 1
+            self._stopping.set()
+
+    def _keep(self, index):
+        """Wait for the end of a child, and start another."""
+        child = self._children[index]
+        child.ended.wait()
+        gevent.sleep(RESTART_SECONDS if child.ready.value else MAX_RESTART_SECONDS)
+        if child is self._children[index]:      # else it was replaced
+            log.error('child %s had ended, another starts', child.pid)
+            self._children[index] = Child(self._listener)
+
+    def _replace(self):
+        """At SIGHUP, replace one child after the other, until a new one fails."""
+        self._hung_up.wait()
+        self._hung_up.clear()
+        for index in range(len(self._children)):
+            new = Child(self._listener)
+            if not new.ready.wait(READY_SECONDS):
+                log.error('child %s did not get ready, child %s stays', new.pid,
+                          self._children[index].pid)
+                return new.stop()
+            old, self._children[index] = self._children[index], new
+            log.info('child %s takes the place of %s', new.pid, old.pid)
+            old.stop()
+
+
 def serve():
     """Run until SIGTERM or SIGINT. Gives the exit status."""
     started_at = time.monotonic()
     stopping = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, stopping.set)
-    with open_stack(run_jobs=True):
-        server = Server(listen())
+    load_settings(os.environ)
+    listener, has_parent = inherit(os.environ)
+    if has_parent:
+        gevent.spawn(end_with_parent)
+    elif settings.web_concurrency > 1:
+        return Parent(listener or listen(), stopping).run()
+    with open_services(run_jobs=True):
+        server = Server(listener or listen())
         server.start()
-        host, port = server.socket.getsockname()[:2]
-        log.info('%s %s is at http://%s:%s (data in %s; Ctrl-C stops it)', APP, __version__,
-                 f'[{host}]' if ':' in host else host, port, settings.data)
+        if has_parent:
+            os.write(PARENT_FD, b'!')           # ready
+        else:
+            say_where(server.socket)
         stopping.wait()
         log.info('stopping')
         server.drain()
@@ -4465,6 +5390,19 @@ def serve():
             gevent.sleep(max(0, started_at + LITESTREAM_SECONDS - time.monotonic()))
     log.info('stopped')
     return 0
+
+
+def say_where(listener):
+    host, port = listener.getsockname()[:2]
+    log.info('%s %s is at http://%s:%s (data in %s; Ctrl-C stops it)', APP, __version__,
+             f'[{host}]' if ':' in host else host, port, settings.data)
+
+
+def end_with_parent():
+    """A child whose parent was killed is killed too: Litestream, if it started that, copies once
+    more now, and would not see what is acknowledged later."""
+    gevent.socket.wait_read(PARENT_FD)
+    os._exit(1)
 
 
 # === Backups: copies, restores, checks, for those without Litestream =====================
@@ -4484,6 +5422,7 @@ def backup(target):
     """Copy the databases that are worth it to a directory or an archive; the app may run. What was
     there is replaced when the copies are whole: an archive at once, a directory file by file, so a
     kill between two of them leaves old ones beside new ones. Raises BackupError, StorageError."""
+    _refuse_server('backup')
     kind = _kind_of(target)
     _refuse_overlap(target)
     for database in _copied().values():
@@ -4519,6 +5458,7 @@ def restore(source, force=False):
     """Put the files of a backup in the place of today's. Raises BackupError or StorageError, and
     changes nothing, if one is damaged or of a newer version, if today's would be overwritten
     (without force), or if an app runs on them."""
+    _refuse_server('restore')
     kind = _kind_of(source)
     _refuse_overlap(source)
     with _sentences(source), contextlib.ExitStack() as undo:
@@ -4556,11 +5496,16 @@ def run_checks():
     """What is wrong with the databases, as sentences. They are only read; the app may run."""
     problems = []
     with contextlib.ExitStack() as opened:
+        if settings.database_url:
+            server = PostgreSQL()
+            server.open()
+            opened.callback(server.close)
         for database in databases.values():
-            if not os.path.exists(database.default_path) and not database.copied:
-                continue                # as a restore leaves the cable: the next start makes it
             try:
-                _refuse_damage(database, database.default_path)
+                if not settings.database_url:
+                    if not database.copied and not os.path.exists(database.default_path):
+                        continue        # as a restore leaves the cable: the next start makes it
+                    _refuse_damage(database, database.default_path)
                 database.open_read_only()
                 opened.callback(database.close)
             except AppError as error:
@@ -4568,6 +5513,119 @@ def run_checks():
         for function in checks if not problems else ():
             problems += function()
     return problems
+
+
+def copy_to(target):
+    """Copy all that is kept to a PostgreSQL server (its URL), or from there to files
+    (sqlite:DIRECTORY); the app must be stopped. Raises BackupError, StorageError, and leaves what
+    is copied as it is, and the target empty then. Gives {table: number of rows}."""
+    to_server = not settings.database_url
+    if target.startswith('sqlite:') == to_server:
+        raise BackupError('copy-to goes from files to postgresql://…, or, where DATABASE_URL is '
+                          'set, to sqlite:DIRECTORY; else use backup, or pg_dump')
+    files = {name: Database(name, database.migrations, declared=False)
+             for name, database in databases.items() if database.copied}
+    with contextlib.ExitStack() as undo:
+        if to_server:
+            if not lock_directory(settings.data, fcntl.LOCK_EX, undo):
+                raise BackupError(f'an app runs on {settings.data}; stop it first')
+            settings.database_url, settings.direct_database_url = _server_url(target), ''
+            directory = settings.data
+        else:
+            target = os.path.abspath(target.removeprefix('sqlite:'))
+            if os.path.lexists(target) and (not os.path.isdir(target) or os.listdir(target)):
+                raise BackupError(f'{target} is there, and not empty')
+            directory = undo.enter_context(_scratch(target))
+        for name, database in files.items():
+            path = os.path.join(directory, os.path.basename(database.default_path))
+            undo.callback(database.close)
+            if to_server:
+                _refuse_damage(database, path)
+                database.open_read_only(path)
+            else:
+                database.open(path)
+            if database._pending():
+                raise BackupError(f'{path} is of an older version; the command `migrate` brings it '
+                                  f'up to date')
+        server = PostgreSQL()
+        server.open()
+        undo.callback(server.close)
+        deadline = time.monotonic() + BUSY_SECONDS
+        while server.others():                  # one that stopped just now is there for a moment
+            if time.monotonic() > deadline:
+                raise BackupError('an app runs on the database server; stop all of its processes '
+                                  'first')
+            gevent.sleep(0.05)
+        for database in databases.values():
+            database.joined = app_db            # one transaction for all
+        copied = app_db.transact(_copy_rows, files, to_server)
+        if not to_server:
+            for database in files.values():
+                database.close()
+            for name in os.listdir(directory):
+                sync(os.path.join(directory, name))
+            os.rename(directory, target)
+            sync(os.path.dirname(target))
+    return copied
+
+
+def _server_url(target):
+    try:
+        return server_url(target)
+    except ValueError as allowed:
+        raise BackupError(f'the target of copy-to is {allowed}, or sqlite:DIRECTORY') from None
+
+
+@contextlib.contextmanager
+def _scratch(target):
+    """A directory beside the target, which is removed if it is still there."""
+    with _sentences(target):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        directory = tempfile.mkdtemp(prefix='.copy-', dir=os.path.dirname(target))
+        give_to_owner(directory, directory)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _copy_rows(files, to_server):
+    """Copy every row, in a transaction of the server. Gives {table: number of rows}."""
+    copied = {}
+    for database in databases.values():
+        if to_server:
+            if database._columns():
+                raise BackupError(f'there is a {database.path} already, so the target is not empty')
+            database.open()
+        elif database._pending():
+            raise BackupError(f'{database.path} is of an older version; the command `migrate` '
+                              f'brings it up to date')
+    for name, file in files.items():
+        source, target = (file, databases[name]) if to_server else (databases[name], file)
+        insert = target.executemany if to_server else target._connection.executemany
+        tables = {}
+        for table, column in file._columns():
+            tables.setdefault(table, []).append(f'"{column}"')
+        del tables['schema_migrations']
+        if not to_server:
+            target._connection.execute('BEGIN')
+        for table, columns in tables.items():
+            for rows in source._slices(table, ', '.join(columns)):
+                insert(f'INSERT INTO {table} ({", ".join(columns)}) '
+                       f'VALUES ({", ".join("?" * len(columns))})',
+                       [[_clean(value) if isinstance(value, str) else value for value in row]
+                        for row in rows])
+        target._set_last_ids(source._last_ids())
+        for table in tables:
+            (there,), (here,) = (side._slices(table, 'count(*)') for side in (source, target))
+            if there != here:
+                raise BackupError(f'{table} has {there[0][0]} rows, and the copy {here[0][0]}')
+            copied[table] = here[0][0]
+        if not to_server:
+            target._connection.execute('COMMIT')
+    if to_server:
+        jobs.adopt_outbox()
+    return copied
 
 
 def sync(path):
@@ -4617,6 +5675,12 @@ def _refuse_damage(database, path):
         other.close()
     if result != 'ok':
         raise StorageError(f'{path} is damaged: {" ".join(result.split())}')
+
+
+def _refuse_server(command):
+    if settings.database_url:
+        raise BackupError(f'{command} is for files; of a server use '
+                          f"pg_dump -n '{APP}_{settings.env}*', and pg_restore")
 
 
 def _kind_of(path):
@@ -4745,6 +5809,13 @@ def command_restore(path, force=False):
     return 0
 
 
+def command_copy_to(target):
+    load_settings(os.environ)
+    for table, rows in copy_to(target).items():
+        print(f'{table}: {rows}')
+    return 0
+
+
 def command_check():
     load_settings(os.environ)
     problems = run_checks()
@@ -4759,6 +5830,7 @@ COMMANDS = {        # name: (function, its arguments, what it does)
     'check': (command_check, '', 'check the files: whole, of this version, nothing stuck'),
     'backup': (command_backup, 'PATH', 'copy the data to a directory or an archive; it may run'),
     'restore': (command_restore, 'PATH [--force]', 'put a backup in place; it must be stopped'),
+    'copy-to': (command_copy_to, 'TARGET', 'copy all to postgresql://…, or to sqlite:DIRECTORY'),
     'settings': (command_settings, '', 'show every setting: value, where from, meaning'),
     'secret': (command_secret, '', f'print a new value for {PREFIX}SECRET'),
 }
@@ -5067,7 +6139,7 @@ FORGET_CHANGES = '''
 TOGGLE_TODOS = '''
     UPDATE todos SET completed = :completed, version = :version
     WHERE user_id = :user AND completed <> :completed
-        AND (:ids IS NULL OR id IN (SELECT value FROM json_each(:ids)))
+        AND (:ids IS NULL OR id IN (SELECT CAST(value AS INTEGER) FROM json_each(:ids)))
     RETURNING id'''
 COUNT_CHANGE = '''
     INSERT INTO lists (user_id, active, completed, version) VALUES (?, ?, ?, 1)
@@ -5076,9 +6148,11 @@ COUNT_CHANGE = '''
     RETURNING active, completed, version'''
 MISCOUNTED_LISTS = '''
     SELECT todos.user_id, count(*), coalesce(lists.active + lists.completed, 0)
-    FROM todos LEFT JOIN lists ON lists.user_id = todos.user_id GROUP BY todos.user_id
+    FROM todos LEFT JOIN lists ON lists.user_id = todos.user_id
+    GROUP BY todos.user_id, lists.active, lists.completed
     HAVING count(*) <> coalesce(lists.active + lists.completed, 0)
-        OR sum(todos.completed) <> lists.completed'''
+        OR sum(todos.completed) <> lists.completed
+    ORDER BY todos.user_id'''
 
 
 class TitleError(AppError):
@@ -5153,6 +6227,7 @@ def create_todo(user, title, key=None):
 def create_todos(user, todos, key=None):
     """Add todos, tuples of title and completed, at the end of the user's list, as one change, and
     give them. Raises TitleError and LimitError."""
+    app_db.lock(user)
     todos = [(clean_title(title), bool(completed)) for title, completed in todos]
     if not all(title for title, _ in todos):
         raise TitleError('A todo needs a title.')
@@ -5177,6 +6252,7 @@ def create_todos(user, todos, key=None):
 def update_todo(user, id, title=None, completed=None, key=None):
     """Rename a todo, or set whether it is completed, and give it; None if an empty title deleted
     it, or it is gone since. Raises NotFound, TitleError."""
+    app_db.lock(user)
     new_title = None if title is None else clean_title(title)
     if touched_before(user, key) is not None:
         return _look_up(user, id)
@@ -5200,6 +6276,7 @@ def update_todo(user, id, title=None, completed=None, key=None):
 def toggle_todos(user, completed, ids=None, key=None):
     """Set all todos of a user, or those of ids that are theirs, to completed or active. Gives the
     ids that changed."""
+    app_db.lock(user)
     done = touched_before(user, key)
     if done is not None:
         return done
@@ -5215,6 +6292,7 @@ def toggle_todos(user, completed, ids=None, key=None):
 @app_db.transaction
 def delete_todo(user, id, key=None):
     """Delete a todo. Raises NotFound."""
+    app_db.lock(user)
     if touched_before(user, key) is not None:
         return
     todo = find_todo(user, id)
@@ -5225,6 +6303,7 @@ def delete_todo(user, id, key=None):
 @app_db.transaction
 def clear_completed(user, key=None):
     """Delete the user's completed todos, and give their ids."""
+    app_db.lock(user)
     done = touched_before(user, key)
     if done is not None:
         return done
@@ -5237,6 +6316,7 @@ def take_back(user, of=None, key=None):
     """Undo the change that has the key `of`, or else the user's newest that can be undone, and give
     the ids of the todos that are other now. Only what that change itself did is taken back; if all
     of it was changed since, it can't be undone. Raises LimitError."""
+    app_db.lock(user)
     done = touched_before(user, key)
     ids = done or []
     while done is None and not ids:
@@ -5264,6 +6344,7 @@ def find_todo(user, id):
 def move_todos(user, to):
     """Move all todos of a user to the list of another, with what can be undone. Raises
     LimitError."""
+    app_db.lock(user, to)
     active, completed, _ = count_todos(user)
     moved = {'user': user, 'to': to, 'version': count_todos(to).version + 1}
     ids = [id for id, in app_db.execute(MOVE_TODOS, moved)]

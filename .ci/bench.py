@@ -5,9 +5,9 @@
 # ///
 """Measure todol beside its peers: a Markdown table on stdout, progress on stderr.
 
-    python .ci/bench.py                     everything but growth, eight minutes
+    python .ci/bench.py                     everything but growth and grow, eight minutes
     python .ci/bench.py --quick             a look, under two minutes
-    python .ci/bench.py --only page         one figure: `--help` lists them; growth, a minute, runs only when named
+    python .ci/bench.py --only page         one figure: `--help` lists them; growth and grow run only when named
     python .ci/bench.py --json FILE         every sample too
 
 The peers are installed into .ci/bench-venv at the first run. wrk and redis-server come from Debian (`apt-get install
@@ -16,6 +16,7 @@ wrk redis-server`); without them the rows that need them are left out, and named
 for itself, the load has the other. Everything stays on 127.0.0.1 and in a directory that is removed afterwards.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -43,7 +44,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM = HERE.parent / 'todol.py'
 VENV = HERE / 'bench-venv'
 PEER_PACKAGES = ['flask', 'gunicorn[gevent]', 'starlette', 'uvicorn[standard]', 'python-multipart', 'itsdangerous', 'jinja2',
-                 'redis', 'hiredis', 'huey', 'diskcache', 'playwright']
+                 'redis', 'hiredis', 'huey', 'diskcache', 'playwright', 'psycopg[binary]', 'procrastinate']
 
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
@@ -241,6 +242,37 @@ def redis_server(directory, core=None, durable=False):
         end(process)
 
 
+@contextlib.contextmanager
+def postgres_server(directory):
+    """A new PostgreSQL server with its defaults, which may use any core; gives its URL."""
+    found = sorted(pathlib.Path('/usr/lib/postgresql').glob('*/bin/postgres'), key=lambda path: int(path.parts[-3]))
+    if not found:
+        raise Missing('PostgreSQL is missing (apt-get install postgresql)')
+    port, place = free_port(), pathlib.Path(tempfile.mkdtemp(dir=directory))
+    options = {'cwd': '/', 'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+    if os.geteuid() == 0:           # as whom it refuses to run
+        options |= {'user': 'nobody', 'group': 'nogroup'}
+        for path in (place, pathlib.Path(directory)):
+            shutil.chown(path, 'nobody', 'nogroup')
+    start([found[-1].parent / 'initdb', '-D', place / 'data', '-U', 'bench', '-A', 'trust', '-E', 'UTF8', '--locale=C'],
+          **options).wait()
+    process = start([found[-1], '-D', place / 'data', '-p', port, '-h', '127.0.0.1', '-k', place], **options)
+    url = f'postgresql://bench@127.0.0.1:{port}/postgres'
+    try:
+        eventually(lambda: queried(url, 'SELECT 1'), process)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)      # a fast stop; SIGTERM would wait for the clients
+        process.wait()
+
+
+def queried(url, statement):
+    """The rows of a statement; None where the server is not there."""
+    import psycopg
+    with contextlib.suppress(psycopg.OperationalError), psycopg.connect(url, autocommit=True) as connection:
+        return connection.execute(statement).fetchall()
+
+
 def answers(port, request, beginning):
     """Whether a request gets an answer that begins so."""
     try:
@@ -398,11 +430,50 @@ else:
             (noop if kind == 'noop' else nap)(number)
 '''}
 
+PEER_FILES['peer_procrastinate.py'] = '''
+# peer_procrastinate.py (schema | consume | produce KIND NUMBER) URL
+import asyncio
+import sys
+import time
+
+import procrastinate
+
+app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=sys.argv[-1]))
+done = 0
+
+
+@app.task()
+async def noop(total):
+    global done
+    done += 1
+    if done == total:
+        done = 0
+        print(time.monotonic(), flush=True)
+
+
+async def main():
+    async with app.open_async():
+        if sys.argv[1] == 'schema':
+            await app.schema_manager.apply_schema_async()
+        elif sys.argv[1] == 'consume':
+            await app.run_worker_async(concurrency=100, delete_jobs='successful', install_signal_handlers=False)
+        else:
+            number = int(sys.argv[3])
+            print(time.monotonic(), flush=True)
+            for _ in range(number):
+                await noop.defer_async(total=number)
+
+
+asyncio.run(main())
+'''
+
 TODOL_MODULE = 'python -m todol'     # has bytecode; a main script is compiled at each start
+ALONE = 'one process'               # the peer of several
 STARLETTE = 'Starlette + uvicorn'
 FLASK = 'Flask + gunicorn (gevent)'
 REDIS_HUEY = 'huey on Redis'
 SQLITE_HUEY = 'huey on SQLite'
+PROCRASTINATE = 'procrastinate'
 SECRET = 'of the benchmark, so that it can sign cookies'
 
 
@@ -434,11 +505,14 @@ TURBO_STREAM = 'text/vnd.turbo-stream.html'
 
 
 class Server:
-    """todol or a peer on SERVER_CORE, with files of its own below the directory; to be used in a with statement."""
+    """todol or a peer on a core (None: on any), with files of its own below the directory; to be used in a with
+    statement."""
 
-    def __init__(self, name, directory, **settings):
+    def __init__(self, name, directory, core=SERVER_CORE, **settings):
         self.name = name
+        self._core = core
         self.port = free_port()
+        self._core = core
         self.data = tempfile.mkdtemp(dir=directory)
         self._directory = directory
         self._environment = {'PORT': str(self.port), 'TODOL_DATA': self.data, 'TODOL_WRITES_PER_MINUTE': '1000000000',
@@ -453,7 +527,7 @@ class Server:
                            '--keep-alive', '75', '--log-level', 'warning']}[self.name]
         with open(pathlib.Path(self._directory, 'log'), 'w') as log:
             started = time.perf_counter()
-            self._process = start([sys.executable, *command], SERVER_CORE, cwd=self._directory, environment=self._environment,
+            self._process = start([sys.executable, *command], self._core, cwd=self._directory, environment=self._environment,
                                   stderr=log, stdout=log)
         self.pid = self._process.pid
         request = b'GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n'
@@ -517,7 +591,7 @@ end
 '''
 
 
-def load(server, cookies, requests_lua, connections, seconds):
+def load(server, cookies, requests_lua, connections, seconds, core=LOAD_CORE):
     """Let wrk ask a server, and wait until all that follows from it is done: requests per second of that whole time, CPU
     microseconds per request, and the median latency."""
     script = pathlib.Path(server.data, 'wrk.lua')
@@ -527,7 +601,7 @@ def load(server, cookies, requests_lua, connections, seconds):
                       + requests_lua + DONE_LUA)
     before_s = cpu_s(server.pid)
     process = start([need('wrk'), '-t1', f'-c{connections}', f'-d{seconds}s', '-s', script, f'http://127.0.0.1:{server.port}'],
-                    LOAD_CORE, stdout=subprocess.PIPE, text=True)
+                    core, stdout=subprocess.PIPE, text=True)
     result = json.loads(process.communicate()[0].splitlines()[-1])
     ended = time.perf_counter()
     server.settle()
@@ -726,6 +800,7 @@ def stack(directory, **settings):
 
 class Huey:
     """A consumer of huey on SERVER_CORE with 100 greenlets, stopped while it is not its turn: an idle one polls."""
+    script = 'peer_huey.py'
 
     def __init__(self, directory, backend, place):
         self._directory, self._place = directory, [backend, str(place)]
@@ -758,7 +833,7 @@ class Huey:
         return enqueued_at, reported
 
     def _run(self, *arguments, core):
-        return start([sys.executable, 'peer_huey.py', *arguments, *self._place], core, cwd=self._directory,
+        return start([sys.executable, self.script, *arguments, *self._place], core, cwd=self._directory,
                      stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
 
 
@@ -1032,6 +1107,112 @@ def idle(effort):
         once = {'todol': [{'bytes': written_bytes(server.pid) - before, 'percent': percent}]}
     return [compared(f'idle process, written in {effort.idle_seconds} s', 'B', once, 'bytes', at_most=0),
             compared('– CPU', '%', once, 'percent', at_most=0.2)]
+
+
+# === Figures: many machines on PostgreSQL =============================================================================
+
+class Node(Server):
+    """todol on PostgreSQL; nodes, database and load share all cores."""
+
+    def __init__(self, directory, url):
+        super().__init__('todol', directory, core=None, DATABASE_URL=url, TODOL_ENV='production')
+        self._url = url
+
+    def settle(self):
+        eventually(lambda: not queried(self._url, 'SELECT 1 FROM todol_production_job.jobs LIMIT 1'), self._process)
+
+
+class Procrastinate(Huey):
+    """Its worker, and its producer in another process; 100 jobs at once, done jobs deleted, as todol does."""
+    script = 'peer_procrastinate.py'
+
+    def __init__(self, directory, url):
+        self._directory, self._place = directory, [url]
+
+    def __enter__(self):
+        assert self._run('schema', core=None).wait() == 0
+        return super().__enter__()
+
+
+@figure
+def grow(effort):
+    """Two processes against one, on SQLite. Two nodes on PostgreSQL: from a POST on one to a socket on the other, POSTs, and
+    jobs beside procrastinate's."""
+    need('wrk')
+    processes = grow_processes(effort)
+    with scratch() as directory, contextlib.ExitStack() as running:
+        url = running.enter_context(postgres_server(directory))
+        samples = grow_jobs(effort, directory, url)
+        nodes = [running.enter_context(Node(directory, url)) for _ in range(2)]
+        cookies = nodes[0].visitors()
+        across = alternate({'todol': functools.partial(across_nodes, nodes, cookies[0], effort.latencies)}, effort.rounds)
+        posts = alternate({'two nodes': functools.partial(load_both, nodes, cookies, effort.load_seconds), 'todol':
+                           functools.partial(load, nodes[0], cookies, CREATE_LUA, 16, effort.load_seconds)}, effort.rounds)
+    return [*processes,
+            compared('PostgreSQL: POST on one node to a socket on another, p50', 'ms', across, 'p50_ms', at_most=10),
+            compared('– p99', 'ms', across, 'p99_ms', at_most=20),
+            compared('– no-op jobs, enqueued to done', 'jobs/s', samples, 'per_s', PROCRASTINATE, ratio_at_least=3),
+            compared('– POST /todos of one node', 'requests/s', posts, 'per_s', 'two nodes')]
+
+
+def grow_processes(effort):
+    """Two processes against one, both cores free for them and for the load: its share of the cores is a row, too."""
+    need('wrk')
+    with scratch() as directory, contextlib.ExitStack() as running:
+        sides = {}
+        for side, processes in ('todol', '2'), (ALONE, '1'):
+            server = running.enter_context(Server('todol', directory, core=None, WEB_CONCURRENCY=processes))
+            sides[side] = server, server.visitors()
+
+        def measure(requests_lua):
+            def with_share(server, cookies):
+                before_s, started = os.times().children_user + os.times().children_system, time.perf_counter()
+                sample = load(server, cookies, requests_lua, 32, effort.load_seconds, core=None)
+                used_s = os.times().children_user + os.times().children_system - before_s
+                return {**sample, 'load_percent': 100 * used_s / (time.perf_counter() - started)}
+            return alternate({side: functools.partial(with_share, *each) for side, each in sides.items()}, effort.rounds)
+        pages, posts = measure(PAGE_LUA), measure(CREATE_LUA)
+    return [compared('GET / from two processes', 'pages/s', pages, 'per_s', ALONE, ratio_at_least=1.6),
+            compared('– its CPU, of all processes', 'µs', pages, 'cpu_us', ALONE),
+            compared('– what the load takes of a core', '%', pages, 'load_percent', ALONE),
+            compared('POST /todos to two processes', 'requests/s', posts, 'per_s', ALONE, ratio_at_least=1),
+            compared('– what the load takes of a core', '%', posts, 'load_percent', ALONE)]
+
+
+def grow_jobs(effort, directory, url):
+    """The same jobs, on the same server, by turns."""
+    with contextlib.ExitStack() as running:
+        todol = running.enter_context(stack(directory, TODOL_JOB_WORKERS='100', DATABASE_URL=url))
+        sides = {'todol': TodolJobs(todol), PROCRASTINATE: running.enter_context(Procrastinate(directory, url))}
+        number = {'todol': effort.jobs // 4, PROCRASTINATE: effort.jobs // 20}
+        return alternate({side: functools.partial(each.rate, 'noop', number[side]) for side, each in sides.items()},
+                         effort.rounds)
+
+
+def across_nodes(nodes, cookie, count):
+    """From the POST on the second node to the stream at a socket of the first."""
+    client, = open_sockets(nodes[0], cookie, 1)
+    connection = http.client.HTTPConnection('127.0.0.1', nodes[1].port)
+    connection.connect()
+    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    latencies = []
+    for _ in range(count):
+        title, sent = secrets.token_hex(8), time.perf_counter()
+        connection.request('POST', '/todos', f'title={title}', {'Cookie': cookie, 'Content-Type': FORM})
+        client.read_until(title.encode())
+        latencies.append(time.perf_counter() - sent)
+        connection.getresponse().read()
+        time.sleep(0.005)
+    connection.close()
+    client.close()
+    return percentiles(latencies)
+
+
+def load_both(nodes, cookies, seconds):
+    """load() of two nodes at once, each with its own half of the visitors."""
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        parts = threads.map(lambda each: load(nodes[each], cookies[each::2], CREATE_LUA, 8, seconds), range(2))
+        return {'per_s': sum(part['per_s'] for part in parts)}
 
 
 # === Growth: how the figures move as the work grows ===================================================================
@@ -1325,7 +1506,8 @@ def main():
     if options.inside:
         return measure_here(options.inside, QUICK if options.quick else FULL)
     install_peers()
-    rows, curves, left_out, failed = measure_all(options.only or list(FIGURES), options)
+    names = options.only or [name for name in FIGURES if name != 'grow']
+    rows, curves, left_out, failed = measure_all(names, options)
     where = machine()
     print('\n\n'.join(([markdown(rows)] if rows else []) + [curve_markdown(curve) for curve in curves]))
     print(f'\n{where["cores"]} cores of {where["processor"]}, kernel {where["kernel"]}, Python {where["python"]}, '
