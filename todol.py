@@ -3125,6 +3125,9 @@ class _Schema:
             self.execute(f"SELECT setval('{self._name}.{table}_id_seq', greatest(1, ?, "
                          f'(SELECT max(id) FROM {table})))', (last.get(table, 1),))
 
+    def truncate_log(self):
+        """What was deleted goes with the server's own cleaning of tables and logs."""
+
     def _translate(self, statement):
         """What PostgreSQL understands of SQL that is written for SQLite."""
         text = SQL_PARTS.sub(self._part, statement)
