@@ -2254,7 +2254,8 @@ def test_the_clock_of_sql_can_be_put_in_and_executemany_is_refused_outside_a_tra
 # the ends of a table.
 SCANS_ALLOWED = re.compile(
     'failed_at, error FROM jobs$|FROM (outbox$|outbox ORDER BY id LIMIT|outbox LIMIT|entries ORDER BY id LIMIT|'
-    'messages WHERE created_at >= |changes ORDER BY id LIMIT|recurring|epochs|schema_migrations|sqlite_master|pragma_)|UPDATE recurring|'
+    'messages WHERE created_at >= |changes ORDER BY id LIMIT|recurring|epochs|schema_migrations|sqlite_master|'
+    'sqlite_sequence|pragma_)|UPDATE recurring|'
     r'UPDATE jobs SET run_at = now_s.., enqueued_at|SELECT (queue, )?count\(\*\)|(min|max)\(id\)|SET uid = |SELECT coalesce.sum')
 
 

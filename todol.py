@@ -5398,7 +5398,8 @@ def serve():
 def say_where(listener):
     host, port = listener.getsockname()[:2]
     log.info('%s %s is at http://%s:%s (data in %s; Ctrl-C stops it)', APP, __version__,
-             f'[{host}]' if ':' in host else host, port, settings.data)
+             f'[{host}]' if ':' in host else host, port,
+             'PostgreSQL' if settings.database_url else settings.data)
 
 
 def end_with_parent():
@@ -5603,6 +5604,9 @@ def _copy_rows(files, to_server):
         elif database._pending():
             raise BackupError(f'{database.path} is of an older version; the command `migrate` '
                               f'brings it up to date')
+        elif database.copied:
+            files[database.name]._roll_back()       # of a run before, which lost its connection
+            files[database.name]._connection.execute('BEGIN')
     for name, file in files.items():
         source, target = (file, databases[name]) if to_server else (databases[name], file)
         insert = target.executemany if to_server else target._connection.executemany
@@ -5610,8 +5614,6 @@ def _copy_rows(files, to_server):
         for table, column in file._columns():
             tables.setdefault(table, []).append(f'"{column}"')
         del tables['schema_migrations']
-        if not to_server:
-            target._connection.execute('BEGIN')
         for table, columns in tables.items():
             for rows in source._slices(table, ', '.join(columns)):
                 insert(f'INSERT INTO {table} ({", ".join(columns)}) '
@@ -5624,10 +5626,11 @@ def _copy_rows(files, to_server):
             if there != here:
                 raise BackupError(f'{table} has {there[0][0]} rows, and the copy {here[0][0]}')
             copied[table] = here[0][0]
-        if not to_server:
-            target._connection.execute('COMMIT')
     if to_server:
         jobs.adopt_outbox()
+    else:
+        for file in files.values():
+            file._connection.execute('COMMIT')
     return copied
 
 
