@@ -9831,7 +9831,7 @@ def test_nothing_is_fetched_from_elsewhere(client):
 # === Browser: the page in Chromium, with our scripts and without =====================================================
 
 CONNECTION_LOST = 'Failed to load resource: net::ERR|WebSocket connection to'
-MAX_RAW_BYTES, MAX_SENT_BYTES = 41_500, 15_900       # of HTML, style, scripts and icon
+MAX_RAW_BYTES, MAX_SENT_BYTES = 40_000, 15_000       # of HTML, style, scripts and icon
 STATUS = 'Failed to load resource: the server responded with a status of '
 ROWS = '#todos > li:not([data-pending])'
 

@@ -3649,7 +3649,7 @@ def application(environ, start_response):
         # An ETag is that of the bytes as they are.
         if isinstance(body, list) and sum(map(len, body)) > COMPRESS_BYTES \
                 and not given.keys() & {'content-encoding', 'etag'} and accepts_gzip(environ):
-            body = [gzipped(b''.join(body), 1)]
+            body = [gzipped(b''.join(body), 4)]
             headers = [(name, value) for name, value in headers if name != 'Content-Length']
             headers += [('Content-Encoding', 'gzip'), ('Content-Length', str(len(body[0])))]
     start_response(status, headers, *exc_info)
@@ -4728,10 +4728,11 @@ function overtaken(page) {
     $$('[data-version]', page).some(({ id, dataset: { version } }) =>
       version < known(id) && known(id) < Infinity);
 }
-// The styles and scripts of a page, and those that they may import (data-more): one with
+// The styles and scripts of a page, and those that they may fetch late (data-more): one with
 // others can't be morphed in.
-const files = root => $$('head link[rel=stylesheet], head script', root).flatMap(each =>
-  ['href', 'src', 'data-more'].map(name => each.getAttribute(name)).filter(Boolean));
+const files = root =>
+  $$('head link[rel=stylesheet]:not([data-late]), head script', root).flatMap(each =>
+    ['href', 'src', 'data-more'].map(name => each.getAttribute(name)).filter(Boolean));
 let visiting, epoch, reached = true;
 async function visit(url = location.href, push = false, pause = 100, given) {
   const current = visiting = {};
@@ -6604,10 +6605,12 @@ TEMPLATES.update({
 <link rel="icon" href="{{asset('icon.svg')}}" type="image/svg+xml">
 <link rel="apple-touch-icon" href="/icon-180.png">
 <link rel="manifest" href="{{asset('manifest.webmanifest')}}">
-<link rel="stylesheet" href="{{asset('todol.css')}}">
+<link rel="stylesheet" href="{{asset('todol.css')}}" data-more="{{asset('more.css')}}">
 % if live:
 <script type="module" src="{{asset('live.js')}}"></script>
 <script type="module" src="{{asset('todol.js')}}" data-more="{{asset('more.js')}}"></script>
+% else:
+<link rel="stylesheet" href="{{asset('more.css')}}">
 % end
 </head>
 <body>
@@ -6616,6 +6619,9 @@ TEMPLATES.update({
 </html>
 ''',
     'page': '''\
+% if editing:
+<link rel="stylesheet" href="{{asset('more.css')}}">
+% end
 {{!source}}
 <main>
 <section class="todoapp" id="todoapp">
@@ -6786,7 +6792,7 @@ after one of these:</p>
 % if not token:
 <p>On the device that has the list, choose “Open on another device”. It shows a code.</p>
 <label for="code">Code</label>
-<input type="text" class="code" id="code" name="code" autocomplete="off" spellcheck="false" \
+<input type="text" class="code field" id="code" name="code" autocomplete="off" spellcheck="false" \
 autocapitalize="characters" enterkeyhint="go" maxlength="50" required autofocus \
 aria-describedby="join-error">
 <button type="submit">Open the list</button>
@@ -7337,12 +7343,12 @@ h1 {
   content: ""; position: absolute; top: .75rem; width: 48px; height: 3.5rem;
   background: var(--plus);
 }
-.new-todo, .message input, dialog input {
+.new-todo, .field {
   width: 100%; height: 3.5rem; padding: 0 1rem; border: 1px solid var(--edge);
   border-radius: 14px; background: var(--field);
 }
 .new-todo { padding-left: 47px; }
-.new-todo:focus, .message input:focus, dialog input:focus {
+.new-todo:focus, .field:focus {
   border-radius: 14px; outline-offset: -1px; box-shadow: 0 0 0 5px var(--tint);
 }
 .save {
@@ -7392,17 +7398,6 @@ h1 {
 [type="checkbox"]:checked::after { clip-path: inset(0); }
 .toggle-all { height: 44px; }
 .toggle-all::before, .toggle-all::after { scale: .75; }
-
-/* The editor lies on the row, text upon text. */
-.editing {
-  border-radius: 10px; background: var(--field); outline: 2px solid var(--accent);
-  outline-offset: -2px;
-}
-.editing .view { visibility: hidden; }
-.editor { grid-template-columns: 1fr auto; align-self: start; padding: 0 80px 0 48px; }
-.edit { width: 100%; field-sizing: content; resize: none; }
-.edit:focus { outline: 0; }
-.editor .error { padding: 0 0 .5rem; }
 
 /* A row on its way looks like any other for half a second. */
 [data-pending] { --box: dashed; color: var(--done); animation: fresh 1ms .5s backwards; }
@@ -7486,6 +7481,53 @@ html:not(.scripted) .hint,
   .status { justify-content: center; padding: 0; }
 }
 
+/* Where there is no mouse, a row is its title: a tap on it edits. */
+.by-touch { display: none; }
+@media (hover: hover) {
+  .scripted .todo-list li:not(:hover, :focus-within) :is(.rename, .destroy) { opacity: 0; }
+}
+@media (hover: none) {
+  .by-touch { display: inline; }
+  .by-mouse { display: none; }
+  .scripted .view { grid-template-columns: 48px 1fr auto 0 44px; }
+  .scripted .todo-list li:not(.editing, :has(:focus-visible)) :is(.rename, .destroy):not(:active) {
+    opacity: 0; pointer-events: none;
+  }
+}
+@media (forced-colors: active) {
+  [type="checkbox"] { appearance: auto; width: 24px; margin: 0 12px; }
+  [type="checkbox"]::before, [type="checkbox"]::after { display: none; }
+  .rename::before, .destroy::before { forced-color-adjust: none; }
+}
+@media (prefers-reduced-motion), print {
+  *, ::before, ::after { animation-duration: 1ms !important; transition: none !important; }
+}
+@media print {
+  :root { color-scheme: light; --paper: #fff; }
+  .header, .footer { position: static; }
+  .new, .all, .filters, .clear, .status, .info, .view > :not(input, label) { display: none; }
+}
+''', STYLE_MARKS), 'text/css; charset=UTF-8')
+
+# What a list that was just opened does not need: the script fetches it with more.js. Pages that
+# have a form for the editor, or say one thing, load it themselves.
+add_asset('more.css', compact(r'''
+/* The editor lies on the row, text upon text. */
+.editing {
+  border-radius: 10px; background: var(--field); outline: 2px solid var(--accent);
+  outline-offset: -2px;
+}
+.editing .view { visibility: hidden; }
+.editor { grid-template-columns: 1fr auto; align-self: start; padding: 0 80px 0 48px; }
+.edit { width: 100%; field-sizing: content; resize: none; }
+.edit:focus { outline: 0; }
+.editor .error { padding: 0 0 .5rem; }
+@media (hover: none) {
+  .scripted .editor { padding-right: 44px; pointer-events: none; }
+  .editor > * { pointer-events: auto; }
+  .editing .destroy { visibility: visible; }
+}
+
 /* Dialogs, and the pages that say or ask one thing */
 dialog {
   max-width: min(26rem, 100vw - 1.5rem); margin: auto; padding: 1.25rem 1.5rem;
@@ -7502,41 +7544,11 @@ dialog button, .message button {
 }
 .message > * { margin: 0 0 1rem 48px; }
 .message h2 { margin: 1.5rem 0 .5rem 48px; }
-p { margin-bottom: .5rem; }
-.error, .info p, .status p { margin: 0; }
+.message p, dialog p { margin-bottom: .5rem; }
+.message .error { margin: 0; }
 .message .error { padding-left: 0; }
 .code { font-size: 1.5em; letter-spacing: .15em; }
 .link { overflow-wrap: anywhere; }
-
-/* Where there is no mouse, a row is its title: a tap on it edits. */
-.by-touch { display: none; }
-@media (hover: hover) {
-  .scripted .todo-list li:not(:hover, :focus-within) :is(.rename, .destroy) { opacity: 0; }
-}
-@media (hover: none) {
-  .by-touch { display: inline; }
-  .by-mouse { display: none; }
-  .scripted .view { grid-template-columns: 48px 1fr auto 0 44px; }
-  .scripted .editor { padding-right: 44px; pointer-events: none; }
-  .editor > * { pointer-events: auto; }
-  .scripted .todo-list li:not(.editing, :has(:focus-visible)) :is(.rename, .destroy):not(:active) {
-    opacity: 0; pointer-events: none;
-  }
-  .editing .destroy { visibility: visible; }
-}
-@media (forced-colors: active) {
-  [type="checkbox"] { appearance: auto; width: 24px; margin: 0 12px; }
-  [type="checkbox"]::before, [type="checkbox"]::after { display: none; }
-  .rename::before, .destroy::before { forced-color-adjust: none; }
-}
-@media (prefers-reduced-motion), print {
-  *, ::before, ::after { animation-duration: 1ms !important; transition: none !important; }
-}
-@media print {
-  :root { color-scheme: light; --paper: #fff; }
-  .header, .footer { position: static; }
-  .new, .all, .filters, .clear, .status, .info, .view > :not(input, label) { display: none; }
-}
 ''', STYLE_MARKS), 'text/css; charset=UTF-8')
 
 # The icon, drawn once: a tick on a square of 16. An SVG for browsers; PNGs for phones, which cut it
@@ -7664,14 +7676,7 @@ function leave(node) {
   if (node.contains(document.activeElement)) focusBeside(node);
   const { offsetHeight, nextElementSibling } = node;
   node.remove();
-  closeGap(nextElementSibling, offsetHeight);
-}
-// A removed row is gone at once; those below it move into its place.
-function closeGap(row, height) {
-  if (matchMedia('(prefers-reduced-motion)').matches) return;
-  for (; row && row.getBoundingClientRect().top < innerHeight; row = row.nextElementSibling) {
-    row.animate({ translate: [`0 ${height}px`, '0'] }, { duration: 150, easing: 'ease-out' });
-  }
+  later('closeGap', nextElementSibling, offsetHeight);
 }
 function focusBeside(row) {
   const beside = row.nextElementSibling ?? row.previousElementSibling;
@@ -7695,32 +7700,14 @@ function tick(row, completed) {
   send(`/todos/${naming(row).ref}`, { _method: 'PATCH', completed: Number(completed) },
     [{ ...naming(row), completed }]);
 }
-function tickAll(completed) {
-  const was = todos().map(stateOf).filter(each => each.completed !== completed);
-  send('/todos', { _method: 'PATCH', completed: Number(completed) },
-    was.map(({ id, ref }) => ({ id, ref, completed })),
-    { was, said: `Marked ${was.length} as ${completed ? '' : 'not '}done.` });
-}
-function remove(row) {
-  const { ref, title } = stateOf(row);
-  take(`/todos/${ref}`, [stateOf(row)], `Removed “${title}”.`);
-}
-function clear() {
-  const was = todos().filter(isDone).map(stateOf);
-  take('/todos/completed', was, `Cleared ${was.length} todo${was.length === 1 ? '' : 's'}.`);
-}
-function take(path, was, said) {
-  send(path, { _method: 'DELETE' }, was.map(({ id, ref }) => ({ id, ref, gone: true })),
-    { was, said });
-}
 hooks.settled = (entry, answer) => answer.ok || later('refused', entry, answer);
 hooks.submitting = (form, button) => {
   const row = form.closest('#todos > li'), field = $('.new-todo');
   if (form.matches('.editor')) later('save', form, true);
-  else if (row && button?.matches('.destroy')) remove(row);
+  else if (row && button?.matches('.destroy')) later('remove', row);
   else if (row) tick(row, $('.toggle', row).checked);
-  else if (form.id === 'all') tickAll(byId('toggle-all').checked);
-  else if (form.id === 'clear') clear();
+  else if (form.id === 'all') later('tickAll', byId('toggle-all').checked);
+  else if (form.id === 'clear') later('clear');
   else if (form.id === 'undo') later('undo');
   else if (form.id === 'new') {
     const title = field.value.trim().replaceAll('\t', ' ');
@@ -7731,15 +7718,15 @@ hooks.submitting = (form, button) => {
 };
 addEventListener('change', ({ target }) => {
   if (target.matches('.toggle')) tick(target.closest('li'), target.checked);
-  if (target.id === 'toggle-all') tickAll(target.checked);
+  if (target.id === 'toggle-all') later('tickAll', target.checked);
 });
 
-// The rest is fetched when there is a todo, or somebody is there who may make one: editing,
-// undo, keys, in and out.
+// The rest is fetched when there is a todo, or somebody is there who may make one. From then on
+// it is called at once.
 let rest;
 async function later(name, ...values) {
   try {
-    rest ??= await import($('[data-more]').dataset.more);
+    rest ??= await import($('script[data-more]').dataset.more);
   } catch { return name && tell('For that the network is needed.'); }
   return rest[name]?.(...values);
 }
@@ -7841,7 +7828,7 @@ new MutationObserver(records => {
 // The page as it is kept has nothing of the moment.
 hooks.address = () => '/';
 hooks.keeping = root => {
-  for (const each of $$('.editor, dialog, [href="/kept.css"]', root)) each.remove();
+  for (const each of $$('.editor, dialog, [data-late], [href="/kept.css"]', root)) each.remove();
   for (const each of $$('.editing', root)) each.classList.remove('editing');
   for (const each of $$('.error, [role=status]', root)) each.textContent = '';
   $('#undo', root).hidden = true;
@@ -7855,15 +7842,50 @@ for (const box of $$('#todos .toggle')) {
 show();
 recount();
 live.list = { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, asText, tick,
-  remove, announce };
+  announce };
 if (todos().length) later();
 document.documentElement.classList.add('scripted');     // last: what it replaces may go
 ''', SCRIPT_MARKS), 'text/javascript; charset=UTF-8')
 add_asset('more.js', compact(r'''
-// What is not needed at once: undo, editing, text in and out, keys, other devices.
+// What is not needed before there is a todo: what is done to many, or undone, editing, text in
+// and out, keys, other devices.
 const { $, $$, byId, onClick, visit, changes, tell, hooks, list } = globalThis.live;
-const { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, asText, tick, remove,
-  announce } = list;
+const { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, asText, tick, announce } =
+  list;
+const style = document.createElement('link');
+Object.assign(style, { rel: 'stylesheet', href: $('link[data-more]').dataset.more });
+style.dataset.late = '';
+await new Promise(resolve => {
+  style.onload = style.onerror = resolve;
+  document.head.append(style);
+});
+
+// What can be done to a todo that is there
+export function tickAll(completed) {
+  const was = todos().map(stateOf).filter(each => each.completed !== completed);
+  send('/todos', { _method: 'PATCH', completed: Number(completed) },
+    was.map(({ id, ref }) => ({ id, ref, completed })),
+    { was, said: `Marked ${was.length} as ${completed ? '' : 'not '}done.` });
+}
+export function remove(row) {
+  const { ref, title } = stateOf(row);
+  take(`/todos/${ref}`, [stateOf(row)], `Removed “${title}”.`);
+}
+export function clear() {
+  const was = todos().filter(isDone).map(stateOf);
+  take('/todos/completed', was, `Cleared ${was.length} todo${was.length === 1 ? '' : 's'}.`);
+}
+function take(path, was, said) {
+  send(path, { _method: 'DELETE' }, was.map(({ id, ref }) => ({ id, ref, gone: true })),
+    { was, said });
+}
+// A removed row is gone at once; those below it move into its place.
+export function closeGap(row, height) {
+  if (matchMedia('(prefers-reduced-motion)').matches) return;
+  for (; row && row.getBoundingClientRect().top < innerHeight; row = row.nextElementSibling) {
+    row.animate({ translate: [`0 ${height}px`, '0'] }, { duration: 150, easing: 'ease-out' });
+  }
+}
 
 // Undo: of what waits, after a reload too, and else of what the server did last
 let undos = changes.filter(({ was }) => was), undoTimer;
@@ -8026,7 +8048,7 @@ export async function showDevices() {
   if (!answer.ok) return tell((await answer.json()).error);
   const { link, code, join, seconds } = await answer.json();
   const made = dialog('Open on another device', `<p>Open this link there:</p>
-    <p><input class="link" type="text" readonly aria-label="Link"></p>
+    <p><input class="link field" type="text" readonly aria-label="Link"></p>
     <p><button type="button" data-copy>Copy the link</button>
     <button type="button" data-share>Share …</button></p>
     <p>Or go to <b class="join"></b> there, and type</p><p><output class="code"></output></p>
