@@ -11490,6 +11490,30 @@ def test_the_page_of_another_owner_is_shown_whole_and_nothing_of_the_former_reac
     assert titles(page) == ['new'] and text_of('#notice')(page) == ''
 
 
+def test_a_list_that_leaves_the_browser_leaves_its_other_tabs_and_what_is_kept_for_offline(open_tab):
+    def everywhere(expected):
+        becomes(other, titles, expected)
+        becomes(other, connection, 'live')
+        becomes(other, lambda page: page.evaluate('''() => caches.match('/').then(kept => kept?.text()).then(html =>
+            [...new DOMParser().parseFromString(html, 'text/html').querySelectorAll('#todos label')].map(
+                label => label.textContent))'''), expected)
+
+    page = open_tab('secret', service_workers='allow', expected='Failed to load|WebSocket')
+    other = page.context.new_page()
+    other.goto(page.url)
+    everywhere(['secret'])
+    for leaving in ('Start a fresh list', 'Forget this device', 'Forget this device'):
+        page.click('.devices a')
+        page.click('text=More about devices')
+        page.click(f'text={leaving}')
+        everywhere([])
+        add(page, 'mine')
+        everywhere(['mine'])
+    page.context.set_offline(True)
+    page.reload()
+    assert titles(page) == ['mine']
+
+
 def test_a_filter_is_switched_without_a_request_and_said(open_tab):
     page = open_tab('one', 'two', 'three')
     toggle(page, 'two')

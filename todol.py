@@ -4752,6 +4752,7 @@ async function visit(url = location.href, push = false, pause = 100, given) {
   } catch { reached = false; }          // ask again
   cable.show();
   const other = page && ownerOf(page) || owner;
+  if (page && other === owner) belonged = 0;
   if (other !== owner && !belong(other)) return;
   const fresh = page && epochOf(page);
   if (fresh && fresh !== epoch) renewVersions(fresh);
@@ -4805,6 +4806,7 @@ function belong(other) {
   if (belonged) return tell('This is another list by now. Load the page again.');
   owner = $('meta[name=owner]').content = other;
   belonged = 1;
+  wait(1000).then(() => visit());       // does the cookie come back now?
   forgetOthers(changes.length);
   changes.length = 0;
   epoch = null;
@@ -4831,7 +4833,8 @@ const changes = [];
 const order = new Intl.Collator('en', { numeric: true }).compare;
 const waits = key => key && changes.some(each => each.key === key);
 const itemOf = key => `change:${owner}:${key}`;
-const kept = all => Object.keys(all).filter(name => name.startsWith('change:')).sort(order);
+const kept = (all, whose = 'change:') =>
+  Object.keys(all).filter(name => name.startsWith(whose)).sort(order);
 let newest = 0, delivering, waiting, wake = () => {};
 function newKey() {                     // later ones are greater, though the clock goes back
   newest = Math.max(newest + 1, Date.now());
@@ -4861,10 +4864,12 @@ function forget(key) {
   cable.show();
 }
 function takeKept() {
-  stored(all => kept(all).forEach(name => take(JSON.parse(all[name]))));
+  stored(all => kept(all, itemOf('')).forEach(name => take(JSON.parse(all[name]))));
 }
-// In the other tabs. They send it themselves if the one that has it is closed.
+// In the other tabs. They send it themselves if the one that has it is closed. They show the
+// other list too, if this browser has another one by now.
 addEventListener('storage', ({ key: name, newValue }) => {
+  if (name === 'owner' && newValue && newValue !== owner) visit();
   if (!name?.startsWith(itemOf(''))) return;
   const entry = JSON.parse(newValue);
   if (entry && !entry.refused) {
@@ -5091,7 +5096,7 @@ function keepSoon() {
 function keepPage() {
   keepTimer = clearTimeout(keepTimer);
   const worker = navigator.serviceWorker?.controller;
-  if (!worker) return;
+  if (!worker || stored(all => all.owner !== owner)) return;     // not of a list that has left
   const copy = document.documentElement.cloneNode(true);
   for (const box of $$('[type=checkbox]', copy)) box.toggleAttribute('checked', box.checked);
   hooks.keeping(copy);
