@@ -4275,6 +4275,33 @@ def test_messages_of_many_arrive_each_once_in_the_order_of_their_ids_and_of_the_
 
 
 @on_postgres
+@pytest.mark.parametrize('step', ['min(id)', 'max(id)', 'WHERE stream'])
+def test_a_tab_that_resumes_while_a_crash_of_the_server_empties_the_log_is_told_to_load_again(served, step, monkeypatch):
+    for number in range(20):
+        todol.cable.broadcast('list', number)
+    eventually(lambda: todol.cable.position().endswith(':20'), what='delivery')
+    position, epoch, execute, sent = f'{todol.cable.epoch}:15', todol.cable.epoch, todol.cable_db.execute, []
+    socket_ = types.SimpleNamespace(push=lambda frame: sent.append(frame.decode('latin-1')))
+    subscription = todol.Subscription(types.SimpleNamespace(extended=False, socket=socket_), 'tab', 'list')
+    todol.cable.subscribe('list', subscription.receive)
+
+    def crash_before(statement, parameters=()):
+        if step in statement and todol.cable.epoch == epoch and 'epoch' not in statement:
+            served.execute('TRUNCATE todol_test_cable.messages, todol_test_cable.epochs')   # as recovery does
+            eventually(lambda: todol.cable.epoch != epoch, what='another epoch')
+        return execute(statement, parameters)
+    monkeypatch.setattr(todol.cable_db, 'execute', crash_before, raising=False)
+    try:
+        subscription.start(todol.cable.since('list', position), 15)
+    except todol.PositionLost:
+        subscription.start([todol.refresh_of('list')])
+    monkeypatch.undo()
+    todol.cable.broadcast('list', 'after')
+    eventually(lambda: 'after' in ''.join(sent), what='what comes after')
+    assert sum('refresh' in frame for frame in sent) == 1 and len(sent) == 2
+
+
+@on_postgres
 def test_jobs_of_an_order_key_run_one_by_one_and_none_is_stuck_while_others_are_inserted(new_jobs):
     jobs, running, runs = new_jobs(), collections.Counter(), collections.defaultdict(list)
 

@@ -2561,10 +2561,13 @@ class Cable:
                 log.exception('subscriber failed stream=%s', stream)
 
     def _read(self, stream, after, at):
+        epoch = self.epoch
         rows = self._db.execute(
             'SELECT id, stream, payload, created_at FROM messages WHERE stream = ? '
             'AND id > ? AND created_at >= ? ORDER BY id LIMIT ?',
             (stream, after, at, REPLAY_MESSAGES + 1))
+        if epoch != self.epoch:
+            raise PositionLost('the log began anew meanwhile')
         # What is not delivered yet comes to who is live. Nothing switches from the read to here.
         messages = [Message(*row) for row in rows if row[0] <= self._last]
         if len(messages) > REPLAY_MESSAGES:
