@@ -2479,7 +2479,8 @@ class Cable:
 
     def since(self, stream, position):
         """The messages of a stream after a position, up to what is delivered to subscribers: who
-        goes live at once misses nothing. Raises PositionLost."""
+        has subscribed before, and skips what came with an id of these, misses nothing and gets
+        nothing twice. Raises PositionLost."""
         (first,), = self._db.execute('SELECT coalesce(min(id), 1) FROM messages')
         end = self._end()
         epoch, _, id = position.rpartition(':')
