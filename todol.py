@@ -474,7 +474,8 @@ class Database:
         with AFTER, CAST(value AS INTEGER) FROM json_each(:ids), tables behind FROM, JOIN, INTO,
         UPDATE, TABLE or ON. What only PostgreSQL knows stands between /*pg and */. It does not know
         iif(), max() of two values, INSERT OR, rowid, or a GROUP BY that lacks a column; there LIKE
-        minds case, text has no NUL, a truth is no number, and the ids of a table may have gaps.
+        minds case, text has no NUL, a truth is no number, sum() is a float, ids may have gaps, and a
+        statement has BUSY_SECONDS in a transaction, ANSWER_SECONDS outside of one.
         """
         self._check()
         call = functools.partial(function, *arguments, **options)
