@@ -481,7 +481,8 @@ class Database:
         with AFTER, CAST(value AS INTEGER) FROM json_each(:ids), tables behind FROM, JOIN, INTO,
         UPDATE, TABLE or ON. What only PostgreSQL knows stands between /*pg and */. It does not know
         iif(), max() of two values, INSERT OR, rowid, or a GROUP BY that lacks a column; there LIKE
-        minds case, text has no NUL, a truth is no number, and the ids of a table may have gaps.
+        minds case, text has no NUL, a truth is no number, sum() is a float, ids may have gaps, and
+        a statement has BUSY_SECONDS in a transaction, ANSWER_SECONDS outside of one.
         """
         self._check()
         call = functools.partial(function, *arguments, **options)
@@ -1566,7 +1567,7 @@ OUTBOX_ROWS = 200           # are moved in one transaction
 CLAIM_ROWS = 200            # are claimed in one, at least
 SKIPPED_SECONDS = 0.1       # after which one looks again at jobs that another process was taking
 MAX_BACKOFF_SECONDS = 3600
-UNKNOWN_SECONDS = 300       # a job that is unknown here is left so long to newer versions of the app,
+UNKNOWN_SECONDS = 300       # a job that is unknown here is left so long to a newer version,
 UNKNOWN_PAUSE_SECONDS = 5   # which another process may have already
 MAX_JOB_KEY_CHARS = 200
 MAX_DELAY_SECONDS = 10 * 366 * 86400
@@ -2486,7 +2487,8 @@ class Cable:
 
     def since(self, stream, position):
         """The messages of a stream after a position, up to what is delivered to subscribers: who
-        goes live at once misses nothing. Raises PositionLost."""
+        has subscribed before, and skips what came with an id of these, misses nothing and gets
+        nothing twice. Raises PositionLost."""
         (first,), = self._db.execute('SELECT coalesce(min(id), 1) FROM messages')
         end = self._end()
         epoch, _, id = position.rpartition(':')
@@ -2568,10 +2570,13 @@ class Cable:
                 log.exception('subscriber failed stream=%s', stream)
 
     def _read(self, stream, after, at):
+        epoch = self.epoch
         rows = self._db.execute(
             'SELECT id, stream, payload, created_at FROM messages WHERE stream = ? '
             'AND id > ? AND created_at >= ? ORDER BY id LIMIT ?',
             (stream, after, at, REPLAY_MESSAGES + 1))
+        if epoch != self.epoch:
+            raise PositionLost('the log began anew meanwhile')
         # What is not delivered yet comes to who is live. Nothing switches from the read to here.
         messages = [Message(*row) for row in rows if row[0] <= self._last]
         if len(messages) > REPLAY_MESSAGES:
@@ -3001,7 +3006,7 @@ class _Transaction(_Write):
                 explained = StorageError('the connection to the database was lost during the '
                                          'commit: the change may have been made, or not')
             raise explained from None
-        if self._connection.cursor.statusmessage != 'COMMIT':     # of a failed transaction it makes a rollback
+        if self._connection.cursor.statusmessage != 'COMMIT':       # after a failed statement
             raise StorageError('a statement of the transaction failed, so it was rolled back')
 
 
