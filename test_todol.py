@@ -796,6 +796,7 @@ class Window:
 
     def __init__(self, engine, line, handle):
         self.engine, self.line, self.handle = engine, line, handle
+        self.resized = False
 
     def call(self, method, path, **body):
         if self.engine.window != self.handle:
@@ -924,6 +925,7 @@ class Window:
 
     def set_viewport_size(self, size):
         """Give the page a width and a height in CSS pixels: WebKit's window has at least 447, the others any."""
+        self.resized = True
         if self.engine.name == 'firefox':       # its window has at least 500
             self.call('POST', '/moz/context', context='chrome')
             self.evaluate('''({width, height}) => Object.assign(gBrowser.selectedBrowser.style,
@@ -976,6 +978,8 @@ def new_window(engine):
     for window in reversed(windows):
         if window.handle == engine.first:
             window.goto('/-/left')
+            if window.resized:
+                window.set_viewport_size({'width': 1024, 'height': 720})
         else:
             window.call('DELETE', '/window')
             engine.window = None
