@@ -3031,11 +3031,13 @@ def test_a_locked_cache_is_a_miss_that_waits_once_and_is_written_when_it_is_free
     monkeypatch.setattr(todol, 'REST_SECONDS', 0.5)
     cache, theirs = both
     cache.set_many({'kept': 1, 'gone': 1})
-    assert cache._flush()
+    theirs.set('there', 1)
+    assert cache._flush() and theirs._flush()
     with write_lock(cache._db):
         started = time.monotonic()
         assert [cache.incr('counter') for _ in range(20)] == [1] * 20 and cache.add('added', 1)
-        assert not cache.touch('added') and time.monotonic() < started + 0.4, 'it was waited for again and again'
+        assert not cache.touch('added') and cache.get('there') == 1, 'to read needs no lock'
+        assert time.monotonic() < started + 0.4, 'it was waited for again and again'
         cache.set('kept', 2)
         cache.delete('gone')
         assert not cache._flush() and (cache.get('kept'), cache.get('gone')) == (2, None)

@@ -1353,7 +1353,8 @@ class Cache:
             rows = [(waiting['body'], waiting['expires_at'])]
         else:
             rows = [(_body(*columns), expires_at) for *columns, expires_at in
-                    self._forgiving((), self._db.execute, GET_ENTRY, (key,))]
+                    self._forgiving((), self._db.execute, GET_ENTRY, (key,),
+                                    reads=True)]
         if not rows or rows[0][1] <= now():
             return None
         body, expires_at = rows[0]
@@ -1500,10 +1501,10 @@ class Cache:
             for name in ('page_count', 'freelist_count', 'page_size'))
         return (pages - free) * size
 
-    def _forgiving(self, otherwise, work, *arguments):
+    def _forgiving(self, otherwise, work, *arguments, reads=False):
         """What the work on the file gives. When it fails, the file is left alone for REST_SECONDS:
-        one that is locked costs a wait each time."""
-        if time.monotonic() < self._resting_until:
+        one that is locked costs a wait each time. To read it costs none, and may succeed."""
+        if time.monotonic() < self._resting_until and not reads:
             return otherwise
         try:
             return work(*arguments)
