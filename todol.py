@@ -1766,6 +1766,7 @@ class Jobs:
         self._settled = []              # (Claim, outcome, error) since the last exchange
         self._relayed = set()           # ids of outbox rows that are in the job database
         self._looked_at = -math.inf     # at the leases
+        self._back_at = -math.inf       # when the database could be used again; inf: not yet
         self._clock_offset = None       # of the wall clock to the monotonic one, when last seen
         self._greenlets = []
         self._loop = None
@@ -1978,7 +1979,11 @@ class Jobs:
         self._bell.clear()
         self._empty_outbox()            # if it failed the last time
         settled = list(self._settled)
-        next_due, more = self._db.transact(self._exchange, settled)
+        try:
+            next_due, more = self._db.transact(self._exchange, settled)
+        except StorageError:
+            self._back_at = math.inf
+            raise
         del self._settled[:len(settled)]
         self._empty_outbox()
         if more:
@@ -2004,6 +2009,7 @@ class Jobs:
         self._mind_the_clock()
         if time.monotonic() - self._looked_at > LEASE_SECONDS / 10:
             self._looked_at = time.monotonic()
+            self._back_at = min(self._back_at, self._looked_at)
             self._renew_leases()
             self._free_leases()
         claims, times = [], [self._tick_recurring()]
@@ -2136,8 +2142,8 @@ class Jobs:
         dead = processes.dead()
         for worker, ended in self._db.execute(LEASES, (LEASE_SECONDS, processes.name)):
             alive = processes.is_alive(worker)
-            if alive is None:
-                alive = not ended
+            if alive is None:       # one that nobody could renew meanwhile has some time yet
+                alive = not ended or time.monotonic() < self._back_at + LEASE_SECONDS
             if not alive:
                 freed = self._db.execute(FREE_LEASES, (worker,))
                 log.warning('freed the jobs of a dead process worker=%s jobs=%s', worker,
