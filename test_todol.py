@@ -9063,6 +9063,7 @@ def test_a_list_opens_in_another_browser_by_pages_alone(listed, by):
     assert late.todos() == []
 
 
+@both_engines
 def test_the_other_browser_is_asked_what_becomes_of_its_own_list(listed):
     for own, titles in (('bring', ['first', 'second', 'mine', 'done']), ('leave', ['first', 'second'])):
         other, twin = WSGIClient(), WSGIClient()
@@ -9099,6 +9100,7 @@ def test_the_other_browser_is_asked_what_becomes_of_its_own_list(listed):
                         other.delete(f'/todos/{todo["id"]}')
 
 
+@both_engines
 def test_lists_that_used_the_same_keys_can_be_joined_and_undone(stack):
     users = [todol.new_user() for _ in range(2)]
     for user in users:
@@ -9153,6 +9155,7 @@ def test_of_two_browsers_that_use_a_code_at_once_in_two_processes_one_gets_the_l
     assert len(owner.todos()) == 6
 
 
+@both_engines
 def test_an_answer_that_was_lost_can_be_asked_for_again_and_moves_nothing_twice(listed):
     other, again = WSGIClient(), WSGIClient()
     other.create('mine')
@@ -9507,6 +9510,7 @@ def test_what_changed_of_one_user_at_once_goes_out_together(stack):
 UNCHANGED = [('first', False), ('second', True)]
 
 
+@both_engines
 @pytest.mark.parametrize('kind', ['json_body', 'form'])
 def test_a_change_answers_a_program_in_json(stack, kind):
     for method, path, form, expected in CHANGES:
@@ -9517,6 +9521,7 @@ def test_a_change_answers_a_program_in_json(stack, kind):
         assert listed.todos() != UNCHANGED
 
 
+@both_engines
 def test_a_change_without_script_leads_back_to_the_page_it_came_from(stack):
     for origin, (method, path, form, _) in itertools.product(('/', '/active', '/completed'), CHANGES):
         listed, form = list_of_two(), {'_method': method, **form} if method != 'POST' else form
@@ -9525,6 +9530,7 @@ def test_a_change_without_script_leads_back_to_the_page_it_came_from(stack):
         assert listed.todos() != UNCHANGED
 
 
+@both_engines
 def test_the_way_back_is_one_of_our_own_pages(client):
     for referer, showing, back in (
             *((referer, None, '/') for referer in ('http://todol.test/up', 'https://evil.test/x', '//evil.test',
@@ -9537,6 +9543,7 @@ def test_the_way_back_is_one_of_our_own_pages(client):
         assert (answer.status, answer.headers['location']) == (303, back), referer
 
 
+@both_engines
 def test_a_form_sent_twice_makes_one_todo(client):
     key = page(client).one('input', name='form_key').attributes['value']
     assert [client.post('/todos', {'title': 'milk', 'form_key': key}).status for _ in range(2)] == [303, 303]
@@ -9548,6 +9555,7 @@ def test_a_form_sent_twice_makes_one_todo(client):
     assert first.status == again.status == 201 and first.body == again.body, 'a program gets the same answer'
 
 
+@both_engines
 def test_a_change_without_script_is_offered_to_be_undone_on_the_next_page(listed):
     for (method, path, form), sentence in (
             (('DELETE', f'/todos/{listed.ids[0]}', {}), 'Removed “first”.'),
@@ -9571,6 +9579,7 @@ def test_a_change_without_script_is_offered_to_be_undone_on_the_next_page(listed
         assert 'hidden' in page(listed).one('form', id='undo').attributes
 
 
+@both_engines
 def test_undo_answers_programs_and_scripts_as_every_change_does(listed):
     for accept in (JSON, TURBO):
         listed.delete(f'/todos/{listed.ids[0]}', {'key': 'k'}, accept=accept)
@@ -9590,6 +9599,7 @@ def test_undo_answers_programs_and_scripts_as_every_change_does(listed):
         assert listed.post('/undo', json_body=form, accept=JSON).status == 422
 
 
+@both_engines
 def test_a_list_goes_in_and_out_as_text_and_as_json_and_is_one_change(client):
     for form, number in (({'text': '- [x] a\n\n2. b\n'}, 2), ({'todos': [{'title': 'a', 'completed': True}, {
             'title': 'b'}]}, 2), ({'text': 'a'}, 1), ({'todos': [{'title': 'a', 'id': 7}]}, 1)):
@@ -9624,6 +9634,7 @@ def test_a_list_goes_in_and_out_as_text_and_as_json_and_is_one_change(client):
         assert answer.status == 422 and re.search('title|todos|completed', answer.json['error']) and not client.todos()
 
 
+@both_engines
 def test_a_browser_that_keeps_no_cookies_is_told_before_anything_is_typed(client):
     first = page(client)
     style, line = first.all('link', href='/kept.css')[0], first.one(id='keeps-nothing')
@@ -9635,6 +9646,7 @@ def test_a_browser_that_keeps_no_cookies_is_told_before_anything_is_typed(client
     assert not page(client).all('link', href='/kept.css'), 'a page with a known session asks for nothing'
 
 
+@both_engines
 def test_a_title_that_can_not_be_kept_is_said_at_its_field_with_the_text_kept(listed):
     for title, message in (('', 'needs a title'), (' \t', 'needs a title'), ('x' * 501, '501 characters'),
                            ('a\0<b', 'U+0000')):
@@ -9673,6 +9685,7 @@ def test_any_title_comes_back_as_it_is_kept_or_is_refused(stack, title):
         assert not (title.isprintable() and re.search('[!-~]', title)), 'a good one was refused'
 
 
+@both_engines
 def test_the_edit_form_comes_as_page_stream_and_json(listed):
     path = f'/todos/{listed.ids[1]}/edit'
     shown = page(listed, path, headers={'Referer': 'http://todol.test/active'})
@@ -9685,6 +9698,7 @@ def test_the_edit_form_comes_as_page_stream_and_json(listed):
     assert listed.get(path, accept=JSON).json == {'id': listed.ids[1], 'title': 'second', 'completed': True}
 
 
+@both_engines
 def test_another_users_todo_answers_as_one_that_never_was(listed):
     stranger = WSGIClient()
     stranger.get('/')
@@ -9698,6 +9712,7 @@ def test_another_users_todo_answers_as_one_that_never_was(listed):
     assert listed.todos() == UNCHANGED
 
 
+@both_engines
 def test_an_id_that_is_none_is_not_found(listed):
     for id in ('0', '-1', '9' * 18, '9' * 19, '1.5', 'abc', '', '%00', '१', '1/2', '..', '1%0a'):
         path = f'/todos/{urllib.parse.quote(id, safe="%/;")}'
@@ -9708,6 +9723,7 @@ def test_an_id_that_is_none_is_not_found(listed):
     assert listed.todos() == UNCHANGED
 
 
+@both_engines
 def test_a_row_that_is_no_longer_there_is_taken_out_of_the_tab(listed):
     gone = f'/todos/{listed.ids[0]}'
     listed.delete(gone)
@@ -9719,6 +9735,7 @@ def test_a_row_that_is_no_longer_there_is_taken_out_of_the_tab(listed):
                                       'data-row': f'todo_{listed.ids[0]}'}, 'with the version of the list'
 
 
+@both_engines
 def test_a_row_is_named_by_the_change_that_made_it_as_well_as_by_its_id(client):
     for number, key in enumerate(('k', 'k.0', '7')):
         client.create(f'{number}', key=key)
@@ -9740,6 +9757,7 @@ def test_a_row_is_named_by_the_change_that_made_it_as_well_as_by_its_id(client):
     assert stranger.delete('/todos/k.0', accept=JSON).status == 404
 
 
+@both_engines
 def test_toggling_many_takes_the_ids_that_are_the_users(listed):
     other = WSGIClient()
     foreign = other.create('theirs')
@@ -9765,6 +9783,7 @@ WRONG_FIELDS += [('PATCH', '/todos', fields) for fields in (
         5, '1', {}, ['x'], [-1], [1.0], [True], [[1]], ['9' * 19], ['1\n'])))]
 
 
+@both_engines
 def test_a_field_of_the_wrong_kind_is_named_and_nothing_is_changed(listed):
     for (method, path, fields), accept in itertools.product(WRONG_FIELDS, (JSON, TURBO, 'text/html')):
         answer = listed.request(method, path.format(id=listed.ids[0]), json_body=fields, accept=accept)
