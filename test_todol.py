@@ -4866,6 +4866,26 @@ def test_a_tab_that_resumes_while_a_crash_of_the_server_empties_the_log_is_told_
 
 
 @on_postgres
+def test_a_lease_that_ended_while_the_server_was_away_is_its_nodes_for_another_lease(served, monkeypatch):
+    monkeypatch.setattr(todol, 'LEASE_SECONDS', 3)
+    transact = todol.job_db.transact
+
+    def away(*arguments):
+        raise todol.StorageError('away')
+    monkeypatch.setattr(todol.job_db, 'transact', away)
+    todol.jobs._bell.set()
+    eventually(lambda: todol.loops['jobs'].error, what='a failing turn')
+    served.execute("INSERT INTO todol_test_job.jobs (uid, name, arguments, queue, run_at, due_at, worker, attempt, enqueued_at) "
+                   "VALUES ('u', 'tidy_up', '{}', 'low', 0, 0, 'another node', 1, 0)")
+    monkeypatch.setattr(todol.job_db, 'transact', transact)
+    eventually(lambda: not todol.loops['jobs'].error, what='a turn')
+    back = time.monotonic()
+    eventually(lambda: not served.execute("SELECT 1 FROM todol_test_job.jobs WHERE uid = 'u' AND worker = 'another node'"),
+               what='the end of the lease')
+    assert 2 < time.monotonic() - back < 9
+
+
+@on_postgres
 def test_jobs_of_an_order_key_run_one_by_one_and_none_is_stuck_while_others_are_inserted(new_jobs):
     jobs, running, runs = new_jobs(), collections.Counter(), collections.defaultdict(list)
 

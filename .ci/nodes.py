@@ -420,6 +420,7 @@ class World:
         self.emptied_at = []                    # when a crash of the server may have emptied the log of messages
         self.numbers = iter(range(1, 10**9))
         self.waits = [0.0]                      # seconds from the first try to the acknowledgement
+        self.late_from = 0                      # only of what is said after it:
         self.late = []                          # seconds from saying on one node to hearing from another
 
     def query(self, statement):
@@ -658,6 +659,8 @@ def look_at_messages(world, said):
             world.say(f'tab {tab.number} lacks {gaps[:5]} of the log, and has heard others as {changed[:5]}')
     for number in said:
         began, node, _ = world.said[number]
+        if began < world.late_from:
+            continue
         world.late += [tab.numbers[number] - began for tab in world.tabs
                        if tab.node is not node and number in tab.numbers]
 
@@ -837,7 +840,7 @@ def poolers(world):
                 for node in before:
                     node.stop()
                 gevent.sleep(2)
-                world.late.clear()
+                world.late[:], world.late_from = [], time.monotonic()
                 gevent.sleep(6)
                 look(world)
                 print(f'  {mode}{" and direct" * bool(direct)}: {late(world)}', file=sys.stderr, flush=True)
@@ -940,7 +943,7 @@ def look_at_logs(world):
 def play(world, name):
     """One scene, and a look at what was acknowledged until its end."""
     before, wrong, began = world.count.copy(), len(world.wrong), time.monotonic()
-    world.waits[:], world.late[:] = [0.0], []
+    world.waits[:] = [0.0]
     SCENES[name](world)
     ended = time.monotonic()
     look(world)
