@@ -6783,8 +6783,10 @@ const { $, $$, byId, onClick, visit, changes, tell, hooks, list } = globalThis.l
 const { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, asText, tick, remove,
   announce } = list;
 
-// Undo: of what waits, after a reload too, and else of what the server did last
-let undos = changes.filter(({ was }) => was), undoTimer;
+// Undo: of what waits, after a reload and of another tab too, and else of what the server did last
+const undone = ({ key }) => changes.some(({ body }) => body.of === key);
+const undoable = entry => entry.was && !undone(entry);
+let undos = changes.filter(undoable), undoTimer;
 hooks.owned = () => { undos = []; };
 export function offerUndo(entry) {
   if (!undos.includes(entry)) undos.push(entry);
@@ -6799,7 +6801,9 @@ function hideUndo() {
   else byId('undo').hidden = true;
 }
 export function undo() {
-  const { key, was } = undos.pop() ?? {}, focused = byId('undo').contains(document.activeElement);
+  const { key, was } = [...undos, ...changes].filter(undoable).pop() ?? {};
+  const focused = byId('undo').contains(document.activeElement);
+  undos = undos.filter(each => each.key !== key);
   send('/undo', key ? { of: key } : {}, was);
   byId('undo').hidden = true;
   announce('Undone.');
@@ -6862,7 +6866,10 @@ function rename(row, title) {
 }
 export function refused({ key, rows, was, text }, answer) {
   undos = undos.filter(each => each.key !== key);
-  if (was) rows.forEach((_, at) => draw(was[at]));
+  if (was) {
+    rows.forEach((_, at) => draw(was[at]));
+    byId('undo').hidden = true;         // it was not done
+  }
   const row = answer.status !== 404 && was && find(rows[0]), field = $('.new-todo');
   if (text && row) edit(row, text);
   else if (text) field.value = `${text} ${field.value}`.trim();         // nothing typed is lost
