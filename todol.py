@@ -6580,12 +6580,16 @@ function leave(node) {
   if (!node.matches?.('#todos > li')) return node.remove();
   if ($('.editor', node)) return node.toggleAttribute('data-gone', true);     // the edit decides
   if (node.contains(document.activeElement)) focusBeside(node);
-  const { offsetHeight, nextElementSibling } = node;
+  const { nextElementSibling } = node, height = closing ? 0 : node.offsetHeight;
   node.remove();
-  closeGap(nextElementSibling, offsetHeight);
+  if (height) closeGap(nextElementSibling, height);
 }
-// A removed row is gone at once; those below it move into its place.
+// A removed row is gone at once; those below it move into its place. Of several the first shows
+// that: with a layout for each, a hundred would take seconds.
+let closing = false;
 function closeGap(row, height) {
+  closing = true;
+  requestAnimationFrame(() => { closing = false; });
   if (matchMedia('(prefers-reduced-motion)').matches) return;
   for (; row && row.getBoundingClientRect().top < innerHeight; row = row.nextElementSibling) {
     row.animate({ translate: [`0 ${height}px`, '0'] }, { duration: 150, easing: 'ease-out' });
