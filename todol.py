@@ -7686,14 +7686,20 @@ hooks.ours = element => element.matches('.editor, dialog, [data-gone]');
 hooks.morphing = (from, to) => from.matches('.editing') && to.classList.add('editing');
 hooks.news = row => changes.length || row.toggleAttribute('data-flash', row.matches('#todos > li'));
 addEventListener('animationend', ({ target }) => target.removeAttribute('data-flash'));
+// A removed row is gone at once; those below move into its place. Of several the first shows
+// that: with a layout for each, a hundred would take seconds.
+let closing = false;
 hooks.leave = leave;
 function leave(node) {
   if (!node.matches?.('#todos > li')) return node.remove();
   if ($('.editor', node)) return node.toggleAttribute('data-gone', true);     // the edit decides
   if (node.contains(document.activeElement)) focusBeside(node);
-  const { offsetHeight, nextElementSibling } = node;
+  const { nextElementSibling } = node, height = closing ? 0 : node.offsetHeight;
   node.remove();
-  later('closeGap', nextElementSibling, offsetHeight);
+  if (!height) return;
+  closing = true;
+  requestAnimationFrame(() => { closing = false; });
+  later('closeGap', nextElementSibling, height);
 }
 function focusBeside(row) {
   const beside = row.nextElementSibling ?? row.previousElementSibling;
@@ -7867,8 +7873,8 @@ add_asset('more.js', compact(r'''
 // What is not needed before there is a todo: what is done to many, or undone, editing, text in
 // and out, keys, other devices.
 const { $, $$, byId, onClick, visit, changes, tell, hooks, list } = globalThis.live;
-const { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, asText, tick, announce } =
-  list;
+const { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, asText, tick,
+  announce } = list;
 const style = document.createElement('link');
 Object.assign(style, { rel: 'stylesheet', href: $('link[data-more]').dataset.more });
 style.dataset.late = '';
@@ -7896,7 +7902,7 @@ function take(path, was, said) {
   send(path, { _method: 'DELETE' }, was.map(({ id, ref }) => ({ id, ref, gone: true })),
     { was, said });
 }
-// A removed row is gone at once; those below it move into its place.
+// The rows below one that is gone move into its place.
 export function closeGap(row, height) {
   if (matchMedia('(prefers-reduced-motion)').matches) return;
   for (; row && row.getBoundingClientRect().top < innerHeight; row = row.nextElementSibling) {
@@ -7904,8 +7910,10 @@ export function closeGap(row, height) {
   }
 }
 
-// Undo: of what waits, after a reload too, and else of what the server did last
-let undos = changes.filter(({ was }) => was), undoTimer;
+// Undo: of what waits, after a reload and of another tab too, and else of what the server did last
+const undone = ({ key }) => changes.some(({ body }) => body.of === key);
+const undoable = entry => entry.was && !undone(entry);
+let undos = changes.filter(undoable), undoTimer;
 hooks.owned = () => { undos = []; };
 export function offerUndo(entry) {
   if (!undos.includes(entry)) undos.push(entry);
@@ -7920,7 +7928,9 @@ function hideUndo() {
   else byId('undo').hidden = true;
 }
 export function undo() {
-  const { key, was } = undos.pop() ?? {}, focused = byId('undo').contains(document.activeElement);
+  const { key, was } = [...undos, ...changes].filter(undoable).pop() ?? {};
+  const focused = byId('undo').contains(document.activeElement);
+  undos = undos.filter(each => each.key !== key);
   send('/undo', key ? { of: key } : {}, was);
   byId('undo').hidden = true;
   announce('Undone.');
@@ -7983,7 +7993,10 @@ function rename(row, title) {
 }
 export function refused({ key, rows, was, text }, answer) {
   undos = undos.filter(each => each.key !== key);
-  if (was) rows.forEach((_, at) => draw(was[at]));
+  if (was) {
+    rows.forEach((_, at) => draw(was[at]));
+    byId('undo').hidden = true;         // it was not done
+  }
   const row = answer.status !== 404 && was && find(rows[0]), field = $('.new-todo');
   if (text && row) edit(row, text);
   else if (text) field.value = `${text} ${field.value}`.trim();         // nothing typed is lost
