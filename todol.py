@@ -7693,7 +7693,7 @@ hooks.leave = leave;
 function leave(node) {
   if (!node.matches?.('#todos > li')) return node.remove();
   if ($('.editor', node)) return node.toggleAttribute('data-gone', true);     // the edit decides
-  if (node.contains(document.activeElement)) focusBeside(node);
+  if (node.contains(document.activeElement)) later('focusBeside', node);
   const { nextElementSibling } = node, height = closing ? 0 : node.offsetHeight;
   node.remove();
   if (!height) return;
@@ -7701,12 +7701,6 @@ function leave(node) {
   requestAnimationFrame(() => { closing = false; });
   later('closeGap', nextElementSibling, height);
 }
-function focusBeside(row) {
-  const beside = row.nextElementSibling ?? row.previousElementSibling;
-  const same = beside && $(`[class="${document.activeElement.className}"]`, beside);
-  (same ?? (beside ? $('.rename', beside) : $('.new-todo'))).focus();
-}
-
 // What can be done
 const asText = items =>
   items.map(({ title, completed }) => `- [${completed ? 'x' : ' '}] ${title}\n`).join('');
@@ -7817,7 +7811,7 @@ function arrange() {
     const home = row.matches('.editing') || showing.includes(isDone(row) ? 'completed' : 'active')
       ? list : byId('shelf');
     if (row.parentNode === home) continue;
-    if (row.contains(document.activeElement)) focusBeside(row);
+    if (row.contains(document.activeElement)) later('focusBeside', row);
     home.append(row);
     place(row);
   }
@@ -7901,6 +7895,11 @@ export function clear() {
 function take(path, was, said) {
   send(path, { _method: 'DELETE' }, was.map(({ id, ref }) => ({ id, ref, gone: true })),
     { was, said });
+}
+export function focusBeside(row) {
+  const beside = row.nextElementSibling ?? row.previousElementSibling;
+  const same = beside && $(`[class="${document.activeElement.className}"]`, beside);
+  (same ?? (beside ? $('.rename', beside) : $('.new-todo'))).focus();
 }
 // The rows below one that is gone move into its place.
 export function closeGap(row, height) {
