@@ -4026,8 +4026,8 @@ const changes = [];
 const order = new Intl.Collator('en', { numeric: true }).compare;
 const waits = key => key && changes.some(each => each.key === key);
 const itemOf = key => `change:${owner}:${key}`;
-const kept = (all, whose = 'change:') =>
-  Object.keys(all).filter(name => name.startsWith(whose)).sort(order);
+const kept = (all, by = 'change:') =>
+  Object.keys(all).filter(name => name.startsWith(by)).sort(order);
 let newest = 0, delivering, waiting, wake = () => {};
 function newKey() {                     // later ones are greater, though the clock goes back
   newest = Math.max(newest + 1, Date.now());
@@ -4062,7 +4062,7 @@ function takeKept() {
 // In the other tabs. They send it themselves if the one that has it is closed. They show the
 // other list too, if this browser has another one by now.
 addEventListener('storage', ({ key: name, newValue }) => {
-  if (name === 'owner' && newValue && newValue !== owner) visit();
+  if (name === 'owner' && newValue !== owner) visit();
   if (!name?.startsWith(itemOf(''))) return;
   const entry = JSON.parse(newValue);
   if (entry && !entry.refused) {
@@ -6580,16 +6580,16 @@ function leave(node) {
   if (!node.matches?.('#todos > li')) return node.remove();
   if ($('.editor', node)) return node.toggleAttribute('data-gone', true);     // the edit decides
   if (node.contains(document.activeElement)) focusBeside(node);
-  const { nextElementSibling } = node, height = closing ? 0 : node.offsetHeight;
+  const next = node.nextElementSibling, height = !closing && node.offsetHeight;
   node.remove();
-  if (height) closeGap(nextElementSibling, height);
+  if (height) closeGap(next, height);
 }
 // A removed row is gone at once; those below it move into its place. Of several the first shows
 // that: with a layout for each, a hundred would take seconds.
-let closing = false;
+let closing;
 function closeGap(row, height) {
-  closing = true;
-  requestAnimationFrame(() => { closing = false; });
+  closing = 1;
+  requestAnimationFrame(() => { closing = 0; });
   if (matchMedia('(prefers-reduced-motion)').matches) return;
   for (; row && row.getBoundingClientRect().top < innerHeight; row = row.nextElementSibling) {
     row.animate({ translate: [`0 ${height}px`, '0'] }, { duration: 150, easing: 'ease-out' });
