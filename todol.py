@@ -4845,8 +4845,8 @@ const changes = [];
 const order = new Intl.Collator('en', { numeric: true }).compare;
 const waits = key => key && changes.some(each => each.key === key);
 const itemOf = key => `change:${owner}:${key}`;
-const kept = (all, whose = 'change:') =>
-  Object.keys(all).filter(name => name.startsWith(whose)).sort(order);
+const kept = (all, by = 'change:') =>
+  Object.keys(all).filter(name => name.startsWith(by)).sort(order);
 let newest = 0, delivering, waiting, wake = () => {};
 function newKey() {                     // later ones are greater, though the clock goes back
   newest = Math.max(newest + 1, Date.now());
@@ -4881,7 +4881,7 @@ function takeKept() {
 // In the other tabs. They send it themselves if the one that has it is closed. They show the
 // other list too, if this browser has another one by now.
 addEventListener('storage', ({ key: name, newValue }) => {
-  if (name === 'owner' && newValue && newValue !== owner) visit();
+  if (name === 'owner' && newValue !== owner) visit();
   if (!name?.startsWith(itemOf(''))) return;
   const entry = JSON.parse(newValue);
   if (entry && !entry.refused) {
