@@ -579,8 +579,8 @@ def html_validate(*documents):
 # === Set-up: one file, three packages ================================================================================
 
 SECTION = re.compile(r'^# === ([A-Z][A-Za-z -]*?)(?:: .*?)? =+$', re.MULTILINE)
-SECTIONS = ['Settings', 'Database', 'Processes', 'Cache', 'Jobs', 'Cable', 'Sessions', 'Web', 'WebSocket', 'HTTP',
-            'Live script', 'Process', 'Backups', 'Command line', 'The app', 'Todos', 'Templates', 'Broadcasts',
+SECTIONS = ['Settings', 'Metrics', 'Database', 'Processes', 'Cache', 'Jobs', 'Cable', 'Sessions', 'Web', 'WebSocket',
+            'HTTP', 'Live script', 'Operate', 'Stack page', 'Process', 'Backups', 'Command line', 'The app', 'Todos', 'Templates', 'Broadcasts',
             'Routes', 'Styles', 'Script']
 PACKAGES = {'bottle': '0.13', 'gevent': '23.9', 'gevent-websocket': '0.10.1'}
 
@@ -762,14 +762,18 @@ BAD_VALUES = {
     'TODOL_TRUST_PROXY': ['yes', '2', 'onn'],
     'TODOL_LITESTREAM': ['yes', 'true'],
     'TODOL_LOG': ['xml', 'jsonl'],
+    'TODOL_ACCESS_LOG': ['yes', '2'],
+    'TODOL_STACK_PASSWORD': ['short', 'x' * 11],
+    'TODOL_METRICS_TOKEN': ['short', 'x' * 11],
     **{name: [*NOT_NUMBERS, low, high] for name, low, high in (
         ('TODOL_JOB_WORKERS', '0', '10001'), ('TODOL_MAX_TITLE_CHARS', '0', '10001'),
         ('TODOL_MAX_TODOS', '0', '1000001'), ('TODOL_MAX_BODY_BYTES', '1023', '1073741825'),
         ('TODOL_MAX_MESSAGE_BYTES', '1023', '1073741825'), ('TODOL_MAX_SOCKETS', '0', '1000001'),
-        ('TODOL_WRITES_PER_MINUTE', '0', '1000000001'), ('TODOL_IDLE_SECONDS', '-0', '1000001'))},
+        ('TODOL_WRITES_PER_MINUTE', '0', '1000000001'), ('TODOL_IDLE_SECONDS', '-0', '1000001'),
+        *((f'TODOL_{name}_MS', '-0', '1000000001') for name in ('SLOW_REQUEST', 'SLOW_JOB', 'STALL')))},
 }
 # What is wrong with these shows when they are used.
-ANY_TEXT = {'HOST', 'TODOL_DATA', 'TODOL_HOSTS', 'TODOL_CLIENT_IP_HEADER'}
+ANY_TEXT = {'HOST', 'TODOL_DATA', 'TODOL_HOSTS', 'TODOL_CLIENT_IP_HEADER', 'TODOL_STACK_MASK'}
 
 
 @pytest.fixture
@@ -1585,7 +1589,7 @@ def test_the_clock_of_sql_can_be_put_in_and_executemany_is_refused_outside_a_tra
 # Tables of few rows, or read in the order of an index up to a LIMIT; counts for the operator; when the clock was set;
 # the ends of a table.
 SCANS_ALLOWED = re.compile(
-    'failed_at, error FROM jobs$|FROM (outbox$|outbox ORDER BY id LIMIT|outbox LIMIT|entries ORDER BY id LIMIT|'
+    'worker, request FROM jobs$|FROM (paused_queues$|outbox$|outbox ORDER BY id LIMIT|outbox LIMIT|entries ORDER BY id LIMIT|'
     'messages WHERE created_at >= |recurring|epochs|schema_migrations|sqlite_master|pragma_)|UPDATE recurring|'
     r'UPDATE jobs SET run_at = now_s.., enqueued_at|SELECT (queue, )?count\(\*\)|(min|max)\(id\)|SET uid = id')
 
@@ -3109,7 +3113,7 @@ def test_a_job_is_found_in_each_of_its_states(jobs, job_clock):
     ids = scheduled, ready, running, blocked, failed
     assert states(jobs, *ids) == ['scheduled', 'ready', 'ready', 'blocked', 'ready']
     assert jobs.find(scheduled) == todol.Job(scheduled, 'hold', {'n': 1}, 'low', 'scheduled', 0, job_clock.now + 60,
-                                             job_clock.now, None, None)
+                                             job_clock.now, None, None, job_clock.now + 60, None, None, None)
     jobs.open(5)
     eventually(lambda: states(jobs, *ids) == ['scheduled', 'running', 'running', 'blocked', 'failed'])
     assert jobs.stats() == {'waiting': 2, 'running': 2, 'failed': 1} and jobs.find(running).attempts == 1
@@ -4671,6 +4675,7 @@ def test_every_answer_carries_the_security_headers_and_head_is_get_without_the_b
             assert answer.headers['allow'].replace(' ', '') == 'PATCH,POST'
         if method == 'GET':
             head = client.request('HEAD', path)
+            assert answer.headers.pop('x-request-id') != head.headers.pop('x-request-id'), 'each has its own'
             assert (head.status, head.headers, head.body) == (status, answer.headers, b'')
 
 
