@@ -30,7 +30,6 @@ import datetime
 import errno
 import fcntl
 import functools
-import gc
 import hashlib
 import hmac
 import inspect
@@ -283,6 +282,7 @@ SLOWEST_AGE_SECONDS = 3600
 MAX_SERIES = 10_000         # names with labels; what comes later is not counted
 MAX_PLACES = 100            # where errors came from
 MAX_TRACEBACK_CHARS = 8000
+LIBRARIES = re.compile('(site|dist)-packages|/lib/python3')     # files whose lines are not ours
 
 METRICS = {     # name: (type, what it tells, names of its labels)
     'http_request_duration_seconds': ('histogram', 'Time to make an answer.',
@@ -353,7 +353,7 @@ class Metrics:
         or loop. private: texts that its traceback must not show."""
         self.count('errors_total', kind)
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if frame.filename in (__file__, sys.argv[0])] or frames
+        own = [frame for frame in frames if not LIBRARIES.search(frame.filename)] or frames
         where = f'{own[-1].name}, line {own[-1].lineno}' if own else 'no line'
         place = f'{kind} {name}: {type(error).__name__} in {where}'
         if place in self.errors or len(self.errors) < MAX_PLACES:
@@ -4533,6 +4533,8 @@ UPSERT_NOTE = '''INSERT INTO notes (kind, key, at, data) VALUES (?, ?, ?, ?)
 class Recorder:
     """Writes down what this process has counted, and reads the notes of all."""
 
+    pool = ()       # of the greenlets that serve connections, in a server
+
     def open(self):
         self.started_at, self._written = now(), metrics.activity
         self._cpu = time.monotonic(), time.process_time(), 0.0
@@ -4543,9 +4545,10 @@ class Recorder:
         self._loop = Loop('metrics', self._turn)
 
     def close(self):
-        """Write what was counted last."""
+        """Write what was counted last, and be gone."""
         self._loop.stop()
         self._write()
+        cache_db.execute("DELETE FROM notes WHERE kind = 'node' AND key = ?", (processes.name,))
 
     def values(self):
         """All that was counted here: {'name<tab>label…': number}"""
@@ -4654,8 +4657,7 @@ class Recorder:
         young = now() - SLOWEST_AGE_SECONDS
         return {
             'version': __version__, 'cpu_share': share, 'loops': len(loops), 'failing': failing,
-            'greenlets': sum(number for kind, number in collections.Counter(
-                map(type, gc.get_objects())).items() if issubclass(kind, gevent.Greenlet)),
+            'connections': len(self.pool),
             'stall': stalls.longest, 'slowest': {kind: [(what, *of) for what, of in kept.items()
                                                         if of[1] > young]
                                                  for kind, kept in metrics.slowest.items()},
@@ -4862,7 +4864,8 @@ watch = Watch()
 def show_stack():
     """The page. Parameters: state, name and queue of the jobs to list; chart=day."""
     admit()
-    query = {name: value for name, value in bottle.request.query.items() if value}
+    query = {name: value for name, value in bottle.request.query.items()
+             if value and (name != 'state' or value in STATES)}
     bottle.request.environ['stack.query'] = urllib.parse.urlencode(query)
     day = query.get('chart') == 'day'
     nodes, counts = recorder.nodes(), recorder.counts(60, 3600)
@@ -4885,7 +4888,10 @@ def act_on_stack(act):
     if act not in ACTS:
         raise NotFound(f'There are {", ".join(ACTS)}.')
     form = {name: str(value) for name, value in fields().items() if value}
-    said = f'{act}: {ACTS[act](act, form)}'
+    try:
+        said = f'{act}: {ACTS[act](act, form)}'
+    except JobError as error:
+        raise InvalidField(str(error)) from None
     log.info('stack page: %s by=%s', said, client_address(bottle.request.environ))
     query = urllib.parse.urlencode(urllib.parse.parse_qsl(form.get('query', '')))
     return respond(turbo_stream('update', 'notice', bottle.html_escape(said)) + REFRESH,
@@ -4909,7 +4915,7 @@ ACTS = {
 }
 
 
-# What it shows: (section, caption, heads, rows of texts, Html or numbers) of each table
+# What it shows: (caption, heads, rows of texts, Html or numbers, ids of the rows) of each table
 
 def _tables(query, hour, nodes, seconds):
     counts, paused, totals = jobs.counts(), jobs.paused(), collections.Counter()
@@ -4921,12 +4927,14 @@ def _tables(query, hour, nodes, seconds):
     facts = {name: database.facts() for name, database in databases.items()}
     found = jobs.list(LIST_JOBS, *map(query.get, ('state', 'name', 'queue')))
     return [
-        ('Jobs', ('task', 'state', 'attempt', 'when', 'more', ''), [*map(_job_row, found)]),
+        ('Jobs', ('task', 'state', 'attempt', 'when', 'more', ''), [*map(_job_row, found)],
+         [f'job_{job.id}' for job in found]),
         ('Errors', ('where', 'count', 'first', 'last', 'more', ''), [
             (place, error['count'], _at(error['first_at']), _at(at),
              _more(f'error in {place}', ('request', error['request']), text=error['traceback']),
              'seen' if error['seen'] else _button('seen', place, place=place))
-            for place, at, error in recorder.errors()]),
+            for place, at, error in recorder.errors()],
+         [f'error_{zlib.crc32(place.encode())}' for place, *_ in recorder.errors()]),
         ('Queues', ('queue', *STATES, 'a minute', 'wait p50, p99', ''), [
             (queue, *(counts.get((queue, state), 0) for state in STATES),
              f'{sum(_buckets(named, "job_wait_seconds", queue)) * 60 / seconds:.3g}',
@@ -4962,11 +4970,11 @@ def _tables(query, hour, nodes, seconds):
              f'{hour["cable_messages_total"] / seconds:.3g}', f'{messages} since {_at(first_at)}',
              *(totals[f'cable_{name}_total']
                for name in ('resumes', 'refreshes', 'dropped_readers')))]),
-        ('Processes', ('process', 'version', 'since', 'memory', 'CPU', 'files', 'greenlets',
+        ('Processes', ('process', 'version', 'since', 'memory', 'CPU', 'files', 'connections',
                        'loops', 'longest stall'), [
             (name, node['version'], _at(node['gauges']['process_start_time_seconds']),
              _bytes(node['gauges']['process_resident_memory_bytes']), f'{node["cpu_share"]:.0%}',
-             node['gauges']['process_open_fds'], node['greenlets'],
+             node['gauges']['process_open_fds'], node['connections'],
              ', '.join(map(' fails: '.join, node['failing'].items())) or f'{node["loops"]} well',
              '{} at {}, {}'.format(_seconds(node['stall'][0]), *map(_at, node['stall'][1:2]),
                                    node['stall'][2]) if node['stall'] else 'none')
@@ -5074,10 +5082,11 @@ def _at(at, otherwise='–'):
     return time.strftime(form, time.gmtime(at)) if at else otherwise
 
 
-def _table(heads, rows):
+def _table(heads, rows, ids=()):
+    """A table; on a phone each row is a card. ids: of rows, so that a morph moves none by mistake."""
     cells = [[cell if isinstance(cell, Html) else bottle.html_escape(str(cell)) for cell in row]
              for row in rows]
-    return render('stack_table', heads=heads, rows=cells)
+    return render('stack_table', heads=heads, rows=itertools.zip_longest(cells, ids))
 
 
 def _more(about, *facts, text=''):
@@ -5101,13 +5110,13 @@ TEMPLATES['stack_button'] = '''\
 <button type="submit" aria-label="{{f'{label} {about}'.strip()}}">{{label}}</button></form>
 '''
 TEMPLATES['stack_more'] = '''\
-<details><summary aria-label="{{about}}">show</summary><dl>
+<details><summary aria-label="show {{about}}">show</summary><dl>
 % for name, value in facts:
 <div><dt>{{name}}</dt><dd>{{value}}</dd></div>
 % end
 </dl>
 % if text:
-<pre tabindex="0" role="region" aria-label="{{about}}: traceback">{{text}}</pre>
+<section tabindex="0" aria-label="{{about}}: traceback"><pre>{{text}}</pre></section>
 % end
 </details>
 '''
@@ -5117,8 +5126,8 @@ TEMPLATES['stack_table'] = '''\
 <th scope="col">{{head or 'does'}}</th>
 % end
 </tr></thead><tbody>
-% for row in rows:
-<tr>
+% for row, id in rows:
+<tr{{!f' id="{id}"' if id else ''}}>
 % for head, cell in zip(heads, row):
 <td data-label="{{head}}">{{!cell}}</td>
 % end
@@ -5157,7 +5166,7 @@ TEMPLATES['stack'] = '''\
 {{!table(('from', *title.partition(': ')[2].split(', ')), rows)}}</details></figure>
 % end
 </div>
-% for caption, heads, rows in tables:
+% for caption, heads, rows, *ids in tables:
 <h2>{{caption}}</h2>
 % if caption == 'Jobs':
 <form class="row" method="get">
@@ -5178,7 +5187,7 @@ TEMPLATES['stack'] = '''\
 % elif caption == 'Errors' and rows:
 {{!button('seen', 'all errors', 'Mark all as seen')}}
 % end
-{{!table(heads, rows) if rows else '<p class="soft">None.</p>'}}
+{{!table(heads, rows, *ids) if rows else '<p class="soft">None.</p>'}}
 % end
 </main>
 </body>
@@ -5216,8 +5225,10 @@ select { background: var(--field); color: inherit; }
 :focus-visible { border-radius: 6px; outline: 2px solid var(--accent); outline-offset: 2px; }
 summary, button { cursor: pointer; }
 table { width: 100%; border-collapse: collapse; font-size: .875rem; }
-th, td { padding: .5rem .75rem .5rem 0; border-bottom: 1px solid var(--line); text-align: left; }
-th, td { white-space: nowrap; }
+th, td {
+  padding: .5rem .75rem .5rem 0; border-bottom: 1px solid var(--line); text-align: left;
+  white-space: nowrap;
+}
 td:first-child, td:last-child, td:has(details) { white-space: normal; }
 td:last-child { min-width: 6rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1.5rem; }
@@ -5230,13 +5241,14 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr));
 dt { color: var(--soft); }
 td form { display: inline-block; }
 td:has(details[open]) { max-width: 30rem; }
-pre {
+pre { white-space: pre-wrap; }
+section {
   max-height: 24rem; margin: .75rem 0; padding: .75rem; overflow: auto; border-radius: 10px;
-  background: var(--field); white-space: pre-wrap;
+  background: var(--field);
 }
 @media (width < 44rem) {
   table, tbody, tr, td { display: block; }
-  thead { position: absolute; clip-path: inset(50%); }
+  thead { position: absolute; width: 1px; overflow: hidden; clip-path: inset(50%); }
   tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
   td, td:last-child {
     display: flex; gap: .75rem; padding: .15rem 0; border: 0; white-space: normal;
@@ -5365,6 +5377,7 @@ def serve(reload=False):
         gevent.signal_handler(number, stopping.set)
     with open_stack(run_jobs=True):
         server = Server(listen())
+        recorder.pool = server.pool
         stalls.open()
         server.start()
         host, port = server.socket.getsockname()[:2]
