@@ -6153,7 +6153,7 @@ def operator(open_stack, monkeypatch):
     """An Operator of a stack of this test, whose tasks and counts are its own."""
     monkeypatch.setattr(todol.jobs, '_tasks', dict(todol.jobs._tasks))
     monkeypatch.setattr(todol.jobs, '_recurring', dict(todol.jobs._recurring))
-    for name, value in vars(todol.Metrics()).items():
+    for name, value in vars(todol.Metrics()).items():       # nothing counted
         monkeypatch.setattr(todol.metrics, name, value)
     monkeypatch.setattr(todol, 'logins', todol.WriteLimit())
     open_stack(TODOL_STACK_PASSWORD=PASSWORD, TODOL_METRICS_TOKEN=TOKEN, TODOL_STALL_MS=0)

@@ -279,7 +279,7 @@ BUCKETS = (*map(str, BOUNDS), '+Inf')
 SLOW_SECONDS = 0.005        # what took less is not among the slowest
 SLOWEST = 10                # are kept of a kind, for SLOWEST_AGE_SECONDS
 SLOWEST_AGE_SECONDS = 3600
-MAX_SERIES = 10_000         # names with labels; what comes later is not counted
+MAX_SERIES = 2000           # names with labels; what comes later is not counted
 MAX_PLACES = 100            # where errors came from
 MAX_TRACEBACK_CHARS = 8000
 LIBRARIES = re.compile('(site|dist)-packages|/lib/python3')     # files whose lines are not ours
@@ -321,8 +321,8 @@ class Metrics:
     """Counters and histograms by name and labels, the slowest of a kind, and the last errors."""
 
     def __init__(self):
-        self.values = collections.Counter()     # (name, *labels) -> number; of a histogram
-                                                # (name, *labels, bucket or 'sum')
+        self.counters = collections.Counter()   # (name, *labels) -> number
+        self.histograms = {}        # (name, *labels) -> the counts of its buckets, then the sum
         self.activity = 0           # changes whenever something is counted
         self.slowest = {}           # kind -> {what: (seconds, Unix time, request id)}
         self.errors = {}            # place -> dict, until they are written down
@@ -331,13 +331,28 @@ class Metrics:
     def count(self, *key, by=1):
         """Add to a counter. key: its name and labels."""
         self.activity += 1
-        if key in self.values or len(self.values) < MAX_SERIES:
-            self.values[key] += by
+        if key in self.counters or len(self.counters) < MAX_SERIES:
+            self.counters[key] += by
 
     def time(self, seconds, *key):
         """Add a duration to a histogram."""
-        self.count(*key, BUCKETS[bisect.bisect_left(BOUNDS, seconds)])
-        self.count(*key, 'sum', by=seconds)
+        self.activity += 1
+        histogram = self.histograms.get(key)
+        if histogram is None:
+            histogram = [0] * (len(BUCKETS) + 1)
+            if len(self.histograms) < MAX_SERIES:
+                self.histograms[key] = histogram
+        histogram[bisect.bisect_left(BOUNDS, seconds)] += 1
+        histogram[-1] += seconds
+
+    def values(self):
+        """{'name<tab>label…': number} of all; of a histogram with a bucket, or 'sum', at the end."""
+        values = collections.Counter({'\t'.join(key): each for key, each in self.counters.items()})
+        for key, histogram in self.histograms.items():
+            for bucket, number in zip((*BUCKETS, 'sum'), histogram):
+                if number:
+                    values['\t'.join((*key, bucket))] = number
+        return values
 
     def slow(self, kind, what, seconds):
         """Note what took longer than SLOW_SECONDS, if it is among the slowest."""
@@ -3229,9 +3244,10 @@ _PROCESS_ID, _request_numbers = secrets.token_hex(4), itertools.count(1)
 
 def _request_id(environ):
     """A new one; or that of a trusted proxy, if it is one."""
-    given = environ.get('HTTP_X_REQUEST_ID', '') if settings.trust_proxy else ''
-    if re.fullmatch(r'[\w.-]{1,64}', given, re.ASCII):
-        return given
+    if settings.trust_proxy:
+        given = environ.get('HTTP_X_REQUEST_ID', '')
+        if re.fullmatch(r'[\w.-]{1,64}', given, re.ASCII):
+            return given
     return f'{_PROCESS_ID}-{next(_request_numbers):x}'
 
 
@@ -4551,12 +4567,12 @@ class Recorder:
         cache_db.execute("DELETE FROM notes WHERE kind = 'node' AND key = ?", (processes.name,))
 
     def values(self):
-        """All that was counted here: {'name<tab>label…': number}"""
+        """Metrics.values(), with what others count."""
         for name, number in zip(('hits', 'misses', 'evictions'), cache.counts()):
-            metrics.values[(f'cache_{name}_total',)] = number
+            metrics.counters[(f'cache_{name}_total',)] = number
         for name, database in databases.items():
-            metrics.values['database_changed_rows_total', name] = database.facts()['changed_rows']
-        return collections.Counter({'\t'.join(key): value for key, value in metrics.values.items()})
+            metrics.counters['database_changed_rows_total', name] = database.facts()['changed_rows']
+        return metrics.values()
 
     def nodes(self):
         """How all processes are: {process: its state()}. One that does not answer within
@@ -4685,14 +4701,14 @@ class StallWatch:
 
     def open(self):
         if settings.stall_ms:
-            loop, self._where = gevent.get_hub().loop, ''
-            self._previous = signal.signal(signal.SIGALRM, self._note)
+            loop, self._limit = gevent.get_hub().loop, settings.stall_ms / 1000
+            self._began, self._armed, self._where = time.perf_counter(), False, ''
+            self._previous = signal.signal(signal.SIGALRM, self._ring)
             # The first call after the wait for events, and the last before it.
             self._watchers = (loop.check(ref=False, priority=2),
                               loop.prepare(ref=False, priority=-2))
             for watcher, act in zip(self._watchers, (self._begin, self._end)):
                 watcher.start(act)
-            self._begin()
 
     def close(self):
         if settings.stall_ms:
@@ -4703,20 +4719,31 @@ class StallWatch:
 
     def _begin(self):
         self._began = time.perf_counter()
-        signal.setitimer(signal.ITIMER_REAL, settings.stall_ms / 1000)
+        if not self._armed:         # a call of the kernel in each turn would cost more
+            self._armed = True
+            signal.setitimer(signal.ITIMER_REAL, self._limit)
 
     def _end(self):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        seconds = time.perf_counter() - self._began
-        if seconds >= settings.stall_ms / 1000:
-            metrics.time(seconds, 'event_loop_stall_seconds')
-            log.warning('the event loop stood still seconds=%.3f at=%s', seconds, self._where)
-            self.longest = max(self.longest or (0,), (seconds, now(), self._where))
+        if self._began is not None:
+            seconds, self._began = time.perf_counter() - self._began, None
+            if seconds >= self._limit:
+                metrics.time(seconds, 'event_loop_stall_seconds')
+                log.warning('the event loop stood still seconds=%.3f at=%s', seconds, self._where)
+                self.longest = max(self.longest or (0,), (seconds, now(), self._where))
+                self._where = ''
 
-    def _note(self, number, frame):
-        stack = traceback.extract_stack(frame)[-4:]
-        self._where = ' < '.join(f'{each.name} ({os.path.basename(each.filename)}:{each.lineno})'
-                                 for each in reversed(stack))
+    def _ring(self, number, frame):
+        self._armed = False
+        if self._began is None:
+            return                  # it waits for events
+        missing = self._limit - (time.perf_counter() - self._began)
+        if missing > 0:             # armed in a turn before
+            self._armed = True
+            signal.setitimer(signal.ITIMER_REAL, missing)
+        else:
+            stack = reversed(traceback.extract_stack(frame)[-4:])
+            self._where = ' < '.join(
+                f'{each.name} ({os.path.basename(each.filename)}:{each.lineno})' for each in stack)
 
 
 stalls = StallWatch()
@@ -5083,7 +5110,7 @@ def _at(at, otherwise='–'):
 
 
 def _table(heads, rows, ids=()):
-    """A table; on a phone each row is a card. ids: of rows, so that a morph moves none by mistake."""
+    """A table; on a phone each row is a card. ids: of the rows, so that a morph mixes up none."""
     cells = [[cell if isinstance(cell, Html) else bottle.html_escape(str(cell)) for cell in row]
              for row in rows]
     return render('stack_table', heads=heads, rows=itertools.zip_longest(cells, ids))
