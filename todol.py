@@ -271,7 +271,8 @@ def _shown(value):
 
 # === Metrics: what is counted and timed, in memory =======================================
 # To count costs next to nothing, so it never stops; Operate, below, keeps the counts by the minute.
-# A name is that of Prometheus without the app's prefix. No label holds what somebody has typed.
+# A name is that of Prometheus, without the app's prefix: a counter ends in _total, and what is no
+# histogram either is a gauge. No label holds what somebody has typed.
 
 # Upper bounds of the buckets of a histogram, seconds; the last bucket has none.
 BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60)
@@ -284,33 +285,16 @@ MAX_PLACES = 100            # where errors came from
 MAX_TRACEBACK_CHARS = 8000
 LIBRARIES = re.compile('(site|dist)-packages|/lib/python3')     # files whose lines are not ours
 
-METRICS = {     # name: (type, what it tells, names of its labels)
-    'http_request_duration_seconds': ('histogram', 'Time to make an answer.',
-                                      ('method', 'route', 'status')),
-    'job_duration_seconds': ('histogram', 'Time of an attempt to run a job.', ('name', 'outcome')),
-    'job_wait_seconds': ('histogram', 'From when a job should run to its start.', ('queue',)),
-    'event_loop_stall_seconds': ('histogram', 'Turns of the event loop that took too long.', ()),
-    'errors_total': ('counter', 'Errors that nobody expected.', ('kind',)),
-    'database_changed_rows_total': ('counter', 'Rows written.', ('database',)),
-    'database_lock_wait_seconds_total': ('counter', 'Waited for a locked file.', ('database',)),
-    'cache_hits_total': ('counter', 'Values found in the cache.', ()),
-    'cache_misses_total': ('counter', 'Values not found in the cache.', ()),
-    'cache_evictions_total': ('counter', 'Entries that a full cache dropped.', ()),
-    'cable_messages_total': ('counter', 'Messages that were broadcast.', ()),
-    'cable_resumes_total': ('counter', 'Subscriptions that went on without a loss.', ()),
-    'cable_refreshes_total': ('counter', 'Subscriptions told to load the page again.', ()),
-    'cable_dropped_readers_total': ('counter', 'Sockets closed as they did not read.', ()),
-    'cable_sockets': ('gauge', 'Open sockets.', ()),
-    'cable_subscriptions': ('gauge', 'Subscriptions of them.', ()),
-    'loops_failing': ('gauge', 'Background loops that fail.', ()),
-    'jobs': ('gauge', 'Jobs by queue and state.', ('queue', 'state')),
-    'cache_bytes': ('gauge', 'What the cache holds.', ()),
-    'cache_limit_bytes': ('gauge', 'What the cache may hold.', ()),
-    'database_bytes': ('gauge', 'Size of the file.', ('database',)),
-    'process_cpu_seconds_total': ('counter', 'CPU time.', ()),
-    'process_resident_memory_bytes': ('gauge', 'Resident memory.', ()),
-    'process_open_fds': ('gauge', 'Open files and sockets.', ()),
-    'process_start_time_seconds': ('gauge', 'When it started, Unix seconds.', ()),
+HISTOGRAMS = {      # name: names of its labels
+    'http_request_duration_seconds': ('method', 'route', 'status'),
+    'job_duration_seconds': ('name', 'outcome'),
+    'job_wait_seconds': ('queue',),             # from when a job should run to its start
+    'event_loop_stall_seconds': (),             # turns that took longer than a setting
+}
+LABELS = {          # of counters and gauges; the others have none
+    **HISTOGRAMS, 'errors_total': ('kind',), 'jobs': ('queue', 'state'),
+    **dict.fromkeys(('database_bytes', 'database_changed_rows_total',
+                     'database_lock_wait_seconds_total'), ('database',)),
 }
 
 # Of the request that is answered, or that enqueued the job.
@@ -346,7 +330,7 @@ class Metrics:
         histogram[-1] += seconds
 
     def values(self):
-        """{'name<tab>label…': number} of all; of a histogram with a bucket, or 'sum', at the end."""
+        """{'name<tab>label…': number}; of a histogram with a bucket, or 'sum', at the end."""
         values = collections.Counter({'\t'.join(key): each for key, each in self.counters.items()})
         for key, histogram in self.histograms.items():
             for bucket, number in zip((*BUCKETS, 'sum'), histogram):
@@ -4788,51 +4772,61 @@ def _is_at_the_machine(environ):
 
 @app.get('/metrics')
 def show_metrics():
-    """All metrics for Prometheus, under the password or a bearer token of its own. Source:
-    prometheus.io/docs/instrumenting/exposition_formats"""
+    """For Prometheus, under the password or a bearer token of its own."""
     admit(settings.metrics_token)
-    held, lines = cache.stats(), []
+    bottle.response.content_type = 'text/plain; version=0.0.4; charset=utf-8'
+    lines = []
+    for name, samples in exposition(recorder.nodes()).items():
+        kind = ('histogram' if name.removeprefix(f'{APP}_') in HISTOGRAMS else
+                'counter' if name.endswith('_total') else 'gauge')
+        lines += [f'# TYPE {name} {kind}', *map(' '.join, samples)]
+    return '\n'.join([*lines, ''])
+
+
+def exposition(nodes):
+    """{name: [(name with labels, number as text), ...]} of all metrics, those of a process with its
+    name. Source: prometheus.io/docs/instrumenting/exposition_formats"""
+    held, named = cache.stats(), {}
     shared = {f'jobs\t{queue}\t{state}': number for (queue, state), number in jobs.counts().items()}
     shared.update({f'database_bytes\t{name}': database.facts()['bytes']
                    for name, database in databases.items()})
     shared.update({f'cache_{name}': held[name] or 0 for name in ('bytes', 'limit_bytes')})
-    sources = {'': by_name(shared), **{name: by_name({**node['values'], **node['gauges']})
-                                       for name, node in recorder.nodes().items()}}
-    for name, (kind, meaning, labels) in METRICS.items():
-        full = name if name.startswith('process_') else f'{APP}_{name}'
-        lines += [f'# HELP {full} {meaning}', f'# TYPE {full} {kind}']
-        for process, values in sources.items():
-            for series, numbers in values.get(name, {}).items():
-                given = dict(zip(labels, series), **{'process': process} if process else {})
-                lines += _samples(full, given, numbers)
-    bottle.response.content_type = 'text/plain; version=0.0.4; charset=utf-8'
-    return '\n'.join([*lines, ''])
+    for process, values in [('', shared), *((name, {**node['values'], **node['gauges']})
+                                            for name, node in nodes.items())]:
+        for name, series in by_name(values).items():
+            full = name if name.startswith('process_') else f'{APP}_{name}'
+            for labels, numbers in series.items():
+                given = dict(zip(LABELS.get(name, ()), labels))
+                if process:
+                    given['process'] = process
+                named.setdefault(full, []).extend(_samples(full, given, numbers))
+    return named
 
 
 def by_name(values):
-    """{name: {labels: {bucket or 'sum': number}}} of Recorder.values(); '' for the bucket of what
-    is no histogram."""
+    """{name: {labels: {bucket or 'sum': number}}} of Metrics.values(); '' for the bucket of what is
+    no histogram."""
     named = {}
     for key, number in values.items():
         name, *labels = key.split('\t')
-        bucket = labels.pop() if METRICS.get(name, ('',))[0] == 'histogram' else ''
+        bucket = labels.pop() if name in HISTOGRAMS else ''
         named.setdefault(name, {}).setdefault(tuple(labels), {})[bucket] = number
     return named
 
 
 def _samples(name, labels, numbers):
-    """The lines of a number, or of a histogram."""
-    def line(suffix, number, **more):
+    """A number, or the cumulative buckets, sum and count of a histogram."""
+    def sample(suffix, number, **more):
         escaped = {label: str(text).translate({92: r'\\', 34: r'\"', 10: r'\n'})
                    for label, text in {**labels, **more}.items()}
         inside = ','.join(f'{label}="{text}"' for label, text in escaped.items())
-        return f'{name}{suffix}{{{inside}}} {number}'
+        return f'{name}{suffix}{{{inside}}}', str(number)
 
     if '' in numbers:
-        return [line('', numbers[''])]
+        return [sample('', numbers[''])]
     sums = [*itertools.accumulate(numbers.get(bucket, 0) for bucket in BUCKETS)]
-    return [*(line('_bucket', number, le=le) for le, number in zip(BUCKETS, sums)),
-            line('_sum', numbers.get('sum', 0)), line('_count', sums[-1])]
+    return [*(sample('_bucket', number, le=le) for le, number in zip(BUCKETS, sums)),
+            sample('_sum', numbers.get('sum', 0)), sample('_count', sums[-1])]
 
 
 # === Stack page: the four services, live, and what can be done about them ================
@@ -5049,7 +5043,8 @@ def _job_row(job):
     if len(arguments) > MAX_ARGUMENT_CHARS:
         arguments = f'{arguments[:MAX_ARGUMENT_CHARS]}…'
     acts = {'failed': ('retry', 'discard'), 'scheduled': ('run', 'cancel'), 'running': ()}
-    return (job.name, job.state, f'{job.attempts} of {jobs.attempts_of(job.name) or "?"}',
+    state = Html('<b class="bad">failed</b>') if job.state == 'failed' else job.state
+    return (job.name, state, f'{job.attempts} of {jobs.attempts_of(job.name) or "?"}',
             _at(job.failed_at or job.next_at or job.started_at),
             _more(f'job {job.id}', ('arguments', arguments), ('id', job.id), ('queue', job.queue),
                   ('enqueued', _at(job.enqueued_at)), ('started', _at(job.started_at)),
@@ -5087,7 +5082,7 @@ def _svg(points, highest):
     for which in (1, 2):
         steps = [f'{300 * number / len(points):.1f} {60 - 58 * point[which] / (highest or 1):.1f}'
                  for number, point in enumerate(points) if point[which] is not None]
-        lines.append(f'<path class="line-{which}" d="M{" L".join(steps or ["0 60"])}"/>')
+        lines.append(f'<path class="line-{which}" d="M{" L".join(steps or ["0 60"])} h.1"/>')
     return Html(f'<svg viewBox="0 0 300 62" preserveAspectRatio="none" aria-hidden="true">'
                 f'{"".join(lines)}</svg>')
 
@@ -5224,64 +5219,56 @@ add_asset('stack.css', '''\
 :root {
   color-scheme: light dark;
   --paper: light-dark(#f9f6f1, #181612);
-  --field: light-dark(oklch(99.5% .008 85), oklch(25% .008 85));
   --ink: light-dark(oklch(27% .008 85), oklch(90% .008 85));
   --soft: light-dark(oklch(47% .008 85), oklch(73% .008 85));
   --line: light-dark(oklch(90% .008 85), oklch(31% .008 85));
-  --edge: light-dark(oklch(60% .008 85), oklch(58% .008 85));
   --accent: light-dark(oklch(49% .17 262), oklch(76% .12 258));
   --danger: light-dark(oklch(50% .18 27), oklch(76% .13 25));
 }
 *, ::before, ::after { box-sizing: border-box; min-width: 0; margin: 0; }
 [hidden], p:empty, [data-state=live] { display: none; }
 body {
-  max-width: 68rem; margin: auto; padding: 2rem max(1rem, env(safe-area-inset-left)) 4rem;
+  max-width: 68rem; margin: auto; padding: 1.5rem max(1rem, env(safe-area-inset-left)) 4rem;
   background: var(--paper); color: var(--ink); font: 1rem/1.45 system-ui, sans-serif;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
 }
 h1 { font-size: clamp(1.75rem, 5vw, 2.5rem); font-weight: 300; letter-spacing: -.02em; }
 h2 { margin-top: 2.5rem; font-size: 1.125rem; font-weight: 500; }
-h1 span, th, .soft { color: var(--soft); font-weight: inherit; }
-.bad { color: var(--danger); }
+h1 span, th, dt, .soft { color: var(--soft); font-weight: inherit; }
 a, button, .row summary, #notice { color: var(--accent); }
+.bad { color: var(--danger); }
 button, select {
-  min-height: 2.25rem; padding: 0 .75rem; border: 1px solid var(--edge); border-radius: 10px;
-  background: none; font: inherit; font-size: .875rem;
+  min-height: 2.25rem; padding: 0 .75rem; border: 1px solid var(--soft); border-radius: 10px;
+  background: var(--paper); font: inherit; font-size: .875rem;
 }
-select { background: var(--field); color: inherit; }
+select { color: inherit; }
 :focus-visible { border-radius: 6px; outline: 2px solid var(--accent); outline-offset: 2px; }
 summary, button { cursor: pointer; }
-table { width: 100%; border-collapse: collapse; font-size: .875rem; }
-th, td {
-  padding: .5rem .75rem .5rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  white-space: nowrap;
+.charts {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1.5rem;
+  align-items: end; margin-top: 1rem;
 }
-td:first-child, td:last-child, td:has(details) { white-space: normal; }
-td:last-child { min-width: 6rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1.5rem; }
-figure, pre, label { font-size: .875rem; }
 svg { display: block; width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); }
 path { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 .line-2 { stroke: var(--danger); }
 .row { display: flex; flex-wrap: wrap; gap: .75rem 1.25rem; align-items: end; padding: .5rem 0; }
+table { width: 100%; border-collapse: collapse; }
+table, figure, label { font-size: .875rem; }
+th, td { padding: .5rem .75rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left; }
+td { vertical-align: baseline; }
+tr > * + :not(:last-child, :has(details)) { white-space: nowrap; }
+td:first-child, td:last-child { min-width: 8rem; }
+td form { display: inline-block; margin: 0 .25rem .25rem 0; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .5rem; }
-dt { color: var(--soft); }
-td form { display: inline-block; }
-td:has(details[open]) { max-width: 30rem; }
+section { max-height: 24rem; margin-top: .5rem; overflow: auto; }
 pre { white-space: pre-wrap; }
-section {
-  max-height: 24rem; margin: .75rem 0; padding: .75rem; overflow: auto; border-radius: 10px;
-  background: var(--field);
-}
 @media (width < 44rem) {
   table, tbody, tr, td { display: block; }
   thead { position: absolute; width: 1px; overflow: hidden; clip-path: inset(50%); }
   tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
-  td, td:last-child {
-    display: flex; gap: .75rem; padding: .15rem 0; border: 0; white-space: normal;
-  }
-  td:has(details) { display: block; }
-  td::before { content: attr(data-label); flex: 0 0 7rem; color: var(--soft); }
+  tr > td:nth-child(n) { display: flex; padding: .15rem 0; border: 0; white-space: normal; }
+  td:has(details) { flex-wrap: wrap; }
+  td::before { content: attr(data-label); flex: 0 0 8rem; color: var(--soft); }
   button, select { min-height: 44px; }
 }
 ''', 'text/css; charset=UTF-8')
@@ -5750,27 +5737,14 @@ def command_jobs(act='', id='', **options):
 
 
 def command_stats(json=False):
-    """How the running servers are, in a few numbers."""
+    """What /metrics tells of the running servers; a histogram as its sum and count."""
     with open_stack():
-        nodes, named = recorder.nodes(), collections.Counter()
+        nodes = recorder.nodes()
         del nodes[processes.name]
-        for _, data in recorder.counts(60, 3600):
-            named.update(data)
-        answers = _buckets(by_name(named), 'http_request_duration_seconds')
-        stats = {'processes': len(nodes), 'failing_loops': sorted(
-                    {name for node in nodes.values() for name in node['failing']}),
-                 'requests_last_hour': sum(answers),
-                 **{f'answer_p{share}_seconds': _quantile(answers, share / 100)
-                    for share in (50, 99)},
-                 'errors_unseen': sum(not error['seen'] for *_, error in recorder.errors()),
-                 **{f'jobs_{state}': sum(number for (_, its), number in jobs.counts().items()
-                                         if its == state) for state in STATES},
-                 'sockets': sum(node['gauges']['cable_sockets'] for node in nodes.values()),
-                 'cache_bytes': cache.stats()['bytes'],
-                 **{f'{name}_database_bytes': database.facts()['bytes']
-                    for name, database in databases.items()}}
-        print(to_json(stats) if json else '\n'.join(
-            f'{name:24} {value}' for name, value in stats.items()))
+        stats = {name: float(number) for samples in exposition(nodes).values()
+                 for name, number in samples if '_bucket{' not in name}
+        print(to_json(stats) if json else
+              '\n'.join(f'{name} {number:g}' for name, number in sorted(stats.items())))
     return 0
 
 
