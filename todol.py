@@ -4529,6 +4529,9 @@ cache_db.migrations += [
 UPSERT_NOTE = '''INSERT INTO notes (kind, key, at, data) VALUES (?, ?, ?, ?)
                  ON CONFLICT (kind, key) DO UPDATE SET at = excluded.at, data = excluded.data'''
 
+TRIM_ERRORS = '''DELETE FROM notes WHERE kind = 'error' AND key NOT IN (
+                     SELECT key FROM notes WHERE kind = 'error' ORDER BY at DESC LIMIT ?)'''
+
 
 class Recorder:
     """Writes down what this process has counted, and reads the notes of all."""
@@ -4643,6 +4646,8 @@ class Recorder:
             merged = {**error, 'count': count, 'first_at': before['first_at'], 'seen': False}
             notes.append(('error', place, error['last_at'], to_json(merged)))
         cache_db.executemany(UPSERT_NOTE, notes)
+        if errors:
+            cache_db.execute(TRIM_ERRORS, (MAX_PLACES,))
 
     def state(self):
         """How this process is: what is measured only when somebody looks."""
@@ -4889,17 +4894,18 @@ def show_stack():
              if value and (name != 'state' or value in STATES)}
     bottle.request.environ['stack.query'] = urllib.parse.urlencode(query)
     day = query.get('chart') == 'day'
-    nodes, counts = recorder.nodes(), recorder.counts(60, 3600)
-    hour = collections.Counter()
+    nodes, counts, hour = recorder.nodes(), recorder.counts(60, 3600), collections.Counter()
     for _, data in counts:
         hour.update(data)
+    named, seconds = by_name(hour), min(3600, now() - counts[0][0])
     return render(
         'stack', app=APP, source=stream_source(STACK_STREAM), table=_table, button=_button, at=_at,
         failing=sorted({name for node in nodes.values() for name in node['failing']}), day=day,
         charts=_charts(recorder.counts(900, 86400), 900, 96) if day else _charts(counts, 60, 60),
         wanted=query, filter={key: query.get(key) for key in ('state', 'queue', 'name')},
         choices={'state': STATES, 'queue': QUEUES, 'name': sorted(jobs.names())},
-        tables=_tables(query, hour, nodes, min(3600, now() - counts[0][0])))
+        tables=[*_job_tables(query, named, seconds), *_web_tables(named, nodes),
+                *_service_tables(hour, nodes, seconds), *_process_table(nodes)])
 
 
 @app.post('/stack/<act>')
@@ -4938,14 +4944,9 @@ ACTS = {
 
 # What it shows: (caption, heads, rows of texts, Html or numbers, ids of the rows) of each table
 
-def _tables(query, hour, nodes, seconds):
-    counts, paused, totals = jobs.counts(), jobs.paused(), collections.Counter()
-    for node in nodes.values():
-        totals.update({**node['values'], **node['gauges']})
-    named, held, (messages, first_at) = by_name(hour), cache.stats(), cable.span()
-    hits, misses = totals['cache_hits_total'], totals['cache_misses_total']
+def _job_tables(query, named, seconds):
+    counts, paused = jobs.counts(), jobs.paused()
     queues = [*QUEUES, *sorted({queue for queue, _ in counts} - QUEUES.keys())]
-    facts = {name: database.facts() for name, database in databases.items()}
     found = jobs.list(LIST_JOBS, *map(query.get, ('state', 'name', 'queue')))
     return [
         ('Jobs', ('task', 'state', 'attempt', 'when', 'more', ''), [*map(_job_row, found)],
@@ -4968,19 +4969,35 @@ def _tables(query, hour, nodes, seconds):
             for name, last_at, next_at in jobs.recurring()]),
         ('Tasks, in the last hour', ('task', 'done', 'failed', 'run p50, p99'), _rows(
             named, 'job_duration_seconds', 1, ('done', 'failed'), (.5, .99))),
+    ]
+
+
+def _web_tables(named, nodes):
+    return [
         ('Routes, in the last hour', ('route', '2xx', '3xx', '4xx', '5xx', 'p50, p95, p99'), _rows(
             named, 'http_request_duration_seconds', 2, ('2xx', '3xx', '4xx', '5xx'),
             (.5, .95, .99))),
         ('Slowest requests', ('route', 'took', 'at', 'request'), _slowest(nodes, 'requests')),
+        ('Slowest statements', ('statement', 'took', 'at', 'request'),
+         _slowest(nodes, 'statements')),
+    ]
+
+
+def _service_tables(hour, nodes, seconds):
+    totals, held, (messages, first_at) = collections.Counter(), cache.stats(), cable.span()
+    for node in nodes.values():
+        totals.update({**node['values'], **node['gauges']})
+    hits, misses = totals['cache_hits_total'], totals['cache_misses_total']
+    facts = [(name, database.copied, database.facts()) for name, database in databases.items()]
+    return [
         ('Databases', ('file', 'size', 'WAL', 'free', 'migrations', 'rows/s', 'waited for locks',
                        'Litestream'), [
             (each['place'], *(_bytes(each[f'{kind}bytes']) for kind in ('', 'wal_', 'free_')),
              each['migrations'],
-             f'{hour[chr(9).join(("database_changed_rows_total", name))] / seconds:.3g}',
+             '{:.3g}'.format(hour[f'database_changed_rows_total\t{name}'] / seconds),
              _seconds(totals[f'database_lock_wait_seconds_total\t{name}']),
-             _at(each['copied_at'], 'not copied')) for name, each in facts.items()]),
-        ('Slowest statements', ('statement', 'took', 'at', 'request'),
-         _slowest(nodes, 'statements')),
+             _at(each['copied_at'], 'not copied' if copied else 'needs no copy'))
+            for name, copied, each in facts]),
         ('Cache', ('entries', 'size', 'hits', 'evictions', ''), [
             (held['entries'], f'{_bytes(held["bytes"])} of {_bytes(held["limit_bytes"])}',
              f'{hits / (hits + misses):.0%}' if hits + misses else '–',
@@ -4991,6 +5008,11 @@ def _tables(query, hour, nodes, seconds):
              f'{hour["cable_messages_total"] / seconds:.3g}', f'{messages} since {_at(first_at)}',
              *(totals[f'cable_{name}_total']
                for name in ('resumes', 'refreshes', 'dropped_readers')))]),
+    ]
+
+
+def _process_table(nodes):
+    return [
         ('Processes', ('process', 'version', 'since', 'memory', 'CPU', 'files', 'connections',
                        'loops', 'longest stall'), [
             (name, node['version'], _at(node['gauges']['process_start_time_seconds']),
@@ -5245,7 +5267,7 @@ select { color: inherit; }
 :focus-visible { border-radius: 6px; outline: 2px solid var(--accent); outline-offset: 2px; }
 summary, button { cursor: pointer; }
 .charts {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1.5rem;
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1.5rem;
   align-items: end; margin-top: 1rem;
 }
 svg { display: block; width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); }
@@ -5261,6 +5283,7 @@ td:first-child, td:last-child { min-width: 8rem; }
 td form { display: inline-block; margin: 0 .25rem .25rem 0; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .5rem; }
 section { max-height: 24rem; margin-top: .5rem; overflow: auto; }
+figcaption span { display: block; }
 pre { white-space: pre-wrap; }
 @media (width < 44rem) {
   table, tbody, tr, td { display: block; }
@@ -5320,8 +5343,14 @@ def start_logging(form='text'):
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
-    gevent.get_hub().print_exception = lambda context, *error: log.error(
-        'failed: %s', context, exc_info=error)
+    gevent.get_hub().print_exception = _log_failed
+
+
+def _log_failed(context, kind, error, trace):
+    """A greenlet, or a callback, has raised something."""
+    if error is not None:
+        metrics.failed('loop', 'greenlet', error)
+    log.error('failed: %s', context, exc_info=(kind, error, trace))
 
 
 @contextlib.contextmanager
