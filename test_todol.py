@@ -6659,15 +6659,26 @@ def test_a_stalled_loop_a_slow_reader_and_a_second_process_are_seen(stack_server
     client.get('/block')
     eventually(lambda: re.search(r'stood still seconds=0\.[3-9]\d* at=block \(script\.py:\d+\)', stack_server.log))
     assert re.search(r'at \d\d:\d\d:\d\d, block \(script\.py', shown().text)
-    name = client.get('/loud').text
-    deaf = connect(stack_server, client)
-    deaf.command('subscribe', json.dumps({'channel': 'Turbo::StreamsChannel', 'signed_stream_name': name}))
-    while deaf.receive()['type'] != 'confirm_subscription':
-        pass
+    identifier = {'channel': 'Turbo::StreamsChannel', 'signed_stream_name': client.get('/loud').text}
+
+    def subscribed(**since):
+        socket = connect(stack_server, client)
+        socket.command('subscribe', json.dumps({**identifier, **since}))
+        while socket.receive().get('type') != 'confirm_subscription':
+            pass
+
+    def cable(name):
+        found = re.search(rf'^todol_cable_{name}{{.*}} (.*)$', client.get('/metrics', headers=basic()).text, re.MULTILINE)
+        return float(found[1]) if found else 0
+
+    names = ('sockets', 'subscriptions', 'resumes_total', 'refreshes_total', 'dropped_readers_total')
+    before = list(map(cable, names))
+    subscribed(since=re.search('data-since="([^"]+)"', client.get('/').text)[1])
+    subscribed(since='of-another-file:7')
+    subscribed()
+    assert [now - then for now, then in zip(map(cable, names), before)] == [3, 3, 1, 1, 0]
     eventually(lambda: client.post('/shout/10') and 'its client does not read' in stack_server.log, 20)
-    dropped = next(line for line in client.get('/metrics', headers=basic()).text.splitlines()
-                   if line.startswith('todol_cable_dropped_readers_total{'))
-    assert dropped.endswith(' 1')
+    assert cable('dropped_readers_total') - before[-1] >= 1 and cable('messages_total') >= 10
     second = start_server(stack_server.directory, TODOL_STACK_PASSWORD=PASSWORD)
 
     def processes():

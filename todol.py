@@ -4528,7 +4528,6 @@ cache_db.migrations += [
 ]
 UPSERT_NOTE = '''INSERT INTO notes (kind, key, at, data) VALUES (?, ?, ?, ?)
                  ON CONFLICT (kind, key) DO UPDATE SET at = excluded.at, data = excluded.data'''
-
 TRIM_ERRORS = '''DELETE FROM notes WHERE kind = 'error' AND key NOT IN (
                      SELECT key FROM notes WHERE kind = 'error' ORDER BY at DESC LIMIT ?)'''
 
@@ -4628,7 +4627,7 @@ class Recorder:
                 cache_db.transact(self._upsert, notes, errors)
                 self._written = activity
         except StorageError as error:
-            metrics.errors = errors
+            metrics.errors = {**metrics.errors, **errors}
             log.error('what was counted can not be written: %s', error)
         self._begin(values)
 
@@ -4662,11 +4661,10 @@ class Recorder:
         young = now() - SLOWEST_AGE_SECONDS
         return {
             'version': __version__, 'cpu_share': share, 'loops': len(loops), 'failing': failing,
-            'connections': len(self.pool),
-            'stall': stalls.longest, 'slowest': {kind: [(what, *of) for what, of in kept.items()
-                                                        if of[1] > young]
-                                                 for kind, kept in metrics.slowest.items()},
-            'values': self.values(), 'gauges': {
+            'connections': len(self.pool), 'stall': stalls.longest, 'values': self.values(),
+            'slowest': {kind: [(what, *of) for what, of in kept.items() if of[1] > young]
+                        for kind, kept in metrics.slowest.items()},
+            'gauges': {
                 'process_cpu_seconds_total': used, 'process_start_time_seconds': self.started_at,
                 'process_resident_memory_bytes': resident_bytes(),
                 'process_open_fds': len(os.listdir('/dev/fd')), 'cable_sockets': len(sockets),
