@@ -6333,11 +6333,14 @@ def test_the_file_in_trouble_loses_no_count_and_fails_no_request(operator, monke
     monkeypatch.setattr(todol, 'BUSY_SECONDS', 0.05)
     blocker.execute('BEGIN IMMEDIATE')
     assert operator.get('/nothing').status == 404
+    todol.metrics.failed('job', 'meanwhile', ValueError('bad'))
     recorder._write()
     assert todol.loops['metrics'].alive
     blocker.execute('ROLLBACK')
     blocker.close()
     recorder._write()
+    eventually(lambda: [(place, error['count']) for place, _, error in recorder.errors()] == [
+        ('job meanwhile: ValueError in no line', 1)])
     rows = [json.loads(data) for data, in todol.cache_db.execute("SELECT data FROM notes WHERE kind = '60'")]
     assert sum(number for data in rows for key, number in data.items() if 'none\t4xx' in key and 'sum' not in key) == 1
 

@@ -5787,18 +5787,9 @@ def command_errors():
 
 def command_console():
     """A prompt of Python with the four services and the app's names, beside a running server."""
-    def line():
-        try:
-            return input()
-        except EOFError:        # raised in a thread, it would be logged
-            return None
-
     def ask(prompt=''):
-        print(prompt, end='', flush=True)
-        text = in_thread(line)              # the loops go on meanwhile
-        if text is None:
-            raise EOFError
-        return text
+        gevent.sleep(2 * FLUSH_SECONDS)         # what the cache was given is written
+        return input(prompt)
 
     with open_stack():
         names = {**globals(), **vars(sys.modules['__main__'])}
