@@ -580,8 +580,8 @@ def html_validate(*documents):
 
 SECTION = re.compile(r'^# === ([A-Z][A-Za-z -]*?)(?:: .*?)? =+$', re.MULTILINE)
 SECTIONS = ['Settings', 'Metrics', 'Database', 'Processes', 'Cache', 'Jobs', 'Cable', 'Sessions', 'Web', 'WebSocket',
-            'HTTP', 'Live script', 'Operate', 'Stack page', 'Process', 'Backups', 'Command line', 'The app', 'Todos', 'Templates', 'Broadcasts',
-            'Routes', 'Styles', 'Script']
+            'HTTP', 'Live script', 'Operate', 'Stack page', 'Process', 'Backups', 'Command line', 'The app', 'Todos',
+            'Templates', 'Broadcasts', 'Routes', 'Styles', 'Script']
 PACKAGES = {'bottle': '0.13', 'gevent': '23.9', 'gevent-websocket': '0.10.1'}
 
 
@@ -1589,8 +1589,9 @@ def test_the_clock_of_sql_can_be_put_in_and_executemany_is_refused_outside_a_tra
 # Tables of few rows, or read in the order of an index up to a LIMIT; counts for the operator; when the clock was set;
 # the ends of a table.
 SCANS_ALLOWED = re.compile(
-    'worker, request FROM jobs$|FROM (paused_queues$|outbox$|outbox ORDER BY id LIMIT|outbox LIMIT|entries ORDER BY id LIMIT|'
-    'messages WHERE created_at >= |recurring|epochs|schema_migrations|sqlite_master|pragma_)|UPDATE recurring|'
+    'worker, request FROM jobs$|FROM (paused_queues$|outbox$|outbox ORDER BY id LIMIT|outbox LIMIT|'
+    'entries ORDER BY id LIMIT|messages WHERE created_at >= |recurring|epochs|schema_migrations|sqlite_master|pragma_)|'
+    'UPDATE recurring|'
     r'UPDATE jobs SET run_at = now_s.., enqueued_at|SELECT (queue, )?count\(\*\)|(min|max)\(id\)|SET uid = id')
 
 
@@ -6431,8 +6432,8 @@ def test_slow_requests_and_jobs_have_a_line_and_others_only_in_the_access_log(op
     assert len(re.findall(r'slow job id=\d+ name=nap seconds=0\.\d+', logged.text)) == 1 and '/up' not in logged.text
     monkeypatch.setattr(todol.settings, 'slow_request_ms', 0)
     monkeypatch.setattr(todol.settings, 'access_log', True)
-    operator.get('/rest/7?q=hidden')
-    assert re.search(r'127\.0\.0\.1 GET /rest/7 200 \d+\.\d ms', logged.text) and 'hidden' not in logged.text
+    operator.get('/rest/hidden?q=hidden')
+    assert re.search(r'127\.0\.0\.1 GET /rest/<id> 200 \d+\.\d ms', logged.text) and 'hidden' not in logged.text
     assert logged.text.count('slow request') == 1
 
 
@@ -8367,6 +8368,7 @@ def test_another_users_todo_answers_as_one_that_never_was(listed):
             ('DELETE', None)], ('text/html', JSON, TURBO)):
         foreign, missing = (stranger.request(method, f'/todos/{id}' + '/edit' * (method == 'GET'), form, accept=accept)
                             for id in (listed.ids[0], 9))
+        assert foreign.headers.pop('x-request-id') != missing.headers.pop('x-request-id'), 'each has its own'
         assert foreign.status == missing.status == 404 and foreign.headers == missing.headers
         assert foreign.text == missing.text.replace('todo_9', f'todo_{listed.ids[0]}') and 'first' not in foreign.text
     assert listed.todos() == UNCHANGED

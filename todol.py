@@ -3246,8 +3246,9 @@ def _measure(environ, status, seconds):
         log.warning('slow request route=%s %s status=%s seconds=%.3f', method, rule, status[:3],
                     seconds)
     if settings.access_log:
+        # Of a route its rule: a path may hold what is nobody's business.
         log.info('%s %s %s %s %.1f ms', client_address(environ), environ['REQUEST_METHOD'],
-                 environ['PATH_INFO'], status[:3], seconds * 1000)
+                 rule if route else environ['PATH_INFO'], status[:3], seconds * 1000)
 
 
 def session_of(environ):
