@@ -6739,6 +6739,9 @@ def test_the_commands_work_beside_a_live_server_which_hears_of_them_at_once(stac
     for words in (('retry', id), ('explode', id)):
         assert_one_sentence(command('jobs', *words))
     assert command('jobs', 'retry').returncode == command('stats', '--name').returncode == 2
+    for name in ('jobs', 'stats', 'errors', 'console'):
+        done = run(name, TODOL_DATA=str(stack_server.directory / 'elsewhere'))
+        assert 'there is no ' in assert_one_sentence(done) and not (stack_server.directory / 'elsewhere').exists()
 
 
 def test_with_reload_a_changed_file_is_served_and_open_tabs_show_it_and_a_broken_one_is_not(tmp_path, new_page):

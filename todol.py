@@ -5745,10 +5745,21 @@ def command_check():
     return 1 if problems else 0
 
 
+@contextlib.contextmanager
+def open_existing():
+    """open_stack() on files that are there: a wrong setting makes no others. StorageError."""
+    load_settings(os.environ)
+    if not os.path.exists(app_db.default_path):
+        raise StorageError(f'there is no {app_db.default_path}; set {PREFIX}DATA and {PREFIX}ENV '
+                           f'as the app has them')
+    with open_stack():
+        yield
+
+
 def command_jobs(act='', id='', **options):
     """List jobs, or change one or all of them. A running server hears of it at once."""
     state, name = next((each for each in STATES if each in options), None), options.get('name')
-    with open_stack():
+    with open_existing():
         if not act:
             for job in map(without_secrets, jobs.list(1000, state, name)):
                 last = (job.error or '').rstrip().rpartition('\n')[2]
@@ -5766,7 +5777,7 @@ def command_jobs(act='', id='', **options):
 
 def command_stats(json=False):
     """What /metrics tells of the running servers; a histogram as its sum and count."""
-    with open_stack():
+    with open_existing():
         nodes = recorder.nodes()
         del nodes[processes.name]
         stats = {name: float(number) for samples in exposition(nodes).values()
@@ -5778,7 +5789,7 @@ def command_stats(json=False):
 
 def command_errors():
     """What nobody expected, the unseen and the last first, with the last traceback of each."""
-    with open_stack():
+    with open_existing():
         for place, at, error in recorder.errors():
             print(f'{place}: {error["count"]} times, last {_at(at)} UTC, request '
                   f'{error["request"] or "unknown"}{", seen" if error["seen"] else ""}\n'
@@ -5792,7 +5803,7 @@ def command_console():
         gevent.sleep(2 * FLUSH_SECONDS)         # what the cache was given is written
         return input(prompt)
 
-    with open_stack():
+    with open_existing():
         names = {**globals(), **vars(sys.modules['__main__'])}
         console = code.InteractiveConsole(names)
         console.raw_input = ask
