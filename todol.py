@@ -5751,7 +5751,7 @@ def open_existing():
     load_settings(os.environ)
     if not os.path.exists(app_db.default_path):
         raise StorageError(f'there is no {app_db.default_path}; set {PREFIX}DATA and {PREFIX}ENV '
-                           f'as the app has them')
+                           'as the app has them')
     with open_stack():
         yield
 
