@@ -705,9 +705,13 @@ class Database:
         if Database.current is self and not self._connection.in_transaction:
             raise StorageError(f'the transaction of the {self.name} database was rolled back')
 
+    def changed_rows(self):
+        """How many rows were written here since it was opened."""
+        return self._connection.total_changes
+
     def facts(self):
         """What the operator may want to know: place, bytes, bytes of the log before the file (WAL),
-        free bytes, rows changed here since it was opened, and when Litestream last copied it."""
+        free bytes, migrations, and when Litestream last copied it."""
         def status(path):
             with contextlib.suppress(OSError):
                 return os.stat(path)
@@ -721,7 +725,6 @@ class Database:
         return {'place': self.path, 'bytes': file.st_size if file else 0,
                 'wal_bytes': wal.st_size if wal else 0,
                 'free_bytes': pragma('freelist_count') * pragma('page_size'),
-                'changed_rows': self._connection.total_changes,
                 'migrations': len(self.migrations), 'copied_at': copied and copied.st_mtime}
 
     def _connect(self, mode):
@@ -4558,7 +4561,7 @@ class Recorder:
         for name, number in zip(('hits', 'misses', 'evictions'), cache.counts()):
             metrics.counters[(f'cache_{name}_total',)] = number
         for name, database in databases.items():
-            metrics.counters['database_changed_rows_total', name] = database.facts()['changed_rows']
+            metrics.counters['database_changed_rows_total', name] = database.changed_rows()
         return metrics.values()
 
     def nodes(self):
