@@ -5907,11 +5907,11 @@ def exposition(nodes):
     """{name: [(name with labels, number as text), ...]} of all metrics, those of a process with its
     name. Source: prometheus.io/docs/instrumenting/exposition_formats"""
     held, named = cache.stats(), {}
+    facts = {name: database.facts() for name, database in databases.items()}
     shared = {f'jobs\t{queue}\t{state}': number for (queue, state), number in jobs.counts().items()}
-    shared.update({f'database_bytes\t{name}': database.facts()['bytes']
-                   for name, database in databases.items()})
+    shared.update({f'database_bytes\t{name}': each['bytes'] for name, each in facts.items()})
     shared.update({f'cache_{name}': held[name] or 0 for name in ('bytes', 'limit_bytes')})
-    shared.update({f'postgresql_{name}': number for name, number in app_db.facts()['server'].items()
+    shared.update({f'postgresql_{name}': number for name, number in facts['app']['server'].items()
                    if number is not None})
     for process, values in [('', shared), *((name, {**node['values'], **node['gauges']})
                                             for name, node in nodes.items())]:
