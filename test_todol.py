@@ -8159,7 +8159,7 @@ def test_a_process_stays_small_and_writes_to_no_file_while_it_is_idle(server, co
     status = pathlib.Path(f'/proc/{server.process.pid}/status')
     need(status.exists(), 'this system has no /proc')
     resident_kb = int(re.search(r'VmRSS:\s+(\d+) kB', status.read_text())[1])
-    assert resident_kb < (48 if sys.version_info < (3, 13) else 58) * 1024      # later Pythons are larger themselves
+    assert resident_kb < (56 if sys.version_info < (3, 13) else 66) * 1024      # later Pythons are larger themselves
 
 
 def test_the_log_can_be_lines_of_json_with_a_record_for_each_traceback(start_server, tmp_path):
@@ -8780,7 +8780,8 @@ def test_the_jobs_of_version_1_run_in_their_order_and_failed_ones_are_kept(versi
     assert [todol.jobs.find(id).state for id in ('7', '11', '12')] == ['scheduled', 'running', 'blocked']
     todol.jobs.retry(failed.id)
     eventually(lambda: 'fails' in ran and not todol.jobs.failed())
-    assert todol.job_db.execute('SELECT due_at <= now_s() + 3600 FROM recurring') == [(1,)]
+    due = todol.job_db.execute('SELECT due_at <= now_s() + 3600 FROM recurring')
+    assert due == [(1,)] * len(todol.jobs._recurring)
     now = todol.now
     for seconds, last in ((todol.LEASE_SECONDS, ['leased', 'behind it']), (3600, ['delayed'])):
         monkeypatch.setattr(todol, 'now', lambda: now() + seconds)
