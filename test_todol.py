@@ -2267,7 +2267,7 @@ SCANS_ALLOWED = re.compile(
     'worker, request FROM jobs$|FROM (paused_queues$|outbox$|outbox ORDER BY id LIMIT|outbox LIMIT|'
     'entries ORDER BY id LIMIT|'
     'messages WHERE created_at >= |changes ORDER BY id LIMIT|recurring|epochs|schema_migrations|sqlite_master|'
-    'sqlite_sequence|pragma_)|UPDATE recurring|'
+    'sqlite_sequence|pragma_)|UPDATE (recurring|epochs)|'
     r'UPDATE jobs SET run_at = now_s.., enqueued_at|SELECT (queue, )?count\(\*\)|(min|max)\(id\)|SET uid = |SELECT coalesce.sum')
 
 
