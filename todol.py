@@ -1527,7 +1527,8 @@ class Cache:
             rows = [(waiting['body'], waiting['expires_at'])]
         else:
             rows = [(_body(*columns), expires_at) for *columns, expires_at in
-                    self._forgiving((), self._db.execute, GET_ENTRY, (key,))]
+                    self._forgiving((), self._db.execute, GET_ENTRY, (key,),
+                                    reads=True)]
         if not rows or rows[0][1] <= now():
             return None
         body, expires_at = rows[0]
@@ -1674,10 +1675,10 @@ class Cache:
             for name in ('page_count', 'freelist_count', 'page_size'))
         return (pages - free) * size
 
-    def _forgiving(self, otherwise, work, *arguments):
+    def _forgiving(self, otherwise, work, *arguments, reads=False):
         """What the work on the file gives. When it fails, the file is left alone for REST_SECONDS:
-        one that is locked costs a wait each time."""
-        if time.monotonic() < self._resting_until:
+        one that is locked costs a wait each time. To read it costs none, and may succeed."""
+        if time.monotonic() < self._resting_until and not reads:
             return otherwise
         try:
             return work(*arguments)
@@ -1968,6 +1969,7 @@ class Jobs:
         self._settled = []              # (Claim, outcome, error) since the last exchange
         self._relayed = set()           # ids of outbox rows that are in the job database
         self._looked_at = -math.inf     # at the leases
+        self._back_at = -math.inf       # when the database could be used again; inf: not yet
         self._clock_offset = None       # of the wall clock to the monotonic one, when last seen
         self._greenlets = []
         self._loop = None
@@ -2237,7 +2239,11 @@ class Jobs:
         self._bell.clear()
         self._empty_outbox()            # if it failed the last time
         settled = list(self._settled)
-        next_due, more = self._db.transact(self._exchange, settled)
+        try:
+            next_due, more = self._db.transact(self._exchange, settled)
+        except StorageError:
+            self._back_at = math.inf
+            raise
         del self._settled[:len(settled)]
         self._empty_outbox()
         if more:
@@ -2263,6 +2269,7 @@ class Jobs:
         self._mind_the_clock()
         if time.monotonic() - self._looked_at > LEASE_SECONDS / 10:
             self._looked_at = time.monotonic()
+            self._back_at = min(self._back_at, self._looked_at)
             self._renew_leases()
             self._free_leases()
         claims, times = [], [self._tick_recurring()]
@@ -2396,8 +2403,8 @@ class Jobs:
         dead = processes.dead()
         for worker, ended in self._db.execute(LEASES, (LEASE_SECONDS, processes.name)):
             alive = processes.is_alive(worker)
-            if alive is None:
-                alive = not ended
+            if alive is None:       # one that nobody could renew meanwhile has some time yet
+                alive = not ended or time.monotonic() < self._back_at + LEASE_SECONDS
             if not alive:
                 freed = self._db.execute(FREE_LEASES, (worker,))
                 log.warning('freed the jobs of a dead process worker=%s jobs=%s', worker,
@@ -9068,14 +9075,20 @@ hooks.ours = element => element.matches('.editor, dialog, [data-gone]');
 hooks.morphing = (from, to) => from.matches('.editing') && to.classList.add('editing');
 hooks.news = row => changes.length || row.toggleAttribute('data-flash', row.matches('#todos > li'));
 addEventListener('animationend', ({ target }) => target.removeAttribute('data-flash'));
+// A removed row is gone at once; those below move into its place. Of several the first shows
+// that: with a layout for each, a hundred would take seconds.
+let closing = false;
 hooks.leave = leave;
 function leave(node) {
   if (!node.matches?.('#todos > li')) return node.remove();
   if ($('.editor', node)) return node.toggleAttribute('data-gone', true);     // the edit decides
   if (node.contains(document.activeElement)) focusBeside(node);
-  const { offsetHeight, nextElementSibling } = node;
+  const { nextElementSibling } = node, height = closing ? 0 : node.offsetHeight;
   node.remove();
-  later('closeGap', nextElementSibling, offsetHeight);
+  if (!height) return;
+  closing = true;
+  requestAnimationFrame(() => { closing = false; });
+  later('closeGap', nextElementSibling, height);
 }
 function focusBeside(row) {
   const beside = row.nextElementSibling ?? row.previousElementSibling;
@@ -9249,8 +9262,8 @@ add_asset('more.js', compact(r'''
 // What is not needed before there is a todo: what is done to many, or undone, editing, text in
 // and out, keys, other devices.
 const { $, $$, byId, onClick, visit, changes, tell, hooks, list } = globalThis.live;
-const { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, asText, tick, announce } =
-  list;
+const { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, asText, tick,
+  announce } = list;
 const style = document.createElement('link');
 Object.assign(style, { rel: 'stylesheet', href: $('link[data-more]').dataset.more });
 style.dataset.late = '';
@@ -9278,7 +9291,7 @@ function take(path, was, said) {
   send(path, { _method: 'DELETE' }, was.map(({ id, ref }) => ({ id, ref, gone: true })),
     { was, said });
 }
-// A removed row is gone at once; those below it move into its place.
+// The rows below one that is gone move into its place.
 export function closeGap(row, height) {
   if (matchMedia('(prefers-reduced-motion)').matches) return;
   for (; row && row.getBoundingClientRect().top < innerHeight; row = row.nextElementSibling) {
@@ -9286,8 +9299,10 @@ export function closeGap(row, height) {
   }
 }
 
-// Undo: of what waits, after a reload too, and else of what the server did last
-let undos = changes.filter(({ was }) => was), undoTimer;
+// Undo: of what waits, after a reload and of another tab too, and else of what the server did last
+const undone = ({ key }) => changes.some(({ body }) => body.of === key);
+const undoable = entry => entry.was && !undone(entry);
+let undos = changes.filter(undoable), undoTimer;
 hooks.owned = () => { undos = []; };
 export function offerUndo(entry) {
   if (!undos.includes(entry)) undos.push(entry);
@@ -9302,7 +9317,9 @@ function hideUndo() {
   else byId('undo').hidden = true;
 }
 export function undo() {
-  const { key, was } = undos.pop() ?? {}, focused = byId('undo').contains(document.activeElement);
+  const { key, was } = [...undos, ...changes].filter(undoable).pop() ?? {};
+  const focused = byId('undo').contains(document.activeElement);
+  undos = undos.filter(each => each.key !== key);
   send('/undo', key ? { of: key } : {}, was);
   byId('undo').hidden = true;
   announce('Undone.');
@@ -9365,7 +9382,10 @@ function rename(row, title) {
 }
 export function refused({ key, rows, was, text }, answer) {
   undos = undos.filter(each => each.key !== key);
-  if (was) rows.forEach((_, at) => draw(was[at]));
+  if (was) {
+    rows.forEach((_, at) => draw(was[at]));
+    byId('undo').hidden = true;         // it was not done
+  }
   const row = answer.status !== 404 && was && find(rows[0]), field = $('.new-todo');
   if (text && row) edit(row, text);
   else if (text) field.value = `${text} ${field.value}`.trim();         // nothing typed is lost

@@ -308,7 +308,8 @@ class Person:
             del self.todos[todo.title]
 
     def clear(self):
-        ticked = [todo for todo in self.todos.values() if todo.completed]
+        # Of one whose last change was never answered nobody knows: it may stay, or go.
+        ticked = [todo for todo in self.todos.values() if todo.completed and todo.sure]
         for todo in ticked:
             todo.sure = False
         status, text = self.ask('POST', '/todos/completed', {'_method': 'DELETE'})
