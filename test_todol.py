@@ -15,6 +15,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import errno
 import functools
 import gzip
@@ -7622,9 +7623,15 @@ def test_each_button_does_what_it_says_to_one_job_or_to_all_that_match(operator,
     jobs = todol.jobs
     runs = failing(jobs, 4, attempts=1)
     numbers, goes_on = held(jobs, queue='low')
-    failed = [jobs.enqueue('fail', {'n': n}) for n in range(4)]
+    asked = contextvars.copy_context()
+    asked.run(todol.request_id.set, 'of a request')
+    failed = [asked.run(jobs.enqueue, 'fail', {'n': n}) for n in range(4)]
     eventually(lambda: jobs.stats()['failed'] == 4)
+    operator.act('pause', queue='default')
     assert operator.act('retry', id=failed[0]) == 'retry: 1 jobs'
+    again = jobs.find(failed[0])
+    assert (again.state, again.attempts, again.request) == ('ready', 0, 'of a request')
+    operator.act('resume', queue='default')
     eventually(lambda: jobs.find(failed[0]) is None)
     assert operator.act('retry', id=failed[0]) == 'retry: 0 jobs', 'it is gone'
     assert operator.act('discard', id=failed[1]) == 'discard: 1 jobs' and jobs.find(failed[1]) is None
@@ -7651,7 +7658,7 @@ def test_each_button_does_what_it_says_to_one_job_or_to_all_that_match(operator,
     assert operator.post('/stack/pause', form={'queue': 'none'}).status == operator.post('/stack/start').status == 422
     assert operator.act('start', name='tidy_up').endswith(', tidy_up')
     eventually(lambda: 'tidied up' in logged.text)
-    assert logged.text.count('stack page: ') == 14 and 'stack page: run: 2 jobs by=127.0.0.1' in logged.text
+    assert logged.text.count('stack page: ') == 16 and 'stack page: run: 2 jobs by=127.0.0.1' in logged.text
 
 
 def test_the_page_lists_the_jobs_that_match_with_all_that_is_known_of_them(operator):

@@ -6072,6 +6072,7 @@ def _job_tables(query, named, seconds):
     counts, paused = jobs.counts(), jobs.paused()
     queues = [*QUEUES, *sorted({queue for queue, _ in counts} - QUEUES.keys())]
     found = jobs.list(LIST_JOBS, *map(query.get, ('state', 'name', 'queue')))
+    errors = recorder.errors()
     return [
         ('Jobs', ('task', 'state', 'attempt', 'when', 'more', ''), [*map(_job_row, found)],
          [f'job_{job.id}' for job in found]),
@@ -6079,8 +6080,8 @@ def _job_tables(query, named, seconds):
             (place, error['count'], _at(error['first_at']), _at(at),
              _more(f'error in {place}', ('request', error['request']), text=error['traceback']),
              'seen' if error['seen'] else _button('seen', place, place=place))
-            for place, at, error in recorder.errors()],
-         [f'error_{zlib.crc32(place.encode())}' for place, *_ in recorder.errors()]),
+            for place, at, error in errors],
+         [f'error_{zlib.crc32(place.encode())}' for place, *_ in errors]),
         ('Queues', ('queue', *STATES, 'a minute', 'wait p50, p99', ''), [
             (queue, *(counts.get((queue, state), 0) for state in STATES),
              f'{sum(_buckets(named, "job_wait_seconds", queue)) * 60 / seconds:.3g}',
