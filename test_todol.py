@@ -12822,7 +12822,8 @@ def test_the_name_becomes_that_of_the_app_everywhere(tmp_path, start_server):
     assert status == 0 and out.startswith(f'{name} {todol.__version__}\n') and f'{name.upper()}_SECRET' in out
     named = [line.split()[0] for line in run_app(path, 'settings')[1].splitlines()]
     assert {'PORT', 'HOST', f'{name.upper()}_DATA', f'{name.upper()}_KEEP_DAYS'} <= set(named)
-    assert all(each in ('PORT', 'HOST') or each.startswith(f'{name.upper()}_') for each in named)
+    assert all(each.startswith(f'{name.upper()}_') for each in
+               set(named) - {setting.name for setting in todol.SETTINGS if not setting.prefixed})
     server = start_server(program=path)
     client = server.client()
     assert f'<title>{name.capitalize()}</title>' in client.get('/').text

@@ -1871,9 +1871,9 @@ START_RECURRING = '''
                  ELSE :next END'''
 TICK_RECURRING = '''UPDATE recurring SET due_at = ?, last_at = ?
                     WHERE name = ? AND due_at = ? RETURNING name'''
-DELETE_FAILED = '''
-    DELETE FROM jobs WHERE uid = ? AND failed_at IS NOT NULL
-    RETURNING uid, name, arguments, queue, order_key, enqueued_at, request'''
+OF_FAILED = 'uid', 'name', 'arguments', 'queue', 'order_key', 'enqueued_at', 'request'
+DELETE_FAILED = f'''DELETE FROM jobs WHERE uid = ? AND failed_at IS NOT NULL
+                    RETURNING {', '.join(OF_FAILED)}'''
 STATES = {      # of a job
     'failed': 'failed_at IS NOT NULL',
     'running': 'worker IS NOT NULL AND due_at IS NOT NULL',
@@ -2125,11 +2125,8 @@ class Jobs:
             (to_json(ids),))))
         self._db.after_commit(self._wake)       # the next of their order keys may be due
         changed = [row for id in ids for row in self._db.execute(CHANGE_JOBS[verb][1], (id,))]
-        for uid, name, arguments, queue, order_key, enqueued_at, request in (
-                changed if verb == 'retry' else ()):
-            self._insert({'uid': uid, 'name': name, 'arguments': arguments, 'queue': queue,
-                          'unique_key': None, 'order_key': order_key, 'enqueued_at': enqueued_at,
-                          'run_at': now(), 'request': request})
+        for row in changed if verb == 'retry' else ():
+            self._insert({**dict(zip(OF_FAILED, row)), 'unique_key': None, 'run_at': now()})
         return len(changed)
 
     def list(self, limit=100, state=None, name=None, queue=None):
