@@ -7684,12 +7684,16 @@ def test_the_page_lists_the_jobs_that_match_with_all_that_is_known_of_them(opera
 
 @on_postgres
 def test_on_postgresql_the_page_shows_the_server_and_the_processes_of_every_machine(operator, dbms, start_server):
-    failing(todol.jobs, 9, attempts=1)
+    runs = failing(todol.jobs, 9, attempts=1)
     todol.jobs.enqueue('fail', {'n': 7})
     eventually(lambda: operator.metric('jobs', state='failed') == 1)
     error = eventually(todol.recorder.errors)[0]
     assert error[0].startswith('job fail: ZeroDivisionError') and error[2]['count'] == 1
-    assert 'fail failed default 1 ZeroDivisionError: run 1' in run('jobs', '--failed', TODOL_ENV='test', **dbms).stdout
+    command = functools.partial(run, TODOL_ENV='test', **dbms)
+    assert 'fail failed default 1 ZeroDivisionError: run 1' in command('jobs', '--failed').stdout
+    assert command('jobs', 'retry', 'all').stdout == 'retry: 1 jobs\n'
+    eventually(lambda: len(runs) == 2, 3, 'a start at once')
+    assert 'todol_postgresql_connections' in command('stats').stdout
     changed = operator.metric('database_changed_rows_total', database='app')
     todol.app_db.transact(lambda: [keep(todol.app_db, f'key {n}') for n in range(3)])
     assert operator.metric('database_changed_rows_total', database='app') - changed == 3
