@@ -4924,6 +4924,23 @@ def test_jobs_of_an_order_key_run_one_by_one_and_none_is_stuck_while_others_are_
 
 
 @on_postgres
+def test_a_job_that_is_cancelled_while_the_next_of_its_order_key_is_inserted_does_not_leave_that_blocked(new_jobs):
+    jobs, inserted = new_jobs(), gevent.event.Event()
+    jobs.task(named('ordered', lambda: None))
+    first = jobs.enqueue('ordered', order_key='k', delay_seconds=3600)
+
+    def slowly():
+        second = jobs.enqueue('ordered', order_key='k')
+        inserted.set()
+        jobs._outbox.execute('SELECT pg_sleep(0.2)')
+        return second
+
+    inserting = gevent.spawn(jobs._outbox.transact, slowly)
+    inserted.wait()
+    assert jobs.cancel(first) and jobs.find(inserting.get()).state == 'ready'
+
+
+@on_postgres
 def test_a_job_that_only_a_newer_version_knows_is_left_to_it_and_fails_after_minutes(new_jobs, job_clock):
     old, newer = new_jobs(), new_jobs()
     newer.task(named('newer', lambda: None))
