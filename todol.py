@@ -5288,8 +5288,8 @@ const changes = [];
 const order = new Intl.Collator('en', { numeric: true }).compare;
 const waits = key => key && changes.some(each => each.key === key);
 const itemOf = key => `change:${owner}:${key}`;
-const kept = (all, whose = 'change:') =>
-  Object.keys(all).filter(name => name.startsWith(whose)).sort(order);
+const kept = (all, by = 'change:') =>
+  Object.keys(all).filter(name => name.startsWith(by)).sort(order);
 let newest = 0, delivering, waiting, wake = () => {};
 function newKey() {                     // later ones are greater, though the clock goes back
   newest = Math.max(newest + 1, Date.now());
@@ -5324,7 +5324,7 @@ function takeKept() {
 // In the other tabs. They send it themselves if the one that has it is closed. They show the
 // other list too, if this browser has another one by now.
 addEventListener('storage', ({ key: name, newValue }) => {
-  if (name === 'owner' && newValue && newValue !== owner) visit();
+  if (name === 'owner' && newValue !== owner) visit();
   if (!name?.startsWith(itemOf(''))) return;
   const entry = JSON.parse(newValue);
   if (entry && !entry.refused) {
@@ -9080,7 +9080,7 @@ hooks.leave = leave;
 function leave(node) {
   if (!node.matches?.('#todos > li')) return node.remove();
   if ($('.editor', node)) return node.toggleAttribute('data-gone', true);     // the edit decides
-  if (node.contains(document.activeElement)) focusBeside(node);
+  if (node.contains(document.activeElement)) later('focusBeside', node);
   const { nextElementSibling } = node, height = closing ? 0 : node.offsetHeight;
   node.remove();
   if (!height) return;
@@ -9088,12 +9088,6 @@ function leave(node) {
   requestAnimationFrame(() => { closing = false; });
   later('closeGap', nextElementSibling, height);
 }
-function focusBeside(row) {
-  const beside = row.nextElementSibling ?? row.previousElementSibling;
-  const same = beside && $(`[class="${document.activeElement.className}"]`, beside);
-  (same ?? (beside ? $('.rename', beside) : $('.new-todo'))).focus();
-}
-
 // What can be done
 const asText = items =>
   items.map(({ title, completed }) => `- [${completed ? 'x' : ' '}] ${title}\n`).join('');
@@ -9204,7 +9198,7 @@ function arrange() {
     const home = row.matches('.editing') || showing.includes(isDone(row) ? 'completed' : 'active')
       ? list : byId('shelf');
     if (row.parentNode === home) continue;
-    if (row.contains(document.activeElement)) focusBeside(row);
+    if (row.contains(document.activeElement)) later('focusBeside', row);
     home.append(row);
     place(row);
   }
@@ -9288,6 +9282,11 @@ export function clear() {
 function take(path, was, said) {
   send(path, { _method: 'DELETE' }, was.map(({ id, ref }) => ({ id, ref, gone: true })),
     { was, said });
+}
+export function focusBeside(row) {
+  const beside = row.nextElementSibling ?? row.previousElementSibling;
+  const same = beside && $(`[class="${document.activeElement.className}"]`, beside);
+  (same ?? (beside ? $('.rename', beside) : $('.new-todo'))).focus();
 }
 // The rows below one that is gone move into its place.
 export function closeGap(row, height) {

@@ -383,9 +383,9 @@ class Person:
 
 class Tab:
     """A tab as the live script keeps it: rows by id, a position for each stream, and a socket that comes back."""
-    ROW = re.compile(r'<li id="todo_(\d+)"(?: class="([^"]*)")? data-version="(\d+)">\s*<form.*?'
+    ROW = re.compile(r'<li class="([^"]*)" id="todo_([1-9]\d*)" data-version="(\d+)"[^>]*>\s*<form.*?'
                      r'<label[^>]*>(.*?)</label>', re.S)
-    GONE = re.compile(r'<turbo-stream action="remove" target="todo_(\d+)">')
+    GONE = re.compile(r'<turbo-stream action="remove" target="todo_(\d+)"')
     SOURCE = re.compile(r'<turbo-cable-stream-source channel="([^"]*)" signed-stream-name="([^"]*)" '
                         r'data-since="([^"]*)"')
 
@@ -430,7 +430,7 @@ class Tab:
         self.show(page)
 
     def show(self, text):
-        for id, kind, version, title in self.ROW.findall(text):
+        for kind, id, version, title in self.ROW.findall(text):
             id, version = int(id), int(version)
             if id not in self.gone and version >= self.rows.get(id, (-1,))[0]:
                 self.rows[id] = version, html.unescape(title), 'completed' in kind
