@@ -3897,6 +3897,7 @@ def test_a_recurring_job_runs_on_multiples_of_its_period(jobs, job_clock):
     for _ in range(3):
         assert runs_after(jobs, job_clock, runs, 0.2) == 1 and runs_after(jobs, job_clock, runs, 59.8) == 0
     assert runs_after(jobs, job_clock, runs, 600) == 1, 'what was missed is made up for once'
+    assert jobs.recurring() == [('tick', runs[-1], 6_000_840)]
 
 
 @both_engines
