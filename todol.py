@@ -3021,8 +3021,7 @@ class PostgreSQL:
             self.bind(database)
         self.bind_cache(cache)
         self._bind(processes, open=lambda: None, close=lambda: None, ring=self.ring,
-                   patience=self._patience, others=self._other_names, dead=set,
-                   bury=lambda names: None,
+                   patience=self._patience, others=self.others, dead=set, bury=lambda names: None,
                    # Of others their leases tell: a connection is lost with every restart there.
                    is_alive=lambda name: name == self.name or None)
         processes.name = self.name
@@ -3118,18 +3117,10 @@ class PostgreSQL:
             gevent.sleep(random.uniform(0.05, 0.2))
 
     def others(self):
-        """How many connections other processes of the app have."""
-        with self.connection() as connection:
-            (number,), = connection.run(connection.complete(
-                'SELECT count(*) FROM pg_stat_activity WHERE starts_with(application_name, %s) '
-                'AND application_name <> %s',
-                (f'{self.channel} ', f'{self.channel} {self.name}')))
-        return number
-
-    def _other_names(self):
+        """The names of the other processes of the app that have a connection."""
         with self.connection() as connection:
             rows = connection.run(connection.complete(
-                'SELECT DISTINCT substr(application_name, %s) FROM pg_stat_activity '
+                'SELECT substr(application_name, %s) FROM pg_stat_activity '
                 'WHERE starts_with(application_name, %s)',
                 (len(self.channel) + 2, f'{self.channel} ')))
         return {name for name, in rows} - {self.name}
