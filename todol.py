@@ -21,8 +21,11 @@ A section uses only sections above it; `grep '^# ===' todol.py` prints them all.
 "The app" is the stack, which knows nothing of the app below it.
 """
 import base64
+import bisect
+import code
 import collections
 import contextlib
+import contextvars
 import datetime
 import errno
 import fcntl
@@ -40,6 +43,7 @@ import mmap
 import os
 import random
 import re
+import resource
 import secrets
 import select
 import shutil
@@ -47,6 +51,7 @@ import signal
 import socket
 import sqlite3
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -172,6 +177,13 @@ def server_url(text):
     return text
 
 
+def password(text):
+    """A parser of a password."""
+    if text and len(text) < 12:
+        raise ValueError('at least 12 characters')
+    return text
+
+
 SETTINGS = []                           # every Setting, in the order of declaration
 settings = types.SimpleNamespace()      # their values: PORT is .port, <APP>_ENV is .env
 
@@ -241,6 +253,17 @@ app_settings(
     Setting('LITESTREAM', 'off', 'on: Litestream runs beside; checkpoints are left to it, an '
             'early stop waits for it', switch),
     Setting('LOG', 'text', 'form of the log lines: text or json', one_of('text', 'json')),
+    Setting('ACCESS_LOG', 'off', 'on: a line in the log for each request', switch),
+    Setting('SLOW_REQUEST_MS', '1000', 'a request that takes so long has a line in the log, '
+            'milliseconds; 0: none has', whole_number(0, 10**9)),
+    Setting('SLOW_JOB_MS', '30000', 'a job that takes so long has one', whole_number(0, 10**9)),
+    Setting('STALL_MS', '250', 'a turn of the event loop that takes so long has one',
+            whole_number(0, 10**9)),
+    Setting('STACK_PASSWORD', '', 'opens /stack and /metrics, with any user name; unset: nobody '
+            'may see them, but from the same machine in development', password, secret=True),
+    Setting('METRICS_TOKEN', '', 'opens /metrics alone, as a bearer token', password, secret=True),
+    Setting('STACK_MASK', 'user,session,password,secret,token,key', 'arguments of jobs whose name '
+            'contains one of these are not shown on /stack', words),
 )
 
 
@@ -264,6 +287,112 @@ def _shown(value):
     except Exception:                   # a whole number of more than 4,300 digits, for one
         text = type(value).__name__
     return text if len(text) < 80 else f'{text[:80]}…'
+
+
+# === Metrics: what is counted and timed, in memory =======================================
+# To count costs next to nothing, so it never stops; Operate, below, keeps the counts by the minute.
+# A name is that of Prometheus, without the app's prefix: a counter ends in _total, and what is no
+# histogram either is a gauge. No label holds what somebody has typed.
+
+# Upper bounds of the buckets of a histogram, seconds; the last bucket has none.
+BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60)
+BUCKETS = (*map(str, BOUNDS), '+Inf')
+SLOW_SECONDS = 0.005        # what took less is not among the slowest
+SLOWEST = 10                # are kept of a kind, for SLOWEST_AGE_SECONDS
+SLOWEST_AGE_SECONDS = 3600
+MAX_SERIES = 2000           # names with labels; what comes later is not counted
+MAX_PLACES = 100            # where errors came from
+MAX_TRACEBACK_CHARS = 8000
+LIBRARIES = re.compile('(site|dist)-packages|/lib/python3')     # files whose lines are not ours
+
+HISTOGRAMS = {      # name: names of its labels
+    'http_request_duration_seconds': ('method', 'route', 'status'),
+    'job_duration_seconds': ('name', 'outcome'),
+    'job_wait_seconds': ('queue',),             # from when a job should run to its start
+    'event_loop_stall_seconds': (),             # turns that took longer than a setting
+}
+LABELS = {          # of counters and gauges; the others have none
+    **HISTOGRAMS, 'errors_total': ('kind',), 'jobs': ('queue', 'state'),
+    **dict.fromkeys(('database_bytes', 'database_changed_rows_total',
+                     'database_lock_wait_seconds_total'), ('database',)),
+}
+
+# Of the request that is answered, or that enqueued the job.
+request_id = contextvars.ContextVar('request_id', default=None)
+
+
+class Metrics:
+    """Counters and histograms by name and labels, the slowest of a kind, and the last errors."""
+
+    def __init__(self):
+        self.counters = collections.Counter()   # (name, *labels) -> number
+        self.histograms = {}        # (name, *labels) -> the counts of its buckets, then the sum
+        self.activity = 0           # changes whenever something is counted
+        self.slowest = {}           # kind -> {what: (seconds, Unix time, request id)}
+        self.errors = {}            # place -> dict, until they are written down
+        self.bell = gevent.event.Event()        # set when somebody wants to see all this
+
+    def count(self, *key, by=1):
+        """Add to a counter. key: its name and labels."""
+        self.activity += 1
+        if key in self.counters or len(self.counters) < MAX_SERIES:
+            self.counters[key] += by
+
+    def time(self, seconds, *key):
+        """Add a duration to a histogram."""
+        self.activity += 1
+        histogram = self.histograms.get(key)
+        if histogram is None:
+            histogram = [0] * (len(BUCKETS) + 1)
+            if len(self.histograms) < MAX_SERIES:
+                self.histograms[key] = histogram
+        histogram[bisect.bisect_left(BOUNDS, seconds)] += 1
+        histogram[-1] += seconds
+
+    def values(self):
+        """{'name<tab>label…': number}; of a histogram with a bucket, or 'sum', at the end."""
+        values = collections.Counter({'\t'.join(key): each for key, each in self.counters.items()})
+        for key, histogram in self.histograms.items():
+            for bucket, number in zip((*BUCKETS, 'sum'), histogram):
+                if number:
+                    values['\t'.join((*key, bucket))] = number
+        return values
+
+    def slow(self, kind, what, seconds):
+        """Note what took longer than SLOW_SECONDS, if it is among the slowest."""
+        kept = self.slowest.setdefault(kind, {})
+        young = now() - SLOWEST_AGE_SECONDS
+        if seconds >= kept.get(what, (0,))[0] or kept[what][1] < young:
+            kept[what] = seconds, now(), request_id.get()
+        if len(kept) > SLOWEST:
+            del kept[min(kept, key=lambda each: (kept[each][1] >= young, kept[each][0]))]
+
+    def failed(self, kind, name, error, private=()):
+        """Note an error that nobody expected, with others from the same place. kind: request, job
+        or loop. private: texts that its traceback must not show."""
+        self.count('errors_total', kind)
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if not LIBRARIES.search(frame.filename)] or frames
+        where = f'{own[-1].name}, line {own[-1].lineno}' if own else 'no line'
+        place = f'{kind} {name}: {type(error).__name__} in {where}'
+        if place in self.errors or len(self.errors) < MAX_PLACES:
+            text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
+            noted = self.errors.setdefault(place, {'count': 0, 'first_at': now()})
+            noted.update(count=noted['count'] + 1, last_at=now(), request=request_id.get(),
+                         traceback=without(text, private)[-MAX_TRACEBACK_CHARS:])
+        self.bell.set()
+
+
+def without(text, private):
+    """A text without these, as they are or as Python and JSON write them. Short ones stay: they
+    could be anything."""
+    for value in sorted({str(each) for each in private}, key=len, reverse=True):
+        for form in (value, repr(value)[1:-1], json.dumps(value)[1:-1]):
+            text = text.replace(form, '…') if len(form) > 2 else text
+    return text.encode('utf-8', 'backslashreplace').decode().replace('\0', '\\0')
+
+
+metrics = Metrics()
 
 
 # === Database: SQLite files, each used by many greenlets =================================
@@ -489,7 +618,8 @@ class Database:
         if self.in_transaction:
             return self._savepoint(call)
         refuse_in_transaction(f'a write to the {self.name} database')
-        write = _Write(call)
+        # Whoever leads calls it, so it takes its context along: the id of its request.
+        write = _Write(functools.partial(contextvars.copy_context().run, call))
         self._queue.append(write)
         try:
             while not write.done:
@@ -595,15 +725,26 @@ class Database:
 
     def _patiently(self, statement, parameters=()):
         """Run a statement; outside a transaction, again while another process holds the lock."""
-        deadline = time.monotonic() + BUSY_SECONDS
-        while True:
-            try:
-                return self._connection.execute(statement, parameters).fetchall()
-            except sqlite3.Error as error:
-                if (result_code(error) not in BUSY or Database.current
-                        or time.monotonic() > deadline):
-                    raise self._explained(error)
-            gevent.sleep(random.uniform(0.0005, 0.005))
+        began = started = time.perf_counter()
+        try:
+            while True:
+                try:
+                    return self._connection.execute(statement, parameters).fetchall()
+                except sqlite3.Error as error:
+                    if (result_code(error) not in BUSY or Database.current
+                            or started - began > BUSY_SECONDS):
+                        raise self._explained(error)
+                gevent.sleep(random.uniform(0.0005, 0.005))
+                started = time.perf_counter()
+        finally:
+            if started > began:
+                metrics.count('database_lock_wait_seconds_total', self.name, by=started - began)
+            self._note_time(statement, time.perf_counter() - started)
+
+    def _note_time(self, statement, seconds):
+        if seconds > SLOW_SECONDS:
+            text = re.sub("'[^']*'", "'…'", ' '.join(statement.split()))[:300]
+            metrics.slow('statements', f'{self.name}: {text}', seconds)
 
     def _explained(self, error):
         """What an error of sqlite3 means here; itself, if it is one of the program."""
@@ -625,6 +766,29 @@ class Database:
         # A function may catch the error of a full disk, and go on, outside of any transaction.
         if Database.current is self and not self._connection.in_transaction:
             raise StorageError(f'the transaction of the {self.name} database was rolled back')
+
+    def changed_rows(self):
+        """How many rows were written here since it was opened."""
+        return self._connection.total_changes
+
+    def facts(self):
+        """What the operator may want to know: place, bytes, bytes of the log before the file (WAL),
+        free bytes, migrations, when Litestream last copied it, and the server's own, if any."""
+        def status(path):
+            with contextlib.suppress(OSError):
+                return os.stat(path)
+
+        def pragma(name):
+            return self.execute(f'PRAGMA {name}')[0][0]
+
+        file, wal = status(self.path), status(self.path + '-wal')
+        folder, name = os.path.split(self.path)
+        copied = status(os.path.join(folder, f'.{name}-litestream', 'ltx', '0'))
+        return {'place': self.path, 'bytes': file.st_size if file else 0,
+                'wal_bytes': wal.st_size if wal else 0,
+                'free_bytes': pragma('freelist_count') * pragma('page_size'),
+                'migrations': len(self.migrations), 'copied_at': copied and copied.st_mtime,
+                'server': {}}
 
     def _connect(self, mode):
         address = f'file:{urllib.parse.quote(os.fsencode(self.path))}?mode={mode}'
@@ -841,6 +1005,7 @@ class Loop:
                 if self._stopping:
                     return
                 self.error = error
+                metrics.failed('loop', self.name, error)
                 log.exception('loop failed, goes on in %s s name=%s', pause, self.name)
                 with contextlib.suppress(gevent.GreenletExit):
                     gevent.sleep(pause)
@@ -913,6 +1078,11 @@ class Processes:
         """How long a loop may sleep when nothing is due, in seconds."""
         self._look()
         return POLL_SECONDS if self._others or not self._reachable else LONELY_POLL_SECONDS
+
+    def others(self):
+        """The names of the other processes that have a file or a bell, alive or not."""
+        self._look()
+        return set(self._others)
 
     def is_alive(self, name):
         """Whether a process holds the lock on its file; None where nobody knows: it has no file,
@@ -1313,6 +1483,10 @@ class Cache:
                 'limit_bytes': self.limit_bytes, 'front_entries': len(self._front),
                 'front_bytes': self._front_bytes}
 
+    def counts(self):
+        """Hits, misses and evictions since the start."""
+        return self._hits, self._misses, self._evicted
+
     def _slot(self, key):
         self._db._check()
         if not isinstance(key, str) or len(key) > MAX_KEY_CHARS or '\0' in key:
@@ -1634,14 +1808,19 @@ JOB_MIGRATIONS = [
     ('014 unblock when a job has failed', f'''
         CREATE TRIGGER unblock_failed AFTER UPDATE OF failed_at ON jobs
         WHEN new.failed_at IS NOT NULL AND new.order_key IS NOT NULL {UNBLOCK_NEXT}'''),
+    ('015 add request', 'ALTER TABLE jobs ADD COLUMN request TEXT'),        # that enqueued it
+    ('016 add start', 'ALTER TABLE jobs ADD COLUMN started_at REAL'),       # of the last attempt
+    ('017 create paused queues', 'CREATE TABLE paused_queues (queue TEXT PRIMARY KEY)'),
+    ('018 add last time', 'ALTER TABLE recurring ADD COLUMN last_at REAL'),
 ]
 INSERT_OUTBOX = 'INSERT INTO outbox (job) VALUES (?)'
 # A job behind another of its order key is not due until that one is gone. One with the unique key
 # of another that waits is dropped; gives the id of the one that is there.
 INSERT_JOB = '''
     INSERT INTO jobs (uid, name, arguments, queue, unique_key, order_key, run_at, enqueued_at,
-                      due_at)
+                      request, due_at)
     SELECT :uid, :name, :arguments, :queue, :unique_key, :order_key, :run_at, :enqueued_at,
+           :request,
            CASE WHEN :order_key IS NULL OR NOT EXISTS (
                     SELECT 1 FROM jobs WHERE order_key = :order_key AND failed_at IS NULL)
                 THEN :run_at END
@@ -1659,11 +1838,13 @@ CLAIM_JOBS = '''
         SELECT id FROM jobs WHERE worker IS NULL AND queue = :queue AND due_at <= now_s()
         ORDER BY due_at, id LIMIT :limit /*pg FOR UPDATE SKIP LOCKED */)
     UPDATE jobs SET due_at = now_s() + :lease, worker = :worker, attempt = attempt + 1,
-                    unique_key = NULL
+                    unique_key = NULL, started_at = now_s()
     WHERE id IN (SELECT id FROM due)
-    RETURNING id, worker, attempt, run_at, name, arguments, order_key'''
+    RETURNING id, worker, attempt, run_at, name, arguments, order_key, request,
+        queue'''
 FIRST_DUE = '''SELECT min(due_at) FROM jobs
-               WHERE worker IS NULL AND queue = ? AND due_at IS NOT NULL'''
+               WHERE worker IS NULL AND queue = :queue AND due_at IS NOT NULL
+                   AND NOT EXISTS (SELECT 1 FROM paused_queues WHERE queue = :queue)'''
 OF_LEASE = 'WHERE id = ? AND worker = ? AND attempt = ? AND run_at = ?'
 FINISH_JOB = f'DELETE FROM jobs {OF_LEASE}'
 FAIL_JOB = f'''
@@ -1688,15 +1869,31 @@ START_RECURRING = '''
     ON CONFLICT (name) DO UPDATE SET
         due_at = CASE WHEN :catch_up AND recurring.due_at < :next THEN recurring.due_at
                  ELSE :next END'''
-TICK_RECURRING = 'UPDATE recurring SET due_at = ? WHERE name = ? AND due_at = ? RETURNING name'
-DELETE_FAILED = '''DELETE FROM jobs WHERE uid = ? AND failed_at IS NOT NULL
-                   RETURNING uid, name, arguments, queue, order_key, enqueued_at'''
-SELECT_JOB = '''
-    SELECT uid, name, arguments, queue,
-           CASE WHEN failed_at IS NOT NULL THEN 'failed' WHEN worker IS NOT NULL THEN 'running'
-                WHEN due_at IS NULL THEN 'blocked' WHEN due_at <= now_s() THEN 'ready'
-                ELSE 'scheduled' END,
-           attempt, run_at, enqueued_at, failed_at, error FROM jobs'''
+TICK_RECURRING = '''UPDATE recurring SET due_at = ?, last_at = ?
+                    WHERE name = ? AND due_at = ? RETURNING name'''
+OF_FAILED = 'uid', 'name', 'arguments', 'queue', 'order_key', 'enqueued_at', 'request'
+DELETE_FAILED = f'''DELETE FROM jobs WHERE uid = ? AND failed_at IS NOT NULL
+                    RETURNING {', '.join(OF_FAILED)}'''
+STATES = {      # of a job
+    'failed': 'failed_at IS NOT NULL',
+    'running': 'worker IS NOT NULL AND due_at IS NOT NULL',
+    'blocked': 'worker IS NULL AND failed_at IS NULL AND due_at IS NULL',   # by its order key
+    'ready': 'worker IS NULL AND due_at <= now_s()',
+    'scheduled': 'worker IS NULL AND due_at > now_s()',
+}
+STATE = f'''CASE {' '.join(f"WHEN {test} THEN '{name}'" for name, test in STATES.items())} END'''
+SELECT_JOB = f'''
+    SELECT uid, name, arguments, queue, {STATE}, attempt, run_at, enqueued_at, failed_at, error,
+           CASE WHEN worker IS NULL THEN due_at END, started_at, worker, request
+    FROM jobs'''
+CHANGE_JOBS = {         # what can be done to a job by hand: (its state; None: it waits, statement)
+    'retry': ('failed', DELETE_FAILED),         # and then it comes anew
+    'discard': ('failed', DELETE_FAILED),
+    'run': ('scheduled', '''UPDATE jobs SET run_at = now_s(), due_at = now_s()
+                            WHERE uid = ? AND worker IS NULL AND due_at > now_s() RETURNING id'''),
+    'cancel': (None, '''DELETE FROM jobs WHERE uid = ? AND worker IS NULL AND failed_at IS NULL
+                        RETURNING id'''),
+}
 
 
 class JobError(AppError):
@@ -1732,6 +1929,8 @@ class Claim(typing.NamedTuple):
     name: str
     arguments: str              # JSON object
     order_key: str | None
+    request: str | None         # id of the request that enqueued it
+    queue: str
 
 
 class Job(typing.NamedTuple):
@@ -1746,6 +1945,10 @@ class Job(typing.NamedTuple):
     enqueued_at: float
     failed_at: float | None
     error: str | None           # traceback of the last failure
+    next_at: float | None       # when it is to run, again or for the first time
+    started_at: float | None    # of the last attempt
+    worker: str | None          # the process that runs it
+    request: str | None         # id of the request that enqueued it
 
 
 class Jobs:
@@ -1850,7 +2053,7 @@ class Jobs:
                'queue': known.queue if queue is None else _check_queue(queue),
                'unique_key': _check_key('unique_key', unique_key),
                'order_key': _check_key('order_key', order_key),
-               'enqueued_at': now()}
+               'enqueued_at': now(), 'request': request_id.get()}
         row['run_at'] = row['enqueued_at'] + _check_seconds('delay_seconds', delay_seconds)
         if self._outbox.in_transaction and not self._db.in_transaction:
             self._outbox.execute(INSERT_OUTBOX, (to_json(row),))
@@ -1888,37 +2091,91 @@ class Jobs:
 
     def cancel(self, id):
         """Delete a job that has not started, and say whether it was there."""
-        refuse_in_transaction('jobs.cancel()')
-        self._relay()
-        return self._db.transact(self._cancel, _check_id(id))
-
-    def _cancel(self, id):
-        self._lock_order(*(key for key, in self._db.execute(
-            'SELECT order_key FROM jobs WHERE uid = ?', (id,))))
-        self._db.after_commit(self._wake)       # the next of its order key may be due
-        return bool(self._db.execute('DELETE FROM jobs WHERE uid = ? AND worker IS NULL '
-                                     'AND failed_at IS NULL RETURNING id', (id,)))
+        return bool(self.change('cancel', [_check_id(id)]))
 
     def retry(self, id):
         """Run a failed job again, with all its attempts, as the last of its order key. Raises
         JobError if it has not failed."""
-        refuse_in_transaction('jobs.retry()')
-        self._db.transact(self._retry, id)
-
-    def _retry(self, id):
-        uid, name, arguments, queue, order_key, enqueued_at = self.discard(id)
-        self._insert({'uid': uid, 'name': name, 'arguments': arguments, 'queue': queue,
-                      'unique_key': None, 'order_key': order_key, 'enqueued_at': enqueued_at,
-                      'run_at': now()})
+        if not self.change('retry', [_check_id(id)]):
+            raise JobError(f'there is no failed job {_shown(id)}')
 
     def discard(self, id):
         """Delete a failed job. Raises JobError if it has not failed."""
-        if not self._db.in_transaction:
-            refuse_in_transaction('jobs.discard()')
-        rows = self._db.execute(DELETE_FAILED, (_check_id(id),))
-        if not rows:
+        if not self.change('discard', [_check_id(id)]):
             raise JobError(f'there is no failed job {_shown(id)}')
-        return rows[0]
+
+    def change_all(self, verb, state=None, name=None, queue=None):
+        """change() all jobs that match and are in the state for it; gives their number."""
+        return self.change(verb, self.ids(state or CHANGE_JOBS[verb][0], name, queue))
+
+    def change(self, verb, ids):
+        """Do one of CHANGE_JOBS to each of these jobs that is in the state for it; gives their
+        number. Some at a time: others run between."""
+        refuse_in_transaction('a change of a job')
+        self._relay()
+        ids, done = list(ids), 0
+        for start in range(0, len(ids), CLAIM_ROWS):
+            part = ids[start:start + CLAIM_ROWS]
+            done += self._db.transact(self._change, verb, part)
+        return done
+
+    def _change(self, verb, ids):
+        self._lock_order(*(key for key, in self._db.execute(
+            'SELECT order_key FROM jobs WHERE uid IN (SELECT value FROM json_each(?))',
+            (to_json(ids),))))
+        self._db.after_commit(self._wake)       # the next of their order keys may be due
+        changed = [row for id in ids for row in self._db.execute(CHANGE_JOBS[verb][1], (id,))]
+        for row in changed if verb == 'retry' else ():
+            self._insert({**dict(zip(OF_FAILED, row)), 'unique_key': None, 'run_at': now()})
+        return len(changed)
+
+    def list(self, limit=100, state=None, name=None, queue=None):
+        """The jobs that match, the last to come first."""
+        where, values = _matching(state, name, queue)
+        return [_job(row) for row in self._db.execute(
+            f'{SELECT_JOB} WHERE {where} ORDER BY id DESC LIMIT ?', (*values, limit))]
+
+    def ids(self, state=None, name=None, queue=None):
+        """The ids of all jobs that match, the first to come first."""
+        where, values = _matching(state, name, queue)
+        rows = self._db.execute(f'SELECT uid FROM jobs WHERE {where} ORDER BY id', values)
+        return [id for id, in rows]
+
+    def counts(self):
+        """{(queue, state): number of jobs}"""
+        rows = self._db.execute(f'SELECT queue, {STATE} AS state, count(*) FROM jobs '
+                                'GROUP BY queue, state')
+        return {(queue, state): number for queue, state, number in rows}
+
+    def pause(self, queue):
+        """Start no more jobs of a queue, in any process, until resume(); running ones end."""
+        self._db.execute('INSERT INTO paused_queues (queue) VALUES (?) ON CONFLICT DO NOTHING',
+                         (_check_queue(queue),))
+
+    def resume(self, queue):
+        self._db.execute('DELETE FROM paused_queues WHERE queue = ?', (_check_queue(queue),))
+        self._wake()
+        processes.ring(b'j')
+
+    def paused(self):
+        """The queues that are paused."""
+        return {queue for queue, in self._db.execute('SELECT queue FROM paused_queues')}
+
+    def recurring(self):
+        """[(name, when last, when next), ...] of the recurring tasks, in Unix seconds or None."""
+        times = {name: (last_at, due_at) for name, last_at, due_at in self._db.execute(
+                 'SELECT name, last_at, due_at FROM recurring')}
+        return [(name, *times.get(name, (None, None))) for name in sorted(self._recurring)]
+
+    def run_recurring(self, name):
+        """Run a recurring task now, unless it waits already. Raises JobError."""
+        if name not in self._recurring:
+            raise JobError(f'no recurring task is registered as {_shown(name)}')
+        return self.enqueue(name, unique_key=f'every {name}', order_key=f'every {name}')
+
+    def attempts_of(self, name):
+        """How many attempts a task has; None: it is not registered."""
+        return self._tasks[name].attempts if name in self._tasks else None
 
     def stats(self):
         """How many jobs wait, run and have failed."""
@@ -2015,7 +2272,7 @@ class Jobs:
         claims, times = [], [self._tick_recurring()]
         for queue in sorted(QUEUES, key=lambda name: random.expovariate(QUEUES[name])):
             while (free := self._free(queue, claims)) > 0:      # else whoever ends rings the bell
-                (due_at,), = self._db.execute(FIRST_DUE, (queue,))
+                (due_at,), = self._db.execute(FIRST_DUE, {'queue': queue})
                 if due_at is None or due_at > now() or len(claims) >= CLAIM_ROWS:
                     times.append(due_at)
                     break
@@ -2075,8 +2332,9 @@ class Jobs:
         for id, text in rows:
             try:
                 row = json.loads(text)
-                # Of version 1 it has no time of its own, and perhaps no id.
-                row = {'enqueued_at': now(), **row, 'uid': row['uid'] or f'outbox-{id}'}
+                # Of version 1 it has no time or request of its own, and perhaps no id.
+                row = {'enqueued_at': now(), 'request': None, **row}
+                row['uid'] = row['uid'] or f'outbox-{id}'
                 arguments = json.loads(row['arguments'])
                 if not (math.isfinite(row['run_at']) and isinstance(arguments, dict)):
                     raise JobError('it has no time, or no arguments')
@@ -2165,11 +2423,12 @@ class Jobs:
                 after, _ = self._recurring[name]
                 was_due_at, due_at = due_at, after(at)
                 # Of several processes one finds the time that it has read.
-                if self._db.execute(TICK_RECURRING, (due_at, name, was_due_at)):
+                if self._db.execute(TICK_RECURRING, (due_at, at, name, was_due_at)):
                     self._insert({
                         'uid': _new_id(), 'name': name, 'arguments': '{}',
                         'queue': self._tasks[name].queue, 'unique_key': f'every {name}',
-                        'order_key': f'every {name}', 'enqueued_at': at, 'run_at': at})
+                        'order_key': f'every {name}', 'enqueued_at': at, 'run_at': at,
+                        'request': None})
             times.append(due_at)
         return min(times, default=None)
 
@@ -2187,7 +2446,9 @@ class Jobs:
 
     def _run(self, claims):
         """Run a job, or those of a batch together; if that fails, each of them alone."""
+        started, began_at = time.perf_counter(), now()
         outcome, error = self._perform(claims)
+        self._measure(claims, outcome, began_at, time.perf_counter() - started)
         self._running.pop(claims[0].id, None)
         if outcome == 'failed' and len(claims) > 1:
             self._start([[claim] for claim in claims])
@@ -2195,10 +2456,22 @@ class Jobs:
             self._settled += [(claim, outcome, error) for claim in claims]
         self._bell.set()
 
+    def _measure(self, claims, outcome, began_at, seconds):
+        if outcome == 'released':
+            return
+        name = claims[0].name if claims[0].name in self._tasks else 'unknown'
+        for claim in claims if outcome == 'done' or len(claims) == 1 else ():   # else it runs again
+            if claim.attempt == 1:
+                metrics.time(max(0.0, began_at - claim.run_at), 'job_wait_seconds', claim.queue)
+            metrics.time(seconds, 'job_duration_seconds', name, outcome)
+        if settings.slow_job_ms and seconds * 1000 >= settings.slow_job_ms:
+            log.warning('slow job id=%s name=%s seconds=%.3f', claims[0].id, name, seconds)
+
     def _perform(self, claims):
         """Call the task; gives the outcome and the error. Whatever it raises is its own."""
         name, attempt = claims[0].name, claims[0].attempt
         task = self._tasks.get(name)
+        request_id.set(claims[0].request)
         try:
             if task is None:
                 raise JobError(f'no task is registered as {name!r}; was it renamed?')
@@ -2215,6 +2488,7 @@ class Jobs:
             if not self._workers and isinstance(failure, gevent.GreenletExit):
                 return 'released', None
             error = _clean(traceback.format_exc())
+            metrics.failed('job', name if task else 'unknown', failure, _hidden(claims))
             log.error('job failed ids=%s name=%s attempt=%s error=%s',
                       ','.join(str(claim.id) for claim in claims), name, attempt,
                       error.rstrip().rpartition('\n')[2])
@@ -2307,6 +2581,45 @@ def _job(row):
     """A row of SELECT_JOB as a Job."""
     job = Job(*row)
     return job._replace(arguments=json.loads(job.arguments))
+
+
+def _hidden(claims):
+    """The arguments of jobs that nobody should see."""
+    hidden = []
+    with contextlib.suppress(*JSON_ERRORS):
+        masked([json.loads(claim.arguments) for claim in claims], hidden)
+    return hidden
+
+
+def masked(value, hidden, hide=False):
+    """Arguments as they may be shown: without those whose names contain a word of the settings.
+    What is not shown is added to the list `hidden`."""
+    if isinstance(value, dict):
+        return {name: masked(each, hidden, hide or any(word in name.lower()
+                                                       for word in settings.stack_mask))
+                for name, each in value.items()}
+    if isinstance(value, list):
+        return [masked(each, hidden, hide) for each in value]
+    if hide:
+        hidden.append(value)
+    return '…' if hide else value
+
+
+def without_secrets(job):
+    """A Job as it may be shown."""
+    hidden = []
+    arguments = masked(job.arguments, hidden)
+    return job._replace(arguments=arguments, error=job.error and without(job.error, hidden))
+
+
+def _matching(state, name, queue):
+    """A condition for jobs, and its parameters; None: any. Raises JobError."""
+    if state is not None and state not in STATES:
+        raise JobError(f'the state of a job is {", ".join(STATES)}, not {_shown(state)}')
+    given = {'name': name, 'queue': queue}
+    parts = [STATES[state]] if state else ['true']
+    parts += [f'{column} = ?' for column, value in given.items() if value is not None]
+    return ' AND '.join(parts), tuple(value for value in given.values() if value is not None)
 
 
 def _check_id(id):
@@ -2442,6 +2755,8 @@ class Cable:
         self._last = 0                  # id of the last message delivered here
         self._bell = gevent.event.Event()
         self._loop = None
+        self.reloads = False            # who can't resume loads the page as a whole
+        self.awaited = {}               # stream -> Event to set when somebody subscribes
         self.epoch = None               # names the file: positions of another mean nothing here
 
     def open(self):
@@ -2453,6 +2768,13 @@ class Cable:
     def close(self):
         self._loop.stop()
         self.__init__(self._db)
+
+    def begin_anew(self, reloads=False):
+        """Let no position be valid any more: who comes with one is told to look again. reloads: to
+        load the page as a whole."""
+        self.reloads = reloads
+        self._db.execute('UPDATE epochs SET epoch = ?', (secrets.token_hex(4),))
+        self.epoch, self._last = self._db.transact(self._begin)
 
     def broadcast(self, stream, message):
         """Append a message to the log, and have it delivered. Gives its id when it is in the log.
@@ -2469,6 +2791,7 @@ class Cable:
         checked = [(_stream_checked(stream), message if callable(message) else _payload(message))
                    for stream, message in messages]
         ids = self._db.transact(self._append, checked)
+        metrics.count('cable_messages_total', by=len(ids))
         processes.ring(b'c')            # first: the other processes have further to go
         self._bell.set()
         return ids
@@ -2484,6 +2807,11 @@ class Cable:
         the log began anew, so that some may be missing. It must not wait."""
         self._db._check()
         self._subscribers.setdefault(_stream_checked(stream), set()).add(receive)
+        if stream in self.awaited:
+            self.awaited[stream].set()
+
+    def has_subscribers(self, stream):
+        return stream in self._subscribers
 
     def unsubscribe(self, stream, receive):
         """Stop it; harmless if it never started."""
@@ -2515,6 +2843,10 @@ class Cable:
         if oldest_of_full and oldest_of_full[0][0] > at:
             raise PositionLost('the log was cut short after that time')
         return self._read(stream, 0, at)
+
+    def span(self):
+        """How many messages the log holds, and the time of the first."""
+        return self._db.execute('SELECT count(*), min(created_at) FROM messages')[0]
 
     def prune(self):
         """Delete what is older than KEEP_MESSAGES_SECONDS or beyond the last KEEP_MESSAGES."""
@@ -2573,7 +2905,8 @@ class Cable:
         for receive in tuple(self._subscribers.get(stream, ())):
             try:
                 receive(message)
-            except BaseException:           # one subscriber's trouble is not another's
+            except BaseException as error:      # one subscriber's trouble is not another's
+                metrics.failed('loop', 'cable', error)
                 log.exception('subscriber failed stream=%s', stream)
 
     def _read(self, stream, after, at):
@@ -2677,6 +3010,7 @@ class PostgreSQL:
         self._next_try_at = 0       # after a while only one of us tries, every second
         self._listener = None       # the _Connection that bells come by
         self._echoed_at = -math.inf     # when our own came
+        self._pinged_at = self._bell_seconds = None
         self._bells, self._slots, self._rung = set(), set(), gevent.event.Event()
         self._measure_at = 0        # the size of the cache
         self._loops, self._bound = [], []
@@ -2687,7 +3021,7 @@ class PostgreSQL:
             self.bind(database)
         self.bind_cache(cache)
         self._bind(processes, open=lambda: None, close=lambda: None, ring=self.ring,
-                   patience=self._patience, dead=set, bury=lambda names: None,
+                   patience=self._patience, others=self.others, dead=set, bury=lambda names: None,
                    # Of others their leases tell: a connection is lost with every restart there.
                    is_alive=lambda name: name == self.name or None)
         processes.name = self.name
@@ -2783,13 +3117,25 @@ class PostgreSQL:
             gevent.sleep(random.uniform(0.05, 0.2))
 
     def others(self):
-        """How many connections other processes of the app have."""
+        """The names of the other processes of the app that have a connection."""
         with self.connection() as connection:
-            (number,), = connection.run(connection.complete(
-                'SELECT count(*) FROM pg_stat_activity WHERE starts_with(application_name, %s) '
-                'AND application_name <> %s',
-                (f'{self.channel} ', f'{self.channel} {self.name}')))
-        return number
+            rows = connection.run(connection.complete(
+                'SELECT substr(application_name, %s) FROM pg_stat_activity '
+                'WHERE starts_with(application_name, %s)',
+                (len(self.channel) + 2, f'{self.channel} ')))
+        return {name for name, in rows} - {self.name}
+
+    def facts(self):
+        """How the server is: connections of all, age of the oldest transaction, and how long our
+        last bell took; None if it has not come, as behind a pooler."""
+        with self.connection() as connection:
+            (connections, seconds), = connection.run(
+                f"SELECT count(*), coalesce({CLOCK} - date_part('epoch', min(xact_start)), 0) "
+                "FROM pg_stat_activity WHERE backend_type = 'client backend' AND datname = "
+                'current_database()')
+        late = time.monotonic() - self._echoed_at > 2 * PING_SECONDS
+        return {'connections': connections, 'oldest_transaction_seconds': seconds,
+                'bell_seconds': None if late else self._bell_seconds}
 
     def _is_away(self, at):
         return self._away_since is not None and at - self._away_since > BUSY_SECONDS
@@ -2834,6 +3180,7 @@ class PostgreSQL:
             self._listener.raw.pgconn.notify_handler = self._heard
             self._listener.run(f'LISTEN {self.channel}')
             processes.hear(b'*')            # what was rung meanwhile
+        self._pinged_at = time.monotonic()
         self._set_clock(self._listener, f"NOTIFY {self.channel}, '{self.name}  ';")
         return self._await_bells
 
@@ -2851,6 +3198,8 @@ class PostgreSQL:
         sender, bells, slots = notification.extra.decode().split(' ')
         if sender == self.name:
             self._echoed_at = time.monotonic()
+            if not bells + slots:
+                self._bell_seconds = self._echoed_at - self._pinged_at
             return
         if slots and cache._stamps:
             cache._stamps.outdate(range(VersionStamps.SLOTS) if slots == 'all'
@@ -2977,6 +3326,10 @@ class _Transaction(_Write):
             self._again = self._again or again
             raise explained from None
 
+    @property
+    def rowcount(self):
+        return self._connection.cursor.rowcount
+
     def lock(self, names, held):
         keys = {int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big', signed=True)
                 for name in names} - self._locks
@@ -3032,6 +3385,7 @@ class _Schema:
         self._translated = functools.lru_cache(2000)(self._translate)
         self.joined, self.path = database.part_of, f'schema {self._name}'
         self._check = server.check_thread
+        self._changed = 0
 
     def verbs(self):
         """What a Database has too."""
@@ -3059,9 +3413,17 @@ class _Schema:
             if not reads and not self._database.in_transaction:
                 refuse_in_transaction(f'anything but a SELECT from the {self._database.name} '
                                       f'database')
-            return running.execute((self._translated(statement), parameters))
+            return self._timed(running, reads, statement, parameters)
         return self._transact(functools.partial(self.execute, statement, parameters),
                               '' if reads else BEGIN)
+
+    def _timed(self, running, reads, statement, parameters):
+        began = time.perf_counter()
+        try:
+            return running.execute((self._translated(statement), parameters))
+        finally:
+            self._changed += 0 if reads else max(0, running.rowcount)
+            self._database._note_time(statement, time.perf_counter() - began)
 
     def executemany(self, statement, rows):
         self._check()
@@ -3071,6 +3433,7 @@ class _Schema:
         statement, rows = self._translated(statement), iter(rows)
         while some := list(itertools.islice(rows, COPIED_ROWS)):
             self._server.running.execute(*((statement, row) for row in some))
+            self._changed += len(some)
 
     def transact(self, function, /, *arguments, **options):
         self._check()
@@ -3136,6 +3499,17 @@ class _Schema:
         for table in self._last_ids():
             self.execute(f"SELECT setval('{self._name}.{table}_id_seq', greatest(1, ?, "
                          f'(SELECT max(id) FROM {table})))', (last.get(table, 1),))
+
+    def changed_rows(self):
+        return self._changed
+
+    def facts(self):
+        (size,), = self.execute(
+            'SELECT coalesce(sum(pg_total_relation_size(oid)), 0) FROM pg_class '
+            "WHERE relkind = 'r' AND relnamespace = to_regnamespace(?)", (self._name,))
+        return {'place': self.path, 'bytes': int(size), 'wal_bytes': None, 'free_bytes': None,
+                'migrations': len(self._database.migrations), 'copied_at': None,
+                'server': self._server.facts() if self._database.name == 'app' else {}}
 
     def truncate_log(self):
         """What was deleted goes with the server's own cleaning of tables and logs."""
@@ -3320,6 +3694,7 @@ app.uninstall(bottle.JSONPlugin)
 app.install(bottle.JSONPlugin(to_json))     # of returned dicts; bottle's own would send NaN
 
 TURBO_STREAM = 'text/vnd.turbo-stream.html'
+UNMEASURED = {'/up'}                # routes that machines ask: an idle app stays idle
 COMPRESS_BYTES = 1000               # a smaller answer fits a packet as it is
 COMPRESSIBLE = re.compile(r'text/|application/(json|javascript|manifest\+json)|image/svg')
 MAX_FIELDS = 20_000                 # of a form
@@ -3438,6 +3813,7 @@ def turbo_stream(action, target, html='', morph=False):
 
 
 REFRESH = '<turbo-stream action="refresh"></turbo-stream>\n'      # "load the page again"
+RELOAD = '<turbo-stream action="refresh" data-reload></turbo-stream>\n'   # with styles and scripts
 
 
 def came_from():
@@ -3602,6 +3978,7 @@ def answer_errors(function):
             body = function(*arguments, **options)
         except AppError as error:
             if error.status >= 500:
+                metrics.failed('request', _route_name(), error, _private_of(bottle.request.environ))
                 log.error('request failed path=%s error=%s', bottle.request.path, error)
             later = {'Retry_After': '1'} if error.status == 503 else {}
             return bottle.HTTPError(error.status, str(error), error, **later)
@@ -3620,6 +3997,8 @@ def error_answer(error):
     expected = error.exception if isinstance(error.exception, AppError) else AppError
     message, details = str(error.body or ''), ''
     if error.exception and expected is AppError:
+        metrics.failed('request', _route_name(), error.exception,
+                       _private_of(bottle.request.environ))
         message = 'Something went wrong here. It is in the log.'
         details = error.traceback if settings.env == 'development' else ''
     elif not message or message.startswith(BOTTLES_TEXTS):
@@ -3640,16 +4019,36 @@ def error_answer(error):
 app.default_error_handler = error_answer
 
 
+def _route_name():
+    route = bottle.request.environ.get('bottle.route')
+    return f'{route.method} {route.rule}' if route else 'no route'
+
+
+def _private_of(environ):
+    """What the client sent, as texts that nobody else should see."""
+    query = environ.get('QUERY_STRING', '')
+    given = [environ.get('HTTP_COOKIE', ''), environ.get('HTTP_AUTHORIZATION', ''), query,
+             (environ.get('stack.body') or b'').decode('utf-8', 'replace')]
+    given += [value for _, value in urllib.parse.parse_qsl(query)]
+    given += [part for part in environ['PATH_INFO'].split('/') if len(part) > 8]
+    for value in environ.get('stack.fields', {}).values():
+        given += value if isinstance(value, list) else [value]
+    return given + [*(session_of(environ) or ())[:1]]
+
+
 def application(environ, start_response):
     """The WSGI application: bottle's, and around it what every answer has: security headers, no
-    copies unless it says so, a session with a page, compression."""
-    started = []
+    copies unless it says so, a session with a page, compression, the id of the request."""
+    began, started = time.perf_counter(), []
+    id = _request_id(environ)
+    request_id.set(id)
     body = app.wsgi(environ, lambda *answer: started.append(answer))
     status, headers, *exc_info = started[-1]
     given = {name.lower(): value for name, value in headers}
     headers = headers + [(name, value) for name, value in SECURITY_HEADERS
                          if name.lower() not in given]
     kind, kept = given.get('content-type', ''), given.get('cache-control', '')
+    headers.append(('X-Request-Id', id))
     if not kept:
         dated = given.keys() & {'etag', 'last-modified'}
         headers.append(('Cache-Control', 'private' if dated else 'no-store'))
@@ -3665,7 +4064,36 @@ def application(environ, start_response):
             headers = [(name, value) for name, value in headers if name != 'Content-Length']
             headers += [('Content-Encoding', 'gzip'), ('Content-Length', str(len(body[0])))]
     start_response(status, headers, *exc_info)
+    _measure(environ, status, time.perf_counter() - began)
     return body
+
+
+_PROCESS_ID, _request_numbers = secrets.token_hex(4), itertools.count(1)
+
+
+def _request_id(environ):
+    """A new one; or that of a trusted proxy, if it is one."""
+    if settings.trust_proxy:
+        given = environ.get('HTTP_X_REQUEST_ID', '')
+        if re.fullmatch(r'[\w.-]{1,64}', given, re.ASCII):
+            return given
+    return f'{_PROCESS_ID}-{next(_request_numbers):x}'
+
+
+def _measure(environ, status, seconds):
+    route = environ.get('bottle.route')
+    method, rule = (route.method, route.rule) if route else ('-', 'none')
+    if rule not in UNMEASURED:
+        metrics.time(seconds, 'http_request_duration_seconds', method, rule, f'{status[0]}xx')
+        if seconds > SLOW_SECONDS:
+            metrics.slow('requests', f'{method} {rule}', seconds)
+    if settings.slow_request_ms and seconds * 1000 >= settings.slow_request_ms:
+        log.warning('slow request route=%s %s status=%s seconds=%.3f', method, rule, status[:3],
+                    seconds)
+    if settings.access_log:
+        # Of a route its rule: a path may hold what is nobody's business.
+        log.info('%s %s %s %s %.1f ms', client_address(environ), environ['REQUEST_METHOD'],
+                 rule if route else environ['PATH_INFO'], status[:3], seconds * 1000)
 
 
 def session_of(environ):
@@ -3752,21 +4180,23 @@ class WriteLimit:
 
     def count(self, environ):
         """Count a write; too many are answered with 429."""
+        session, most = session_of(environ), settings.writes_per_minute
+        if session:             # first: what is refused to it does not count for its address
+            self.add('changes', session[0], most, 10 * most)
+        self.add('changes', client_address(environ), 10 * most, 10 * most)
+
+    def add(self, what, who, limit, limit_of_rest, by=1):
+        """Count for somebody. Where too many are counted, the rest share a count. Raises 429."""
         minute = time.monotonic() // 60
         if minute != self._minute:
             self._counts, self._minute = collections.Counter(), minute
-        session, most = session_of(environ), settings.writes_per_minute
-        counted = [(client_address(environ), 10 * most)]
-        if session:             # first: what is refused to it does not count for its address
-            counted.insert(0, (session[0], most))
-        for who, limit in counted:
-            if who not in self._counts and len(self._counts) >= MAX_COUNTED:
-                who, limit = '', 10 * most      # the rest share a count
-            self._counts[who] += 1
-            if self._counts[who] > limit:
-                wait = 60 - int(time.monotonic()) % 60
-                raise bottle.HTTPError(429, f'More than {limit} changes in a minute. Wait a '
-                                            'moment.', Retry_After=str(wait))
+        if who not in self._counts and len(self._counts) >= MAX_COUNTED:
+            who, limit = '', limit_of_rest
+        self._counts[who] += by
+        if self._counts[who] > limit:
+            wait = 60 - int(time.monotonic()) % 60
+            raise bottle.HTTPError(429, f'More than {limit} {what} in a minute. Wait a moment.',
+                                   Retry_After=str(wait))
 
 
 writes = WriteLimit()
@@ -3914,6 +4344,7 @@ class CableSocket:
                 self._writer = gevent.spawn(self._write_unsent)
         self._unsent += data[sent:]
         if len(self._unsent) > OUTBOX_BYTES:
+            metrics.count('cable_dropped_readers_total')
             log.warning('socket dropped, its client does not read unsent_bytes=%s',
                         len(self._unsent))
             self.abort()
@@ -4037,7 +4468,9 @@ class Subscription:
 
 def refresh_of(stream):
     """In the place of messages that are lost: the page is to be loaded again."""
-    return Message(offset_of(cable.position()), stream, json.dumps(REFRESH), 0.0)
+    metrics.count('cable_refreshes_total')
+    return Message(offset_of(cable.position()), stream,
+                   json.dumps(RELOAD if cable.reloads else REFRESH), 0.0)
 
 
 class Connection:
@@ -4143,6 +4576,7 @@ class Connection:
         else:
             try:
                 subscription.start(cable.since(stream, str(since)), offset_of(since))
+                metrics.count('cable_resumes_total')
             except PositionLost:
                 subscription.start([refresh_of(stream)])
 
@@ -4709,7 +5143,7 @@ class StreamElement extends HTMLElement {
     const action = get('action'), target = get('target'), targets = get('targets');
     const { id, version } = subject(this), content = $('template', this)?.content;
     this.remove();
-    if (action === 'refresh') return visit();
+    if (action === 'refresh') return 'reload' in this.dataset ? location.reload() : visit();
     if (action === 'remove' && target && !version) versions.set(target, Infinity);
     if (outdated(id, version)) return;
     if (content) adopt(content);
@@ -5181,6 +5615,812 @@ def service_worker():
     return compact(SERVICE_WORKER, SCRIPT_MARKS)
 
 
+# === Operate: what the processes tell, and who may see it ================================
+# Each process keeps its counts by the minute in the cache's file, and nothing when nothing was
+# counted. When somebody looks, a bell asks all of them to write down how they are now.
+
+SPANS = (60, 900)           # seconds that a note of counts is about
+KEPT_SECONDS = {'60': 2 * 3600, '900': 26 * 3600, 'node': 3600, 'error': 30 * 86400}    # by kind
+REPLY_SECONDS = 0.3         # the other processes have to write down how they are
+MAX_FAILED_LOGINS = 10      # of an address in a minute
+LOOPBACK = ('127.0.0.1', '::1', 'localhost', '[::1]')
+
+UNMEASURED.update(['/stack', '/stack/<act>', '/metrics'])       # or to look would be to change
+cache_db.migrations += [
+    ('006 create notes', '''
+        CREATE TABLE notes (
+            kind        TEXT NOT NULL,          -- of KEPT_SECONDS
+            key         TEXT NOT NULL,          -- the time and process of counts, the process of a
+                                                -- node, the place of an error
+            at          REAL NOT NULL,
+            data        TEXT NOT NULL,          -- JSON
+            PRIMARY KEY (kind, key)
+        )'''),
+]
+UPSERT_NOTE = '''INSERT INTO notes (kind, key, at, data) VALUES (?, ?, ?, ?)
+                 ON CONFLICT (kind, key) DO UPDATE SET at = excluded.at, data = excluded.data'''
+TRIM_ERRORS = '''DELETE FROM notes WHERE kind = 'error' AND key NOT IN (
+                     SELECT key FROM notes WHERE kind = 'error' ORDER BY at DESC LIMIT ?)'''
+
+
+class Recorder:
+    """Writes down what this process has counted, and reads the notes of all."""
+
+    pool = ()       # of the greenlets that serve connections, in a server
+
+    def open(self):
+        self.started_at, self._written = now(), metrics.activity
+        self._cpu = time.monotonic(), time.process_time(), 0.0
+        metrics.slowest.clear()     # to open the files was slow
+        self._begun = {}            # span -> when it began, the values then
+        self._begin(self.values())
+        processes.wakes(metrics.bell, b's')
+        self._loop = Loop('metrics', self._turn)
+
+    def close(self):
+        """Write what was counted last, and be gone."""
+        self._loop.stop()
+        self._write()
+        cache_db.execute("DELETE FROM notes WHERE kind = 'node' AND key = ?", (processes.name,))
+
+    def values(self):
+        """Metrics.values(), with what others count."""
+        for name, number in zip(('hits', 'misses', 'evictions'), cache.counts()):
+            metrics.counters[(f'cache_{name}_total',)] = number
+        for name, database in databases.items():
+            metrics.counters['database_changed_rows_total', name] = database.changed_rows()
+        return metrics.values()
+
+    def nodes(self):
+        """How all processes are: {process: its state()}. One that does not answer within
+        REPLY_SECONDS is taken as it was."""
+        asked_at, deadline = now(), time.monotonic() + REPLY_SECONDS
+        others = processes.others()
+        processes.ring(b's')
+        while True:
+            notes = [(name, at, data) for name, at, data in self.notes('node', 60)
+                     if processes.is_alive(name) is not False]
+            late = others - {name for name, at, _ in notes if at >= asked_at}
+            if not late or time.monotonic() > deadline:
+                return {**{name: data for name, _, data in notes}, processes.name: self.state()}
+            gevent.sleep(0.01)
+
+    def counts(self, span, seconds):
+        """[(when it began, what was counted), ...] of the last so many seconds, of all processes,
+        and of this one up to now."""
+        began_at, base = self._begun[span]
+        ours = f'{began_at:.0f} {processes.name}'
+        return [*((at, data) for key, at, data in self.notes(str(span), seconds) if key != ours),
+                (began_at, self.values() - base)]
+
+    def errors(self):
+        """[(place, when last, {count, first_at, seen, request, traceback}), ...], the unseen and
+        the last first."""
+        notes = self.notes('error', KEPT_SECONDS['error'])
+        return sorted(notes, key=lambda note: (note[2]['seen'], -note[1]))[:MAX_PLACES]
+
+    def mark_seen(self, place=None):
+        """Mark the errors of a place, or all, as seen: the next is news again."""
+        for key, at, data in self.errors():
+            if place in (None, key):
+                cache_db.execute(UPSERT_NOTE, ('error', key, at, to_json({**data, 'seen': True})))
+
+    def notes(self, kind, seconds):
+        """[(key, time, data), ...] of the last so many seconds, in the order of time."""
+        rows = cache_db.execute('SELECT key, at, data FROM notes WHERE kind = ? AND at > ? '
+                                'ORDER BY at', (kind, now() - seconds))
+        return [(key, at, json.loads(data)) for key, at, data in rows]
+
+    def prune(self):
+        for kind, seconds in KEPT_SECONDS.items():
+            cache_db.execute('DELETE FROM notes WHERE kind = ? AND at < ?', (kind, now() - seconds))
+
+    def _turn(self):
+        asked = metrics.bell.is_set()
+        metrics.bell.clear()
+        self._write(asked)
+        return self._wait
+
+    def _wait(self):
+        gevent.sleep(REPLY_SECONDS / 3)        # a storm of errors is written in parts
+        metrics.bell.wait(60 - now() % 60)
+
+    def _write(self, asked=False):
+        """Write down what was counted, and how we are if somebody asked. While the file is in
+        trouble it waits in memory."""
+        values, activity, errors = self.values(), metrics.activity, metrics.errors
+        notes = [('node', processes.name, now(), to_json(self.state()))] if asked else []
+        if activity != self._written:
+            notes += [(str(span), f'{began_at:.0f} {processes.name}', began_at,
+                       to_json(values - base)) for span, (began_at, base) in self._begun.items()]
+        try:
+            if notes or errors:
+                metrics.errors = {}
+                cache_db.transact(self._upsert, notes, errors)
+                self._written = activity
+        except StorageError as error:
+            metrics.errors = {**metrics.errors, **errors}
+            log.error('what was counted can not be written: %s', error)
+        self._begin(values)
+
+    def _begin(self, values):
+        for span in SPANS:
+            began_at = now() // span * span
+            if self._begun.get(span, (None,))[0] != began_at:
+                self._begun[span] = began_at, values
+
+    def _upsert(self, notes, errors):
+        known = {place: data for place, _, data in self.errors()} if errors else {}
+        for place, error in errors.items():
+            before = known.get(place, {'count': 0, 'first_at': error['first_at'], 'seen': False})
+            count = error['count'] + (0 if before['seen'] else before['count'])
+            merged = {**error, 'count': count, 'first_at': before['first_at'], 'seen': False}
+            notes.append(('error', place, error['last_at'], to_json(merged)))
+        cache_db.executemany(UPSERT_NOTE, notes)
+        if errors:
+            cache_db.execute(TRIM_ERRORS, (MAX_PLACES,))
+
+    def state(self):
+        """How this process is: what is measured only when somebody looks."""
+        then, before, share = self._cpu
+        wall, used = time.monotonic(), time.process_time()
+        if wall - then > 1:
+            share = (used - before) / (wall - then)
+            self._cpu = wall, used, share
+        sockets = [each for group in connections.values() for each in group]
+        failing = {name: type(loop.error).__name__ for name, loop in loops.items()
+                   if not loop.alive}
+        young = now() - SLOWEST_AGE_SECONDS
+        return {
+            'version': __version__, 'cpu_share': share, 'loops': len(loops), 'failing': failing,
+            'connections': len(self.pool), 'stall': stalls.longest, 'values': self.values(),
+            'slowest': {kind: [(what, *of) for what, of in kept.items() if of[1] > young]
+                        for kind, kept in metrics.slowest.items()},
+            'gauges': {
+                'process_cpu_seconds_total': used, 'process_start_time_seconds': self.started_at,
+                'process_resident_memory_bytes': resident_bytes(),
+                'process_open_fds': len(os.listdir('/dev/fd')), 'cable_sockets': len(sockets),
+                'cable_subscriptions': sum(len(each.subscriptions) for each in sockets),
+                'loops_failing': len(failing)}}
+
+
+def resident_bytes():
+    """Memory of this process; without /proc the most it ever had."""
+    with contextlib.suppress(OSError), open('/proc/self/statm', 'rb') as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == 'darwin' else most * 1024
+
+
+class StallWatch:
+    """Times each turn of the event loop. A timer of the kernel goes off in one that takes too long,
+    and looks what it is at: in C, when that is over. For the main thread of a server."""
+
+    longest = None              # (seconds, Unix time, where)
+
+    def open(self):
+        if settings.stall_ms:
+            loop, self._limit = gevent.get_hub().loop, settings.stall_ms / 1000
+            self._began, self._armed, self._where = time.perf_counter(), False, ''
+            self._previous = signal.signal(signal.SIGALRM, self._ring)
+            # The first call after the wait for events, and the last before it.
+            self._watchers = (loop.check(ref=False, priority=2),
+                              loop.prepare(ref=False, priority=-2))
+            for watcher, act in zip(self._watchers, (self._begin, self._end)):
+                watcher.start(act)
+
+    def close(self):
+        if settings.stall_ms:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._previous)
+            for watcher in self._watchers:
+                watcher.close()
+
+    def _begin(self):
+        self._began = time.perf_counter()
+        if not self._armed:         # a call of the kernel in each turn would cost more
+            self._armed = True
+            signal.setitimer(signal.ITIMER_REAL, self._limit)
+
+    def _end(self):
+        if self._began is not None:
+            seconds, self._began = time.perf_counter() - self._began, None
+            if seconds >= self._limit:
+                metrics.time(seconds, 'event_loop_stall_seconds')
+                log.warning('the event loop stood still seconds=%.3f at=%s', seconds, self._where)
+                self.longest = max(self.longest or (0,), (seconds, now(), self._where))
+                self._where = ''
+
+    def _ring(self, number, frame):
+        self._armed = False
+        if self._began is None:
+            return                  # it waits for events
+        missing = self._limit - (time.perf_counter() - self._began)
+        if missing > 0:             # armed in a turn before
+            self._armed = True
+            signal.setitimer(signal.ITIMER_REAL, missing)
+        else:
+            stack = reversed(traceback.extract_stack(frame)[-4:])
+            self._where = ' < '.join(
+                f'{each.name} ({os.path.basename(each.filename)}:{each.lineno})' for each in stack)
+
+
+stalls = StallWatch()
+recorder = Recorder()
+logins = WriteLimit()       # of wrong passwords
+
+
+def admit(token=''):
+    """Refuse who may not see it: 401, 429, or 404 where nobody may. token: as a bearer token it
+    does for the password."""
+    environ, right = bottle.request.environ, settings.stack_password
+    if not right and _is_at_the_machine(environ):
+        return
+    if not right and not token:
+        raise NotFound(f'Nobody may see this: {PREFIX}STACK_PASSWORD is not set.')
+    kind, _, given = environ.get('HTTP_AUTHORIZATION', '').partition(' ')
+    if kind.lower() == 'bearer':
+        right = token
+    else:
+        _, given = bottle.request.auth or ('', '')
+    limit = ('wrong passwords', client_address(environ), MAX_FAILED_LOGINS, MAX_FAILED_LOGINS)
+    logins.add(*limit, by=0)        # who was wrong too often is not heard, right or wrong
+    # Hashes are of one length: the time of the comparison tells nothing.
+    hashes = [hashlib.sha256(text.strip().encode()).digest() for text in (given, right)]
+    if not (hmac.compare_digest(*hashes) and right):
+        if given:
+            log.warning('wrong password address=%s path=%s', limit[1], environ['PATH_INFO'])
+            logins.add(*limit)
+        raise bottle.HTTPError(401, 'This page wants a password.',
+                               WWW_Authenticate=f'Basic realm="{APP} stack", charset="UTF-8"')
+
+
+def _is_at_the_machine(environ):
+    """Whether a developer asks from the same machine, by its name: through no proxy, and from no
+    page of another site whose name leads here."""
+    host = re.sub(r':\d*$', '', environ.get('HTTP_HOST', '').lower())
+    proxied = any(name.startswith(('HTTP_X_FORWARDED', 'HTTP_FORWARDED', 'HTTP_X_REAL', 'HTTP_VIA'))
+                  for name in environ)
+    return (settings.env == 'development' and not settings.trust_proxy and not proxied
+            and host in LOOPBACK and environ.get('REMOTE_ADDR') in LOOPBACK)
+
+
+@app.get('/metrics')
+def show_metrics():
+    """For Prometheus, under the password or a bearer token of its own."""
+    admit(settings.metrics_token)
+    bottle.response.content_type = 'text/plain; version=0.0.4; charset=utf-8'
+    lines = []
+    for name, samples in exposition(recorder.nodes()).items():
+        kind = ('histogram' if name.removeprefix(f'{APP}_') in HISTOGRAMS else
+                'counter' if name.endswith('_total') else 'gauge')
+        lines += [f'# TYPE {name} {kind}', *map(' '.join, samples)]
+    return '\n'.join([*lines, ''])
+
+
+def exposition(nodes):
+    """{name: [(name with labels, number as text), ...]} of all metrics, those of a process with its
+    name. Source: prometheus.io/docs/instrumenting/exposition_formats"""
+    held, named = cache.stats(), {}
+    facts = {name: database.facts() for name, database in databases.items()}
+    shared = {f'jobs\t{queue}\t{state}': number for (queue, state), number in jobs.counts().items()}
+    shared.update({f'database_bytes\t{name}': each['bytes'] for name, each in facts.items()})
+    shared.update({f'cache_{name}': held[name] or 0 for name in ('bytes', 'limit_bytes')})
+    shared.update({f'postgresql_{name}': number for name, number in facts['app']['server'].items()
+                   if number is not None})
+    for process, values in [('', shared), *((name, {**node['values'], **node['gauges']})
+                                            for name, node in nodes.items())]:
+        for name, series in by_name(values).items():
+            full = name if name.startswith('process_') else f'{APP}_{name}'
+            for labels, numbers in series.items():
+                given = dict(zip(LABELS.get(name, ()), labels))
+                if process:
+                    given['process'] = process
+                named.setdefault(full, []).extend(_samples(full, given, numbers))
+    return named
+
+
+def by_name(values):
+    """{name: {labels: {bucket or 'sum': number}}} of Metrics.values(); '' for the bucket of what is
+    no histogram."""
+    named = {}
+    for key, number in values.items():
+        name, *labels = key.split('\t')
+        bucket = labels.pop() if name in HISTOGRAMS else ''
+        named.setdefault(name, {}).setdefault(tuple(labels), {})[bucket] = number
+    return named
+
+
+def _samples(name, labels, numbers):
+    """A number, or the cumulative buckets, sum and count of a histogram."""
+    def sample(suffix, number, **more):
+        escaped = {label: str(text).translate({92: r'\\', 34: r'\"', 10: r'\n'})
+                   for label, text in {**labels, **more}.items()}
+        inside = ','.join(f'{label}="{text}"' for label, text in escaped.items())
+        return f'{name}{suffix}{{{inside}}}', str(number)
+
+    if '' in numbers:
+        return [sample('', numbers[''])]
+    sums = [*itertools.accumulate(numbers.get(bucket, 0) for bucket in BUCKETS)]
+    return [*(sample('_bucket', number, le=le) for le, number in zip(BUCKETS, sums)),
+            sample('_sum', numbers.get('sum', 0)), sample('_count', sums[-1])]
+
+
+# === Stack page: the four services, live, and what can be done about them ================
+# Complete without script. With it, a message on the cable has the page loaded again and morphed in,
+# when what it shows has changed, and only while somebody looks.
+
+LOOK_SECONDS = 2.0          # between two refreshes of open pages, at least
+LOOK_SHARE = 20             # a look that takes long is followed by a pause of so many times that
+LIST_JOBS = 50              # of those that match
+MAX_ARGUMENT_CHARS = 500
+STACK_STREAM = shared_stream('stack')
+WATCHED = ('http', 'job', 'err', 'event', 'cable_s', 'loops')   # metrics that no look changes
+CHARTS = (      # title, histogram, labels of those in the second line; (): p50 and p99
+    ('Requests a second: all, failed', 'http_request_duration_seconds', (None, None, '5xx')),
+    ('Time of an answer: p50, p99', 'http_request_duration_seconds', ()),
+    ('Jobs a second: all, failed', 'job_duration_seconds', (None, 'failed')),
+    ('Wait of a job: p50, p99', 'job_wait_seconds', ()),
+)
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+class Watch:
+    """Tells the open pages that there is something new."""
+
+    def open(self):
+        self._somebody = cable.awaited[STACK_STREAM] = gevent.event.Event()
+        self._shown = None
+        self._loop = Loop('stack', self._turn)
+
+    def close(self):
+        self._loop.stop()
+
+    def _turn(self):
+        self._somebody.clear()
+        if not cable.has_subscribers(STACK_STREAM):
+            return self._somebody.wait
+        began = time.perf_counter()
+        values = [{**node['values'], **node['gauges']} for node in recorder.nodes().values()]
+        shown = (jobs.counts(), jobs.paused(), recorder.errors(), [
+            {key: value for key, value in each.items() if key.startswith(WATCHED)}
+            for each in values])
+        if shown != self._shown:
+            self._shown = shown
+            cable.broadcast(STACK_STREAM, REFRESH)
+        pause = max(LOOK_SECONDS, LOOK_SHARE * (time.perf_counter() - began))
+        return functools.partial(gevent.sleep, pause)
+
+
+watch = Watch()
+
+
+@app.get('/stack')
+def show_stack():
+    """The page. Parameters: state, name and queue of the jobs to list; chart=day."""
+    admit()
+    query = {name: value for name, value in bottle.request.query.items()
+             if value and (name != 'state' or value in STATES)}
+    bottle.request.environ['stack.query'] = urllib.parse.urlencode(query)
+    day = query.get('chart') == 'day'
+    nodes, counts, hour = recorder.nodes(), recorder.counts(60, 3600), collections.Counter()
+    for _, data in counts:
+        hour.update(data)
+    named, seconds = by_name(hour), min(3600, now() - counts[0][0])
+    return render(
+        'stack', app=APP, source=stream_source(STACK_STREAM), table=_table, button=_button, at=_at,
+        failing=sorted({name for node in nodes.values() for name in node['failing']}), day=day,
+        charts=_charts(recorder.counts(900, 86400), 900, 96) if day else _charts(counts, 60, 60),
+        wanted=query, filter={key: query.get(key) for key in ('state', 'queue', 'name')},
+        choices={'state': STATES, 'queue': QUEUES, 'name': sorted(jobs.names())},
+        tables=[*_job_tables(query, named, seconds), *_web_tables(named, nodes),
+                *_service_tables(hour, nodes, seconds), *_process_table(nodes)])
+
+
+@app.post('/stack/<act>')
+def act_on_stack(act):
+    """Do one of ACTS."""
+    admit()
+    if act not in ACTS:
+        raise NotFound(f'There are {", ".join(ACTS)}.')
+    form = {name: str(value) for name, value in fields().items() if value}
+    try:
+        said = f'{act}: {ACTS[act](act, form)}'
+    except JobError as error:
+        raise InvalidField(str(error)) from None
+    log.info('stack page: %s by=%s', said, client_address(bottle.request.environ))
+    query = urllib.parse.urlencode(urllib.parse.parse_qsl(form.get('query', '')))
+    return respond(turbo_stream('update', 'notice', bottle.html_escape(said)) + REFRESH,
+                   {'done': said}, f'/stack?{query}')
+
+
+def _change_jobs(act, form):
+    """That of an id, or all that match state, name and queue."""
+    done = jobs.change(act, [form['id']]) if 'id' in form else jobs.change_all(
+        act, *map(form.get, ('state', 'name', 'queue')))
+    return f'{done} jobs'
+
+
+ACTS = {
+    **dict.fromkeys(CHANGE_JOBS, _change_jobs),
+    'pause': lambda _, form: jobs.pause(form.get('queue')) or form['queue'],
+    'resume': lambda _, form: jobs.resume(form.get('queue')) or form['queue'],
+    'start': lambda _, form: f'{jobs.run_recurring(form.get("name"))}, {form["name"]}',
+    'seen': lambda _, form: recorder.mark_seen(form.get('place')) or form.get('place', 'all'),
+    'clear': lambda *_: cache.clear() or 'the cache',
+}
+
+
+# What it shows: (caption, heads, rows of texts, Html or numbers, ids of the rows) of each table
+
+def _job_tables(query, named, seconds):
+    counts, paused = jobs.counts(), jobs.paused()
+    queues = [*QUEUES, *sorted({queue for queue, _ in counts} - QUEUES.keys())]
+    found = jobs.list(LIST_JOBS, *map(query.get, ('state', 'name', 'queue')))
+    errors = recorder.errors()
+    return [
+        ('Jobs', ('task', 'state', 'attempt', 'when', 'more', ''), [*map(_job_row, found)],
+         [f'job_{job.id}' for job in found]),
+        ('Errors', ('where', 'count', 'first', 'last', 'more', ''), [
+            (place, error['count'], _at(error['first_at']), _at(at),
+             _more(f'error in {place}', ('request', error['request']), text=error['traceback']),
+             'seen' if error['seen'] else _button('seen', place, place=place))
+            for place, at, error in errors],
+         [f'error_{zlib.crc32(place.encode())}' for place, *_ in errors]),
+        ('Queues', ('queue', *STATES, 'a minute', 'wait p50, p99', ''), [
+            (queue, *(counts.get((queue, state), 0) for state in STATES),
+             f'{sum(_buckets(named, "job_wait_seconds", queue)) * 60 / seconds:.3g}',
+             _quantiles(_buckets(named, 'job_wait_seconds', queue), .5, .99),
+             'nobody serves it' if queue not in QUEUES else
+             _button('resume' if queue in paused else 'pause', f'queue {queue}', queue=queue))
+            for queue in queues]),
+        ('Recurring jobs', ('task', 'last', 'next', ''), [
+            (name, _at(last_at), _at(next_at), _button('start', name, name=name))
+            for name, last_at, next_at in jobs.recurring()]),
+        ('Tasks, in the last hour', ('task', 'done', 'failed', 'run p50, p99'), _rows(
+            named, 'job_duration_seconds', 1, ('done', 'failed'), (.5, .99))),
+    ]
+
+
+def _web_tables(named, nodes):
+    return [
+        ('Routes, in the last hour', ('route', '2xx', '3xx', '4xx', '5xx', 'p50, p95, p99'), _rows(
+            named, 'http_request_duration_seconds', 2, ('2xx', '3xx', '4xx', '5xx'),
+            (.5, .95, .99))),
+        ('Slowest requests', ('route', 'took', 'at', 'request'), _slowest(nodes, 'requests')),
+        ('Slowest statements', ('statement', 'took', 'at', 'request'),
+         _slowest(nodes, 'statements')),
+    ]
+
+
+def _service_tables(hour, nodes, seconds):
+    totals, held, (messages, first_at) = collections.Counter(), cache.stats(), cable.span()
+    for node in nodes.values():
+        totals.update({**node['values'], **node['gauges']})
+    hits, misses = totals['cache_hits_total'], totals['cache_misses_total']
+    facts = [(name, database.copied, database.facts()) for name, database in databases.items()]
+    server = facts[0][2]['server']
+    return [
+        ('Databases', ('place', 'size', 'WAL', 'free', 'migrations', 'rows/s', 'waited for locks',
+                       'Litestream'), [
+            (each['place'], *(_bytes(each[f'{kind}bytes']) for kind in ('', 'wal_', 'free_')),
+             each['migrations'],
+             '{:.3g}'.format(hour[f'database_changed_rows_total\t{name}'] / seconds),
+             _seconds(totals[f'database_lock_wait_seconds_total\t{name}']),
+             'as the server is' if server else
+             _at(each['copied_at'], 'not copied' if copied else 'needs no copy'))
+            for name, copied, each in facts]),
+        *([('PostgreSQL', ('connections', 'oldest transaction', 'lag of the doorbell'), [
+            (server['connections'], _seconds(server['oldest_transaction_seconds']),
+             _seconds(server['bell_seconds']))])] if server else []),
+        ('Cache', ('entries', 'size', 'hits', 'evictions', ''), [
+            (held['entries'], f'{_bytes(held["bytes"])} of {_bytes(held["limit_bytes"])}',
+             f'{hits / (hits + misses):.0%}' if hits + misses else '–',
+             totals['cache_evictions_total'], _button('clear', 'the cache'))]),
+        ('Cable', ('sockets', 'subscriptions', 'messages/s', 'log', 'resumed', 'refreshed',
+                   'dropped readers'), [
+            (totals['cable_sockets'], totals['cable_subscriptions'],
+             f'{hour["cable_messages_total"] / seconds:.3g}', f'{messages} since {_at(first_at)}',
+             *(totals[f'cable_{name}_total']
+               for name in ('resumes', 'refreshes', 'dropped_readers')))]),
+    ]
+
+
+def _process_table(nodes):
+    return [
+        ('Processes', ('process', 'version', 'since', 'memory', 'CPU', 'files', 'connections',
+                       'loops', 'longest stall'), [
+            (name, node['version'], _at(node['gauges']['process_start_time_seconds']),
+             _bytes(node['gauges']['process_resident_memory_bytes']), f'{node["cpu_share"]:.0%}',
+             node['gauges']['process_open_fds'], node['connections'],
+             ', '.join(map(' fails: '.join, node['failing'].items())) or f'{node["loops"]} well',
+             '{} at {}, {}'.format(_seconds(node['stall'][0]), *map(_at, node['stall'][1:2]),
+                                   node['stall'][2]) if node['stall'] else 'none')
+            for name, node in sorted(nodes.items())]),
+    ]
+
+
+def _rows(named, name, own, last, shares):
+    """Rows by the first labels of a histogram: counts by the last label, quantiles of all."""
+    return [(' '.join(labels), *(sum(_buckets(named, name, *labels, each)) for each in last),
+             _quantiles(_buckets(named, name, *labels), *shares))
+            for labels in sorted({labels[:own] for labels in named.get(name, ())})]
+
+
+def _buckets(named, name, *wanted):
+    """The counts of a histogram's buckets, of all series with these labels; None: any."""
+    found = [numbers for labels, numbers in named.get(name, {}).items()
+             if all(want in (None, has) for want, has in zip(wanted, labels))]
+    return [sum(numbers.get(bucket, 0) for numbers in found) for bucket in BUCKETS]
+
+
+def _quantile(buckets, share):
+    """About the seconds below which such a share of the durations are; None without any."""
+    wanted, low = share * sum(buckets), 0.0
+    for count, high in zip(buckets, (*BOUNDS, BOUNDS[-1])):
+        if count and wanted <= count:
+            return low + (high - low) * wanted / count
+        wanted, low = wanted - count, high
+    return None
+
+
+def _quantiles(buckets, *shares):
+    return ', '.join(_seconds(_quantile(buckets, share)) for share in shares)
+
+
+def _slowest(nodes, kind):
+    rows = [row for node in nodes.values() for row in node['slowest'].get(kind, ())]
+    return [(what, _seconds(seconds), _at(at), request or '–') for what, seconds, at, request in
+            sorted(rows, key=lambda row: -row[1])[:SLOWEST]]
+
+
+def _job_row(job):
+    job = without_secrets(job)
+    arguments = json.dumps(job.arguments, ensure_ascii=False)
+    if len(arguments) > MAX_ARGUMENT_CHARS:
+        arguments = f'{arguments[:MAX_ARGUMENT_CHARS]}…'
+    acts = {'failed': ('retry', 'discard'), 'scheduled': ('run', 'cancel'), 'running': ()}
+    state = Html('<b class="bad">failed</b>') if job.state == 'failed' else job.state
+    return (job.name, state, f'{job.attempts} of {jobs.attempts_of(job.name) or "?"}',
+            _at(job.failed_at or job.next_at or job.started_at),
+            _more(f'job {job.id}', ('arguments', arguments), ('id', job.id), ('queue', job.queue),
+                  ('enqueued', _at(job.enqueued_at)), ('started', _at(job.started_at)),
+                  ('runs in', job.worker), ('request', job.request),
+                  text=job.error),
+            Html(''.join(_button(act, f'{job.name} {job.id}', id=job.id)
+                         for act in acts.get(job.state, ('cancel',)))))
+
+
+def _charts(counts, span, number):
+    """(title, the highest value, SVG, rows) of each chart."""
+    slots, charts = {}, []
+    for at, data in counts:
+        slots.setdefault(at, collections.Counter()).update(data)
+    slots = {at: by_name(values) for at, values in slots.items()}
+    times = [now() // span * span - span * back for back in reversed(range(number))]
+    for title, name, failed in CHARTS:
+        points = []
+        for at in times:
+            values, length = slots.get(at, {}), min(span, max(now() - at, 1))
+            every = _buckets(values, name)
+            points.append((at, sum(every) / length, sum(_buckets(values, name, *failed)) / length)
+                          if failed else (at, _quantile(every, .5), _quantile(every, .99)))
+        shown = '{:.3g}'.format if failed else _seconds
+        highest = max((value for _, *two in points for value in two if value), default=0)
+        charts.append((title, shown(highest) if highest else 'nothing', _svg(points, highest), [
+            (_at(at), *('–' if value is None else shown(value) for value in two))
+            for at, *two in points if any(two)]))
+    return charts
+
+
+def _svg(points, highest):
+    """Two lines."""
+    lines = []
+    for which in (1, 2):
+        steps = [f'{300 * number / len(points):.1f} {60 - 58 * point[which] / (highest or 1):.1f}'
+                 for number, point in enumerate(points) if point[which] is not None]
+        lines.append(f'<path class="line-{which}" d="M{" L".join(steps or ["0 60"])} h.1"/>')
+    return Html(f'<svg viewBox="0 0 300 62" preserveAspectRatio="none" aria-hidden="true">'
+                f'{"".join(lines)}</svg>')
+
+
+def _seconds(value):
+    if value is None:
+        return '–'
+    return f'{value * 1000:.3g} ms' if value < 1 else f'{value:.3g} s'
+
+
+def _bytes(value):
+    return '–' if value is None else f'{value / 1000:,.0f} kB' if value < 10**7 else \
+        f'{value / 10**6:,.0f} MB'
+
+
+def _at(at, otherwise='–'):
+    """A time of today, or of another day, in UTC."""
+    form = '%H:%M:%S' if at and abs(now() - at) < 43200 else '%Y-%m-%d %H:%M'
+    return time.strftime(form, time.gmtime(at)) if at else otherwise
+
+
+def _table(heads, rows, ids=()):
+    """A table; on a phone each row is a card. ids: of the rows, so that a morph mixes up none."""
+    cells = [[cell if isinstance(cell, Html) else bottle.html_escape(str(cell)) for cell in row]
+             for row in rows]
+    return render('stack_table', heads=heads, rows=itertools.zip_longest(cells, ids))
+
+
+def _more(about, *facts, text=''):
+    """What is shown when it is asked for: names with their values, if any, and a long text."""
+    return Html(render('stack_more', about=about, text=text,
+                       facts=[(name, value) for name, value in facts if value]))
+
+
+def _button(act, about='', label='', **hidden):
+    """A form that is one button. about: what it acts on, for those who only hear the label."""
+    hidden['query'] = bottle.request.environ['stack.query']
+    return Html(render('stack_button', act=act, about=about, label=label or act.capitalize(),
+                       hidden={name: value for name, value in hidden.items() if value}))
+
+
+TEMPLATES['stack_button'] = '''\
+<form action="/stack/{{act}}" method="post">
+% for name, value in hidden.items():
+<input type="hidden" name="{{name}}" value="{{value}}">
+% end
+<button type="submit" aria-label="{{f'{label} {about}'.strip()}}">{{label}}</button></form>
+'''
+TEMPLATES['stack_more'] = '''\
+<details><summary aria-label="show {{about}}">show</summary><dl>
+% for name, value in facts:
+<div><dt>{{name}}</dt><dd>{{value}}</dd></div>
+% end
+</dl>
+% if text:
+<section tabindex="0" aria-label="{{about}}: traceback"><pre>{{text}}</pre></section>
+% end
+</details>
+'''
+TEMPLATES['stack_table'] = '''\
+<table><thead><tr>
+% for head in heads:
+<th scope="col">{{head or 'does'}}</th>
+% end
+</tr></thead><tbody>
+% for row, id in rows:
+<tr{{!f' id="{id}"' if id else ''}}>
+% for head, cell in zip(heads, row):
+<td data-label="{{head}}">{{!cell}}</td>
+% end
+</tr>
+% end
+</tbody></table>
+'''
+TEMPLATES['stack'] = '''\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<title>{{'failing' if failing else 'well'}} · {{app}} stack</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="{{asset('stack.css')}}">
+<script type="module" src="{{asset('live.js')}}"></script>
+<script type="module" src="{{asset('stack.js')}}"></script>
+</head>
+<body>
+{{!source}}
+<header>
+<h1>{{app}} <span>stack</span></h1>
+% health = f'Failing: {", ".join(failing)}' if failing else 'All loops are well.'
+<p class="{{'bad' if failing else 'soft'}}">{{health}}</p>
+<p id="notice" role="status" data-turbo-permanent></p>
+<p data-connection data-turbo-permanent hidden></p>
+</header>
+<main>
+<p class="soft">The last <a href="/stack" data-visit>hour</a> or <a href="/stack?chart=day"
+ data-visit>day</a>, times in UTC</p>
+<div class="charts">
+% for title, highest, svg, rows in charts:
+<figure><figcaption>{{title}} <span class="soft">at most {{highest}}</span></figcaption>{{!svg}}
+<details><summary aria-label="{{title}}, as a table">as a table</summary>
+{{!table(('from', *title.partition(': ')[2].split(', ')), rows)}}</details></figure>
+% end
+</div>
+% for caption, heads, rows, *ids in tables:
+<h2>{{caption}}</h2>
+% if caption == 'Jobs':
+<form class="row" method="get">
+% for key in choices:
+<label>{{key}} <select name="{{key}}"><option value="">any</option>
+% for choice in choices[key]:
+<option{{!' selected' if wanted.get(key) == choice else ''}}>{{choice}}</option>
+% end
+</select></label>
+% end
+<button type="submit">Show</button></form>
+<div class="row">
+% for act in ('retry', 'discard', 'run', 'cancel') if rows else ():
+<details><summary>{{act}} all</summary>
+{{!button(act, '', f'Yes, {act} all that match', **filter)}}</details>
+% end
+</div>
+% elif caption == 'Errors' and rows:
+{{!button('seen', 'all errors', 'Mark all as seen')}}
+% end
+{{!table(heads, rows, *ids) if rows else '<p class="soft">None.</p>'}}
+% end
+</main>
+</body>
+</html>
+'''
+add_asset('stack.css', '''\
+:root {
+  color-scheme: light dark;
+  --paper: light-dark(#f9f6f1, #181612);
+  --ink: light-dark(oklch(27% .008 85), oklch(90% .008 85));
+  --soft: light-dark(oklch(47% .008 85), oklch(73% .008 85));
+  --line: light-dark(oklch(90% .008 85), oklch(31% .008 85));
+  --accent: light-dark(oklch(49% .17 262), oklch(76% .12 258));
+  --danger: light-dark(oklch(50% .18 27), oklch(76% .13 25));
+}
+*, ::before, ::after { box-sizing: border-box; min-width: 0; margin: 0; }
+[hidden], p:empty, [data-state=live] { display: none; }
+body {
+  max-width: 68rem; margin: auto; padding: 1.5rem max(1rem, env(safe-area-inset-left)) 4rem;
+  background: var(--paper); color: var(--ink); font: 1rem/1.45 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
+}
+h1 { font-size: clamp(1.75rem, 5vw, 2.5rem); font-weight: 300; letter-spacing: -.02em; }
+h2 { margin-top: 2.5rem; font-size: 1.125rem; font-weight: 500; }
+h1 span, th, dt, .soft { color: var(--soft); font-weight: inherit; }
+a, button, .row summary, #notice { color: var(--accent); }
+.bad { color: var(--danger); }
+button, select {
+  min-height: 2.25rem; padding: 0 .75rem; border: 1px solid var(--soft); border-radius: 10px;
+  background: var(--paper); font: inherit; font-size: .875rem;
+}
+select { color: inherit; }
+:focus-visible { border-radius: 6px; outline: 2px solid var(--accent); outline-offset: 2px; }
+summary, button { cursor: pointer; }
+.charts {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1.5rem;
+  align-items: end; margin-top: 1rem;
+}
+svg { display: block; width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); }
+path { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+.line-2 { stroke: var(--danger); }
+.row { display: flex; flex-wrap: wrap; gap: .75rem 1.25rem; align-items: end; padding: .5rem 0; }
+table { width: 100%; border-collapse: collapse; }
+table, figure, label { font-size: .875rem; }
+th, td { padding: .5rem .75rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left; }
+td { vertical-align: baseline; }
+tr > * + :not(:last-child, :has(details)) { white-space: nowrap; }
+td:first-child, td:last-child { min-width: 8rem; }
+td form { display: inline-block; margin: 0 .25rem .25rem 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .5rem; }
+section { max-height: 24rem; margin-top: .5rem; overflow: auto; }
+figcaption span { display: block; }
+pre { white-space: pre-wrap; }
+@media (width < 44rem) {
+  table, tbody, tr, td { display: block; }
+  thead { position: absolute; width: 1px; overflow: hidden; clip-path: inset(50%); }
+  tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  tr > td:nth-child(n) { display: flex; padding: .15rem 0; border: 0; white-space: normal; }
+  td:has(details) { flex-wrap: wrap; }
+  td::before { content: attr(data-label); flex: 0 0 8rem; color: var(--soft); }
+  button, select { min-height: 44px; }
+}
+''', 'text/css; charset=UTF-8')
+add_asset('stack.js', '''\
+// What was opened stays open when the page is morphed.
+live.hooks.morphing = (from, to) => {
+  if (from.nodeName === 'DETAILS') to.open = from.open;
+};
+''', 'text/javascript; charset=UTF-8')
+
+
 # === Process: open, serve, stop ==========================================================
 # Start: settings, files, migrations, secret, loops, and only then the port. Stop, on SIGTERM or
 # SIGINT, in less than Docker's 10 seconds: no new connections, requests end, sockets are told to
@@ -5193,8 +6433,17 @@ def service_worker():
 
 READY_SECONDS = 60          # a child that takes longer does not replace another
 CHILD_STOP_SECONDS = 9      # then it is killed: longer than its longest stop, shorter than Docker's
+RELOAD_SECONDS = 0.3        # between two looks at the program's file, with --reload
 LITESTREAM_SECONDS = 3      # before that it has not seen new files (litestream #436)
 RESTORING = '.restoring'    # suffix of the file that is there while restore() changes the others
+
+
+class TextLines(logging.Formatter):
+    """The id of the request, or of that which enqueued the job, at the end of a line."""
+
+    def formatMessage(self, record):
+        id = request_id.get()
+        return super().formatMessage(record) + (f' request={id}' if id else '')
 
 
 class JsonLines(logging.Formatter):
@@ -5203,6 +6452,8 @@ class JsonLines(logging.Formatter):
     def format(self, record):
         line = {'time': round(record.created, 3), 'pid': record.process,
                 'level': record.levelname.lower(), 'message': record.getMessage()}
+        if request_id.get():
+            line['request'] = request_id.get()
         if record.exc_info:
             line['traceback'] = self.formatException(record.exc_info)
         return json.dumps(line)
@@ -5212,12 +6463,18 @@ def start_logging(form='text'):
     """Log to stderr, as text or json."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == 'json' else
-                         logging.Formatter('%(asctime)s %(process)d %(levelname)-7s %(message)s'))
+                         TextLines('%(asctime)s %(process)d %(levelname)-7s %(message)s'))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
-    gevent.get_hub().print_exception = lambda context, *error: log.error(
-        'failed: %s', context, exc_info=error)
+    gevent.get_hub().print_exception = _log_failed
+
+
+def _log_failed(context, kind, error, trace):
+    """A greenlet, or a callback, has raised something."""
+    if error is not None:
+        metrics.failed('loop', 'greenlet', error)
+    log.error('failed: %s', context, exc_info=(kind, error, trace))
 
 
 @contextlib.contextmanager
@@ -5245,7 +6502,7 @@ def open_services(run_jobs):
             raise SettingError(f'{name} {version} is too old here: {least[0]}.{least[1]} or later '
                                f'is needed')
     bottle.BaseRequest.MEMFILE_MAX = settings.max_body_bytes    # bottle's bound of forms and JSON
-    services = [processes, *databases.values(), keys, cache, cable, heartbeat]
+    services = [processes, *databases.values(), keys, cache, cable, heartbeat, recorder, watch]
     if settings.database_url:
         services.insert(0, PostgreSQL())
     else:
@@ -5267,6 +6524,7 @@ def open_services(run_jobs):
 @jobs.every(3600, queue='low')
 def tidy_up():
     """Delete what has had its time: expired cache entries, old failures."""
+    recorder.prune()
     log.info('tidied up cache=%s jobs=%s', cache.prune(), jobs.prune())
 
 
@@ -5388,8 +6646,9 @@ class Parent:
             old.stop()
 
 
-def serve():
-    """Run until SIGTERM or SIGINT. Gives the exit status."""
+def serve(reload=False):
+    """Run until SIGTERM or SIGINT. Gives the exit status. reload: start anew when the program's
+    file has changed, and have open tabs load their page again; it is one process then."""
     started_at = time.monotonic()
     stopping = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -5398,10 +6657,15 @@ def serve():
     listener, has_parent = inherit(os.environ)
     if has_parent:
         gevent.spawn(end_with_parent)
-    elif settings.web_concurrency > 1:
+    elif settings.web_concurrency > 1 and not reload:
         return Parent(listener or listen(), stopping).run()
     with open_services(run_jobs=True):
         server = Server(listener or listen())
+        recorder.pool = server.pool
+        stalls.open()
+        if reload:
+            cable.begin_anew(reloads=True)
+            reloading = gevent.spawn(_watch_program, stopping)
         server.start()
         if has_parent:
             os.write(PARENT_FD, b'!')           # ready
@@ -5409,10 +6673,14 @@ def serve():
             say_where(server.socket)
         stopping.wait()
         log.info('stopping')
+        stalls.close()
         server.drain()
         if settings.litestream:
             gevent.sleep(max(0, started_at + LITESTREAM_SECONDS - time.monotonic()))
     log.info('stopped')
+    if reload and reloading.value:
+        os.environ['PORT'] = str(server.server_port)
+        os.execv(sys.executable, sys.orig_argv)
     return 0
 
 
@@ -5428,6 +6696,25 @@ def end_with_parent():
     more now, and would not see what is acknowledged later."""
     gevent.socket.wait_read(PARENT_FD)
     os._exit(1)
+
+
+def _watch_program(stopping):
+    """Set the event, and give True, when the program's file has changed and can be loaded."""
+    def changed_at():
+        with contextlib.suppress(OSError):      # while an editor puts a new one in its place
+            return [os.stat(path).st_mtime_ns for path in (__file__, sys.argv[0])]
+
+    known = changed_at()
+    while True:
+        gevent.sleep(RELOAD_SECONDS)
+        if changed_at() not in (known, None):
+            known = changed_at()
+            tried = in_thread(subprocess.run, [sys.executable, sys.argv[0], '--version'],
+                              capture_output=True, text=True)
+            if tried.returncode == 0:
+                stopping.set()
+                return True
+            log.error('the changed file can not be loaded: %s', tried.stderr.strip())
 
 
 # === Backups: copies, restores, checks, for those without Litestream =====================
@@ -5850,14 +7137,87 @@ def command_check():
     return 1 if problems else 0
 
 
+@contextlib.contextmanager
+def open_existing():
+    """open_stack() on files that are there: a wrong setting makes no others. StorageError."""
+    load_settings(os.environ)
+    if not settings.database_url and not os.path.exists(app_db.default_path):
+        raise StorageError(f'there is no {app_db.default_path}; set {PREFIX}DATA and {PREFIX}ENV '
+                           'as the app has them')
+    with open_stack():
+        yield
+
+
+def command_jobs(act='', id='', **options):
+    """List jobs, or change one or all of them. A running server hears of it at once."""
+    state, name = next((each for each in STATES if each in options), None), options.get('name')
+    with open_existing():
+        if not act:
+            for job in map(without_secrets, jobs.list(1000, state, name)):
+                last = (job.error or '').rstrip().rpartition('\n')[2]
+                print(to_json(job._asdict()) if 'json' in options else
+                      f'{job.id} {job.name} {job.state} {job.queue} {job.attempts} {last}'.rstrip())
+            return 0
+        if act not in CHANGE_JOBS:
+            raise JobError(f'jobs takes {", ".join(CHANGE_JOBS)} and an id or all, not {act!r}')
+        done = jobs.change_all(act, state, name) if id == 'all' else jobs.change(act, [id])
+        if not done and id != 'all':
+            raise JobError(f'there is no job {id!r} to {act}')
+        print(f'{act}: {done} jobs')
+    return 0
+
+
+def command_stats(json=False):
+    """What /metrics tells of the running servers; a histogram as its sum and count."""
+    with open_existing():
+        nodes = recorder.nodes()
+        del nodes[processes.name]
+        stats = {name: float(number) for samples in exposition(nodes).values()
+                 for name, number in samples if '_bucket{' not in name}
+        print(to_json(stats) if json else
+              '\n'.join(f'{name} {number:g}' for name, number in sorted(stats.items())))
+    return 0
+
+
+def command_errors():
+    """What nobody expected, the unseen and the last first, with the last traceback of each."""
+    with open_existing():
+        for place, at, error in recorder.errors():
+            print(f'{place}: {error["count"]} times, last {_at(at)} UTC, request '
+                  f'{error["request"] or "unknown"}{", seen" if error["seen"] else ""}\n'
+                  f'{error["traceback"]}')
+    return 0
+
+
+def command_console():
+    """A prompt of Python with the four services and the app's names, beside a running server."""
+    def ask(prompt=''):
+        gevent.sleep(2 * FLUSH_SECONDS)         # what the cache was given is written
+        return input(prompt)
+
+    with open_existing():
+        names = {**globals(), **vars(sys.modules['__main__'])}
+        console = code.InteractiveConsole(names)
+        console.raw_input = ask
+        console.interact(f'{APP} {__version__}: app_db, cache, jobs, cable, and the rest of '
+                         f'{sys.argv[0]}', '')
+    return 0
+
+
 COMMANDS = {        # name: (function, its arguments, what it does)
-    'serve': (serve, '', 'serve the app (also without a command)'),
+    'serve': (serve, '[--reload]', 'serve the app (also without a command); anew when the file '
+              'changes'),
     'new': (command_new, 'NAME.py', 'write a new app: this stack, and a small app to change'),
     'migrate': (command_migrate, '', 'create the database files, or bring them up to date'),
     'check': (command_check, '', 'check the files: whole, of this version, nothing stuck'),
     'backup': (command_backup, 'PATH', 'copy the data to a directory or an archive; it may run'),
     'restore': (command_restore, 'PATH [--force]', 'put a backup in place; it must be stopped'),
     'copy-to': (command_copy_to, 'TARGET', 'copy all to postgresql://…, or to sqlite:DIRECTORY'),
+    'jobs': (command_jobs, '[ACT ID] [--failed] [--ready] [--running] [--name N] [--json]',
+             f'list jobs, or {", ".join(CHANGE_JOBS)} one, or "all"'),
+    'stats': (command_stats, '[--json]', 'how the running servers are'),
+    'errors': (command_errors, '', 'what nobody expected, with tracebacks'),
+    'console': (command_console, '', 'a prompt with the services, beside a running server'),
     'settings': (command_settings, '', 'show every setting: value, where from, meaning'),
     'secret': (command_secret, '', f'print a new value for {PREFIX}SECRET'),
 }
@@ -5865,11 +7225,30 @@ COMMANDS = {        # name: (function, its arguments, what it does)
 
 def usage():
     lines = [f'{APP} {__version__}', '', f'usage: python {APP}.py [command]', '']
-    lines += [f'  {f"{name} {synopsis}":24} {meaning}'
-              for name, (_, synopsis, meaning) in COMMANDS.items()]
+    for name, (_, synopsis, meaning) in COMMANDS.items():
+        form = f'{name} {synopsis}'
+        if len(form) > 24:
+            lines.append(f'  {form}')
+            form = ''
+        lines.append(f'  {form:24} {meaning}')
     lines += [f'  {"--help":24} show this', f'  {"--version":24} show the version', '',
               f'Settings are environment variables: `python {APP}.py settings` lists them.']
     return '\n'.join(lines)
+
+
+def _parsed(synopsis, given):
+    """The words of a command as values and options; None, {} if they do not fit its synopsis, like
+    'PATH [OTHER] [--flag] [--name N]'."""
+    takes = dict(re.findall(r'\[--([a-z]+)(?: ([A-Z]+))?\]', synopsis))
+    names = re.sub(r'\[--[^]]*\]', '', synopsis)
+    values, options, words = [], {}, iter(given)
+    for word in words:
+        if word.startswith('--') and word[2:] in takes:
+            options[word[2:]] = next(words, None) if takes[word[2:]] else True
+        else:
+            values.append(word)
+    fits = len(values) == len(re.findall('[A-Z]+', names)) or '[' in names and not values
+    return (values, options) if fits and None not in options.values() else (None, {})
 
 
 def main(arguments=None):
@@ -5883,9 +7262,8 @@ def main(arguments=None):
         print(f'{APP} {__version__}')
         return 0
     function, synopsis, _ = COMMANDS.get(name, (None, '', ''))
-    options = {word.removeprefix('--'): True for word in given if f'[{word}]' in synopsis}
-    values = [word for word in given if f'[{word}]' not in synopsis]
-    if function is None or len(values) != len(re.findall('[A-Z]+', synopsis)):
+    values, options = _parsed(synopsis, given)
+    if function is None or values is None:
         print(f'Error: there is no command {" ".join([name, *given])!r}\n\n{usage()}',
               file=sys.stderr)
         return 2

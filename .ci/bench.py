@@ -469,6 +469,15 @@ asyncio.run(main())
 
 TODOL_MODULE = 'python -m todol'     # has bytecode; a main script is compiled at each start
 ALONE = 'one process'               # the peer of several
+UNMEASURED = 'todol that measures nothing'
+UNMEASURED_PROGRAM = '''
+import sys, todol
+def nothing(*arguments, **options): pass
+todol.Metrics.count = todol.Metrics.time = todol.Metrics.slow = todol._measure = todol.Jobs._measure = nothing
+todol.StallWatch.open = todol.StallWatch.close = nothing
+todol._request_id = lambda environ: 'x'
+sys.exit(todol.main())
+'''
 STARLETTE = 'Starlette + uvicorn'
 FLASK = 'Flask + gunicorn (gevent)'
 REDIS_HUEY = 'huey on Redis'
@@ -520,7 +529,7 @@ class Server:
                              'PYTHONPATH': str(PROGRAM.parent), **settings}
 
     def __enter__(self):
-        command = {'todol': [PROGRAM], TODOL_MODULE: ['-m', 'todol'],
+        command = {'todol': [PROGRAM], TODOL_MODULE: ['-m', 'todol'], UNMEASURED: ['-c', UNMEASURED_PROGRAM],
                    STARLETTE: ['-m', 'uvicorn', 'peer_starlette:app', '--host', '127.0.0.1', '--port', self.port,
                                '--loop', 'uvloop', '--http', 'httptools', '--no-access-log', '--log-level', 'warning'],
                    FLASK: ['-m', 'gunicorn', 'peer_flask:app', '-b', f'127.0.0.1:{self.port}', '-k', 'gevent', '-w', '1',
@@ -559,7 +568,7 @@ class Server:
 
     def settle(self):
         """Wait until todol has broadcast all that was changed; the peers broadcast nothing."""
-        if self.name != 'todol':
+        if self.name not in ('todol', UNMEASURED):
             return
         for file, table in (('development.sqlite3', 'outbox'), ('development_job.sqlite3', 'jobs')):
             with contextlib.closing(sqlite3.connect(os.path.join(self.data, file), timeout=5)) as database:
@@ -710,6 +719,25 @@ def create(effort):
     return [*(compared('POST /todos with job and broadcast', 'requests/s', samples, 'per_s', peer, ratio_at_least=ratio)
               for peer, ratio in ((STARLETTE, 0.6), (FLASK, 1.6))),
             *(compared('– its CPU', 'µs', samples, 'cpu_us', peer) for peer in (STARLETTE, FLASK))]
+
+
+def stack_figure(effort):
+    """What measuring costs: todol beside itself with every counter, timer and request id taken out. By the CPU, which
+    differs less than the throughput."""
+    need('wrk')
+    with scratch() as directory, Server('todol', directory) as on, Server(UNMEASURED, directory) as off:
+        rows, sides = [], [(server, server.visitors()) for server in (on, off)]
+        for what, lua in (('GET / with 20 todos', PAGE_LUA), ('POST /todos with job and broadcast', CREATE_LUA)):
+            samples = alternate({server.name: functools.partial(load, server, cookies, lua, 16, effort.load_seconds)
+                                 for server, cookies in sides}, 3 * effort.rounds)
+            samples = {side: sorted(each, key=lambda sample: sample['cpu_us'])[:effort.rounds]
+                       for side, each in samples.items()}       # those that were disturbed least
+            rows += [compared(f'{what}: CPU', 'µs', samples, 'cpu_us', UNMEASURED, ratio_at_most=1.03),
+                     compared('– answers', '/s', samples, 'per_s', UNMEASURED)]
+    return rows
+
+
+FIGURES['stack'] = stack_figure     # there is a function of that name below
 
 
 @figure
