@@ -6968,7 +6968,7 @@ def _copy(database, source, target):
         with contextlib.closing(original), contextlib.closing(sqlite3.connect(target)) as copy:
             original.backup(copy)
             copy.execute('PRAGMA journal_mode = DELETE')    # one file, without -wal and -shm
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:    # a message quotes damaged bytes
         raise StorageError(f'{source} can not be copied: {error}') from None
     _refuse_damage(database, target)
     sync(target)
@@ -6983,7 +6983,7 @@ def _refuse_damage(database, path):
         (result,), = other.execute('PRAGMA integrity_check(1)')
         if len(pending) == len(other.migrations):
             result = 'it is empty'
-    except (StorageError, sqlite3.Error, OSError) as error:
+    except (StorageError, sqlite3.Error, UnicodeDecodeError, OSError) as error:
         result = str(error)
     finally:
         other.close()
@@ -9175,7 +9175,7 @@ function announce(text) {
   if (text && !said.includes(text)) said += `${text} `;
   clearTimeout(speaking);
   speaking = setTimeout(() => {
-    byId('announcer').textContent = said + byId('todo-count').textContent;
+    byId('announcer').textContent = `${said}${byId('todo-count').dataset.active} to do`;
     said = '';
   }, 100);
 }
