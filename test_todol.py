@@ -227,6 +227,12 @@ def open_stack(tmp_path, dbms):
     todol.load_settings({})
 
 
+@pytest.fixture(autouse=True)
+def no_request():
+    """A request that a test makes in this process leaves its id in the context: not the next test's."""
+    todol.request_id.set(None)
+
+
 @pytest.fixture
 def stack(open_stack):
     """The whole stack, with the default settings."""
