@@ -8831,8 +8831,7 @@ def test_the_jobs_of_version_1_run_in_their_order_and_failed_ones_are_kept(versi
     assert [todol.jobs.find(id).state for id in ('7', '11', '12')] == ['scheduled', 'running', 'blocked']
     todol.jobs.retry(failed.id)
     eventually(lambda: 'fails' in ran and not todol.jobs.failed())
-    due = todol.job_db.execute('SELECT due_at <= now_s() + 3600 FROM recurring')
-    assert due == [(1,)] * len(todol.jobs._recurring)
+    assert {*todol.job_db.execute('SELECT due_at <= now_s() + 3600 FROM recurring')} == {(1,)}
     now = todol.now
     for seconds, last in ((todol.LEASE_SECONDS, ['leased', 'behind it']), (3600, ['delayed'])):
         monkeypatch.setattr(todol, 'now', lambda: now() + seconds)

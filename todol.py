@@ -6613,9 +6613,12 @@ class Parent:
         return self._status
 
     def _begin(self):
-        if all([child.ready.get() for child in self._children]):
+        ready = all([child.ready.get() for child in self._children])
+        if self._stopping.is_set():
+            return
+        if ready:
             say_where(self._listener)
-        elif not self._stopping.is_set():
+        else:
             self._status = 1
             self._stopping.set()
 
