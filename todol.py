@@ -4060,7 +4060,7 @@ def application(environ, start_response):
         # An ETag is that of the bytes as they are.
         if isinstance(body, list) and sum(map(len, body)) > COMPRESS_BYTES \
                 and not given.keys() & {'content-encoding', 'etag'} and accepts_gzip(environ):
-            body = [gzipped(b''.join(body), 4)]
+            body = [gzipped(b''.join(body), 6)]
             headers = [(name, value) for name, value in headers if name != 'Content-Length']
             headers += [('Content-Encoding', 'gzip'), ('Content-Length', str(len(body[0])))]
     start_response(status, headers, *exc_info)
