@@ -12351,7 +12351,7 @@ def test_offline_a_tab_takes_back_what_another_one_did_and_nothing_twice(open_ta
     other.goto(page.url)
     becomes(other, connection, 'live')
     for each in (page, other):
-        each.evaluate("import(document.querySelector('[data-more]').dataset.more).then(() => null)")
+        each.evaluate("import(document.querySelector('script[data-more]').dataset.more).then(() => null)")
     page.context.set_offline(True)
     for title in ('one', 'two'):
         row = page.locator('#todos > li', has_text=title)
