@@ -1052,6 +1052,7 @@ class Window:
         else:
             around = self.evaluate('[outerWidth - innerWidth, outerHeight - innerHeight]')
             self.call('POST', '/window/rect', width=size['width'] + around[0], height=size['height'] + around[1])
+        eventually(lambda: self.evaluate('innerHeight') == size['height'], what='the new size')
 
     def wait_for_timeout(self, ms):
         time.sleep(ms / 1000)
@@ -11603,6 +11604,7 @@ def test_counter_filters_and_what_is_new_are_in_reach_of_long_lists(open_window,
         visitor.create(f'todo {number}')
     page.set_viewport_size({'width': 360, 'height': 740})
     becomes(page, counter, '39 items left')
+    becomes(page, lambda page: page.evaluate('document.getAnimations().length'), 0)    # the rows have grown in
     add(page, 'the new one')
     becomes(page, lambda page: in_reach(page, f"{row(page, 'the new one')} label"), True)
     becomes(page, counter, '40 items left')
