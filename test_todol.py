@@ -1155,10 +1155,14 @@ def audited(url, *options):
     """Lighthouse's scores of a page, as {category: percent}, and the audits that it would have better."""
     lighthouse = need_front_end() / 'node_modules/lighthouse/cli/index.js'
     need(lighthouse.exists(), 'lighthouse is not installed: npm --prefix .ci ci')
-    done = subprocess.run(
-        ['node', lighthouse, url, '--quiet', '--output=json', '--chrome-flags=--headless=new --no-sandbox --disable-gpu',
-         *options], capture_output=True, text=True, timeout=120,
-        env={**os.environ, 'CHROME_PATH': shutil.which('chromium') or ''})
+    for _ in range(3):          # now and then it records no trace, and asks to be run again
+        done = subprocess.run(
+            ['node', lighthouse, url, '--quiet', '--output=json',
+             '--chrome-flags=--headless=new --no-sandbox --disable-gpu', *options],
+            capture_output=True, text=True, timeout=120,
+            env={**os.environ, 'CHROME_PATH': shutil.which('chromium') or ''})
+        if done.returncode == 0:
+            break
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert 'runtimeError' not in report, report['runtimeError']
