@@ -774,7 +774,7 @@ PAINT_SCRIPT = '''() => {
     window.painted = [];        // milliseconds from each Enter to the end of the first frame with the whole row in it
     addEventListener('keydown', ({ key, timeStamp }) => {
         if (key !== 'Enter') return;
-        const title = document.querySelector('#new-todo').value;
+        const title = document.querySelector('.new-todo').value;
         requestAnimationFrame(function look() {
             const row = document.querySelector('#todos > :last-child');
             if (row.textContent.trim() !== title || row.offsetHeight < 40) return requestAnimationFrame(look);
@@ -802,7 +802,7 @@ def paint(effort):
                 context.add_cookies([{'name': name, 'value': value, 'url': url}])
                 page = context.new_page()
                 page.goto(url)
-                page.wait_for_selector('#connection[data-state=live]')
+                page.wait_for_selector('#connection[data-state=live]', state='attached')
                 page.evaluate(PAINT_SCRIPT)
                 context.new_cdp_session(page).send('Emulation.setCPUThrottlingRate', {'rate': 4})
                 for index in range(effort.latencies // 10):
