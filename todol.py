@@ -9092,7 +9092,8 @@ function add(items, text) {
   send('/todos', many ? { text: asText(items) } : { title }, rows, { key, text, said,
     was: many && rows.map(({ ref }) => ({ ref, gone: true })) });
   if (!many) announce(said);
-  find(rows.at(-1)).scrollIntoView({ block: 'nearest' });
+  // In the frame that shows it: one layout then does for all.
+  requestAnimationFrame(() => find(rows.at(-1))?.scrollIntoView({ block: 'nearest' }));
 }
 function tick(row, completed) {
   send(`/todos/${naming(row).ref}`, { _method: 'PATCH', completed: Number(completed) },
@@ -9205,22 +9206,23 @@ function recount() {
   Object.assign(element.dataset, { active, completed: done });
   $('strong', element).textContent = active;
   $('strong', element).nextSibling.data = ` item${active === 1 ? '' : 's'} left`;
-  document.title = active ? `${active} left · todol` : 'todol';
+  setTimeout(() => { document.title = active ? `${active} left · todol` : 'todol'; });
   if (counted && now !== counted) announce('');
   counted = now;
-  const { visibility } = getComputedStyle(document.activeElement);
-  if (visibility === 'hidden' || !document.activeElement.getClientRects().length) {
-    $('.new-todo').focus();
-  }
+  const focused = $('#list :focus, #bottom :focus');
+  if (focused && (getComputedStyle(focused).visibility === 'hidden' ||
+    !focused.getClientRects().length)) $('.new-todo').focus();
 }
-new MutationObserver(records => {
+const watch = new MutationObserver(records => {
   for (const { target, addedNodes } of records) {
     const rows = target.matches('#todos, #shelf') ? addedNodes : [target];
     for (const row of rows) if (row.parentNode?.matches('#todos, #shelf') && row.id) place(row);
   }
   arrange();
   recount();
-}).observe(byId('todoapp'), { childList: true, subtree: true,
+  watch.takeRecords();                  // of what these two did
+});
+watch.observe(byId('todoapp'), { childList: true, subtree: true,
   attributeFilter: ['id', 'class', 'data-active', 'data-completed', 'data-gone'] });
 
 // The page as it is kept has nothing of the moment.
