@@ -5334,11 +5334,18 @@ async function deliver() {
   delivering = true;
   const { locks } = navigator;          // not on every address; without, the keys must do
   for (let pause = 500; changes.length;) {
-    const later = await (locks?.request('deliver', attempt).catch(attempt) ?? attempt());
-    if (later === undefined) {
-      pause = 500;
-      continue;
-    }
+    const asked = Date.now();
+    const inTurn = async () => {
+      // What another tab has just sent is news for a moment.
+      if (Date.now() - asked > 20) await wait(200);
+      while (changes.length) {
+        const later = await attempt();
+        if (later !== undefined) return later;
+        pause = 500;
+      }
+    };
+    const later = await (locks?.request('deliver', inTurn).catch(inTurn) ?? inTurn());
+    if (later === undefined) continue;
     const at = clocks();
     const woken = new Promise(resolve => {
       wake = () => later || elapsed(at) < 1000 || resolve(true);
@@ -5353,7 +5360,7 @@ async function deliver() {
 async function attempt() {
   const [entry] = changes;
   const elsewhere = stored(all => all.owner === owner && !(itemOf(entry.key) in all));
-  if (!entry || entry.kept && elsewhere) return forget(entry?.key);
+  if (entry.kept && elsewhere) return forget(entry.key);
   const body = new URLSearchParams(entry.body), headers = { Accept: ACCEPT };
   let answer, html;
   body.set('key', entry.key);
