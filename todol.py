@@ -30,6 +30,7 @@ import datetime
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import inspect
@@ -43,7 +44,6 @@ import mmap
 import os
 import random
 import re
-import resource
 import secrets
 import select
 import shutil
@@ -291,30 +291,60 @@ def _shown(value):
 
 # === Metrics: what is counted and timed, in memory =======================================
 # To count costs next to nothing, so it never stops; Operate, below, keeps the counts by the minute.
-# A name is that of Prometheus, without the app's prefix: a counter ends in _total, and what is no
-# histogram either is a gauge. No label holds what somebody has typed.
+# Each number is defined once, in METRICS: /metrics, the command `stats` and the panels of /stack
+# follow from there. No label holds what somebody has typed.
 
 # Upper bounds of the buckets of a histogram, seconds; the last bucket has none.
 BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60)
 BUCKETS = (*map(str, BOUNDS), '+Inf')
 SLOW_SECONDS = 0.005        # what took less is not among the slowest
-SLOWEST = 10                # are kept of a kind, for SLOWEST_AGE_SECONDS
-SLOWEST_AGE_SECONDS = 3600
-MAX_SERIES = 2000           # names with labels; what comes later is not counted
+SLOWEST = 30                # are kept, for an hour
+MAX_SERIES = 20_000         # numbers by name and labels; what comes later is not counted
 MAX_PLACES = 100            # where errors came from
 MAX_TRACEBACK_CHARS = 8000
 LIBRARIES = re.compile('(site|dist)-packages|/lib/python3')     # files whose lines are not ours
 
-HISTOGRAMS = {      # name: names of its labels
-    'http_request_duration_seconds': ('method', 'route', 'status'),
-    'job_duration_seconds': ('name', 'outcome'),
-    'job_wait_seconds': ('queue',),             # from when a job should run to its start
-    'event_loop_stall_seconds': (),             # turns that took longer than a setting
-}
-LABELS = {          # of counters and gauges; the others have none
-    **HISTOGRAMS, 'errors_total': ('kind',), 'jobs': ('queue', 'state'),
-    **dict.fromkeys(('database_bytes', 'database_changed_rows_total',
-                     'database_lock_wait_seconds_total'), ('database',)),
+
+METRICS = {             # name, whose end is the unit: (type, help, names of its labels)
+    'http_request_duration_seconds': ('histogram', 'Time until a request is answered',
+                                      ('method', 'route', 'status')),
+    'jobs': ('gauge', 'Jobs that wait, run or have failed', ('queue', 'state')),
+    'job_wait_seconds': ('histogram', 'Time from when a job is due to its start', ('queue',)),
+    'job_duration_seconds': ('histogram', 'Time of an attempt', ('name', 'outcome')),
+    'recurring_last_timestamp_seconds': ('gauge', 'When a recurring job ran last', ('name',)),
+    'recurring_next_timestamp_seconds': ('gauge', 'When it runs next', ('name',)),
+    'errors_total': ('counter', 'Errors that nobody expected', ('kind',)),
+    'loops_failing': ('gauge', 'Loops that fail, and are tried again', ()),
+    'build_info': ('gauge', 'The version of the program', ('version',)),
+    'event_loop_stall_seconds': ('histogram', 'Turns of the event loop that take long', ()),
+    'database_bytes': ('gauge', 'Size of the file', ('database',)),
+    'database_wal_bytes': ('gauge', 'Size of the log before the file', ('database',)),
+    'database_free_bytes': ('gauge', 'Free space in the file', ('database',)),
+    'database_migrations': ('gauge', 'Migrations that are applied', ('database',)),
+    'database_changed_rows_total': ('counter', 'Rows written', ('database',)),
+    'database_lock_wait_seconds_total': ('counter', 'Time waited for locks', ('database',)),
+    'database_copied_timestamp_seconds': ('gauge', 'Last copy by Litestream', ('database',)),
+    'postgresql_connections': ('gauge', 'Connections of all its clients', ()),
+    'postgresql_oldest_transaction_seconds': ('gauge', 'Age of the oldest transaction', ()),
+    'postgresql_bell_seconds': ('gauge', 'Lag of the doorbell', ()),
+    'cache_entries': ('gauge', 'Entries that are kept', ()),
+    'cache_bytes': ('gauge', 'Their size', ()),
+    'cache_limit_bytes': ('gauge', 'The size at which some are evicted', ()),
+    'cache_hits_total': ('counter', 'Keys that were found', ()),
+    'cache_misses_total': ('counter', 'Keys that were not found', ()),
+    'cache_evictions_total': ('counter', 'Entries evicted', ()),
+    'cable_sockets': ('gauge', 'WebSockets that are open', ()),
+    'cable_subscriptions': ('gauge', 'Subscriptions of these', ()),
+    'cable_messages_total': ('counter', 'Messages broadcast', ()),
+    'cable_log_seconds': ('gauge', 'Age of the first message in the log', ()),
+    'cable_resumes_total': ('counter', 'Subscriptions that went on without a loss', ()),
+    'cable_refreshes_total': ('counter', 'Subscriptions told to load the page again', ()),
+    'cable_dropped_readers_total': ('counter', 'WebSockets whose client did not read', ()),
+    'process_start_time_seconds': ('gauge', 'When the process started', ()),
+    'process_resident_memory_bytes': ('gauge', 'Its memory', ()),
+    'process_cpu_seconds_total': ('counter', 'Time of the CPU that it used', ()),
+    'process_open_fds': ('gauge', 'Its open files and sockets', ()),
+    'process_greenlets': ('gauge', 'Its greenlets', ()),
 }
 
 # Of the request that is answered, or that enqueued the job.
@@ -322,50 +352,32 @@ request_id = contextvars.ContextVar('request_id', default=None)
 
 
 class Metrics:
-    """Counters and histograms by name and labels, the slowest of a kind, and the last errors."""
+    """What was counted and timed, the slowest of a kind, and the last errors."""
 
     def __init__(self):
-        self.counters = collections.Counter()   # (name, *labels) -> number
-        self.histograms = {}        # (name, *labels) -> the counts of its buckets, then the sum
-        self.activity = 0           # changes whenever something is counted
-        self.slowest = {}           # kind -> {what: (seconds, Unix time, request id)}
+        # 'name<tab>label…' -> number. A histogram has its bucket, or 'sum', as the last label.
+        self.counts = collections.Counter({name: 0 for name, (kind, _, labels) in METRICS.items()
+                                           if kind == 'counter' and not labels})
+        self.slowest = {}           # what -> (seconds, Unix time, request id)
         self.errors = {}            # place -> dict, until they are written down
         self.bell = gevent.event.Event()        # set when somebody wants to see all this
 
     def count(self, *key, by=1):
         """Add to a counter. key: its name and labels."""
-        self.activity += 1
-        if key in self.counters or len(self.counters) < MAX_SERIES:
-            self.counters[key] += by
+        key = '\t'.join(key)
+        if key in self.counts or len(self.counts) < MAX_SERIES:
+            self.counts[key] += by
 
     def time(self, seconds, *key):
         """Add a duration to a histogram."""
-        self.activity += 1
-        histogram = self.histograms.get(key)
-        if histogram is None:
-            histogram = [0] * (len(BUCKETS) + 1)
-            if len(self.histograms) < MAX_SERIES:
-                self.histograms[key] = histogram
-        histogram[bisect.bisect_left(BOUNDS, seconds)] += 1
-        histogram[-1] += seconds
+        self.count(*key, BUCKETS[bisect.bisect_left(BOUNDS, seconds)])
+        self.count(*key, 'sum', by=seconds)
 
-    def values(self):
-        """{'name<tab>label…': number}; of a histogram with a bucket, or 'sum', at the end."""
-        values = collections.Counter({'\t'.join(key): each for key, each in self.counters.items()})
-        for key, histogram in self.histograms.items():
-            for bucket, number in zip((*BUCKETS, 'sum'), histogram):
-                if number:
-                    values['\t'.join((*key, bucket))] = number
-        return values
-
-    def slow(self, kind, what, seconds):
+    def slow(self, what, seconds):
         """Note what took longer than SLOW_SECONDS, if it is among the slowest."""
-        kept = self.slowest.setdefault(kind, {})
-        young = now() - SLOWEST_AGE_SECONDS
-        if seconds >= kept.get(what, (0,))[0] or kept[what][1] < young:
-            kept[what] = seconds, now(), request_id.get()
-        if len(kept) > SLOWEST:
-            del kept[min(kept, key=lambda each: (kept[each][1] >= young, kept[each][0]))]
+        kept = {each: took for each, took in self.slowest.items() if took[1] > now() - 3600}
+        kept[what] = max(kept.get(what, (0,)), (seconds, now(), request_id.get()))
+        self.slowest = dict(sorted(kept.items(), key=lambda each: -each[1][0])[:SLOWEST])
 
     def failed(self, kind, name, error, private=()):
         """Note an error that nobody expected, with others from the same place. kind: request, job
@@ -744,7 +756,7 @@ class Database:
     def _note_time(self, statement, seconds):
         if seconds > SLOW_SECONDS:
             text = re.sub("'[^']*'", "'…'", ' '.join(statement.split()))[:300]
-            metrics.slow('statements', f'{self.name}: {text}', seconds)
+            metrics.slow(f'{self.name}: {text}', seconds)
 
     def _explained(self, error):
         """What an error of sqlite3 means here; itself, if it is one of the program."""
@@ -787,7 +799,8 @@ class Database:
         return {'place': self.path, 'bytes': file.st_size if file else 0,
                 'wal_bytes': wal.st_size if wal else 0,
                 'free_bytes': pragma('freelist_count') * pragma('page_size'),
-                'migrations': len(self.migrations), 'copied_at': copied and copied.st_mtime,
+                'migrations': len(self.migrations),
+                'copied_timestamp_seconds': copied and copied.st_mtime,
                 'server': {}}
 
     def _connect(self, mode):
@@ -1886,13 +1899,14 @@ SELECT_JOB = f'''
     SELECT uid, name, arguments, queue, {STATE}, attempt, run_at, enqueued_at, failed_at, error,
            CASE WHEN worker IS NULL THEN due_at END, started_at, worker, request
     FROM jobs'''
-CHANGE_JOBS = {         # what can be done to a job by hand: (its state; None: it waits, statement)
-    'retry': ('failed', DELETE_FAILED),         # and then it comes anew
-    'discard': ('failed', DELETE_FAILED),
-    'run': ('scheduled', '''UPDATE jobs SET run_at = now_s(), due_at = now_s()
-                            WHERE uid = ? AND worker IS NULL AND due_at > now_s() RETURNING id'''),
-    'cancel': (None, '''DELETE FROM jobs WHERE uid = ? AND worker IS NULL AND failed_at IS NULL
-                        RETURNING id'''),
+CHANGE_JOBS = {         # what can be done to a job by hand: (in which states, statement)
+    'retry': (('failed',), DELETE_FAILED),      # and then it comes anew
+    'discard': (('failed',), DELETE_FAILED),
+    'run': (('scheduled',), '''
+        UPDATE jobs SET run_at = now_s(), due_at = now_s()
+        WHERE uid = ? AND worker IS NULL AND due_at > now_s() RETURNING id'''),
+    'cancel': (('blocked', 'ready', 'scheduled'), '''
+        DELETE FROM jobs WHERE uid = ? AND worker IS NULL AND failed_at IS NULL RETURNING id'''),
 }
 
 
@@ -2091,33 +2105,31 @@ class Jobs:
 
     def cancel(self, id):
         """Delete a job that has not started, and say whether it was there."""
-        return bool(self.change('cancel', [_check_id(id)]))
+        return bool(self.change('cancel', _check_id(id)))
 
     def retry(self, id):
         """Run a failed job again, with all its attempts, as the last of its order key. Raises
         JobError if it has not failed."""
-        if not self.change('retry', [_check_id(id)]):
+        if not self.change('retry', _check_id(id)):
             raise JobError(f'there is no failed job {_shown(id)}')
 
     def discard(self, id):
         """Delete a failed job. Raises JobError if it has not failed."""
-        if not self.change('discard', [_check_id(id)]):
+        if not self.change('discard', _check_id(id)):
             raise JobError(f'there is no failed job {_shown(id)}')
 
-    def change_all(self, verb, state=None, name=None, queue=None):
-        """change() all jobs that match and are in the state for it; gives their number."""
-        return self.change(verb, self.ids(state or CHANGE_JOBS[verb][0], name, queue))
-
-    def change(self, verb, ids):
-        """Do one of CHANGE_JOBS to each of these jobs that is in the state for it; gives their
-        number. Some at a time: others run between."""
+    def change(self, verb, id=None, state=None, name=None, queue=None):
+        """Do one of CHANGE_JOBS to the jobs that match and are in a state for it; gives their
+        number. Some at a time: others run between. Raises JobError."""
         refuse_in_transaction('a change of a job')
         self._relay()
-        ids, done = list(ids), 0
-        for start in range(0, len(ids), CLAIM_ROWS):
-            part = ids[start:start + CLAIM_ROWS]
-            done += self._db.transact(self._change, verb, part)
-        return done
+        where, values = _matching(id, state, name, queue)
+        fit = ' OR '.join(STATES[each] for each in CHANGE_JOBS[verb][0])
+        rows = self._db.execute(f'SELECT uid FROM jobs WHERE {where} AND ({fit}) ORDER BY id',
+                                values)
+        ids = [id for id, in rows]
+        return sum(self._db.transact(self._change, verb, ids[start:start + CLAIM_ROWS])
+                   for start in range(0, len(ids), CLAIM_ROWS))
 
     def _change(self, verb, ids):
         self._lock_order(*(key for key, in self._db.execute(
@@ -2129,17 +2141,11 @@ class Jobs:
             self._insert({**dict(zip(OF_FAILED, row)), 'unique_key': None, 'run_at': now()})
         return len(changed)
 
-    def list(self, limit=100, state=None, name=None, queue=None):
+    def list(self, limit=100, id=None, state=None, name=None, queue=None):
         """The jobs that match, the last to come first."""
-        where, values = _matching(state, name, queue)
+        where, values = _matching(id, state, name, queue)
         return [_job(row) for row in self._db.execute(
             f'{SELECT_JOB} WHERE {where} ORDER BY id DESC LIMIT ?', (*values, limit))]
-
-    def ids(self, state=None, name=None, queue=None):
-        """The ids of all jobs that match, the first to come first."""
-        where, values = _matching(state, name, queue)
-        rows = self._db.execute(f'SELECT uid FROM jobs WHERE {where} ORDER BY id', values)
-        return [id for id, in rows]
 
     def counts(self):
         """{(queue, state): number of jobs}"""
@@ -2612,14 +2618,14 @@ def without_secrets(job):
     return job._replace(arguments=arguments, error=job.error and without(job.error, hidden))
 
 
-def _matching(state, name, queue):
+def _matching(id, state, name, queue):
     """A condition for jobs, and its parameters; None: any. Raises JobError."""
     if state is not None and state not in STATES:
         raise JobError(f'the state of a job is {", ".join(STATES)}, not {_shown(state)}')
-    given = {'name': name, 'queue': queue}
-    parts = [STATES[state]] if state else ['true']
-    parts += [f'{column} = ?' for column, value in given.items() if value is not None]
-    return ' AND '.join(parts), tuple(value for value in given.values() if value is not None)
+    given = {'uid': id, 'name': name, 'queue': queue}
+    given = {column: value for column, value in given.items() if value is not None}
+    return (' AND '.join([STATES[state] if state else 'true', *(f'{each} = ?' for each in given)]),
+            tuple(given.values()))
 
 
 def _check_id(id):
@@ -2844,9 +2850,10 @@ class Cable:
             raise PositionLost('the log was cut short after that time')
         return self._read(stream, 0, at)
 
-    def span(self):
-        """How many messages the log holds, and the time of the first."""
-        return self._db.execute('SELECT count(*), min(created_at) FROM messages')[0]
+    def stats(self):
+        """Messages in the log, and the age of the first, in seconds."""
+        (messages, first_at), = self._db.execute('SELECT count(*), min(created_at) FROM messages')
+        return {'log_messages': messages, 'log_seconds': now() - first_at if messages else 0}
 
     def prune(self):
         """Delete what is older than KEEP_MESSAGES_SECONDS or beyond the last KEEP_MESSAGES."""
@@ -4086,7 +4093,7 @@ def _measure(environ, status, seconds):
     if rule not in UNMEASURED:
         metrics.time(seconds, 'http_request_duration_seconds', method, rule, f'{status[0]}xx')
         if seconds > SLOW_SECONDS:
-            metrics.slow('requests', f'{method} {rule}', seconds)
+            metrics.slow(f'{method} {rule}', seconds)
     if settings.slow_request_ms and seconds * 1000 >= settings.slow_request_ms:
         log.warning('slow request route=%s %s status=%s seconds=%.3f', method, rule, status[:3],
                     seconds)
@@ -5623,27 +5630,32 @@ def service_worker():
 
 
 # === Operate: what the processes tell, and who may see it ================================
-# Each process keeps its counts by the minute in the cache's file, and nothing when nothing was
-# counted. When somebody looks, a bell asks all of them to write down how they are now.
+# Each process adds what it counted to the notes of the minute and of the quarter, in the cache's
+# file, and nothing when nothing was counted. When somebody looks, a bell asks all processes to note
+# how they are now.
 
 SPANS = (60, 900)           # seconds that a note of counts is about
 KEPT_SECONDS = {'60': 2 * 3600, '900': 26 * 3600, 'node': 3600, 'error': 30 * 86400}    # by kind
-REPLY_SECONDS = 0.3         # the other processes have to write down how they are
+REPLY_SECONDS = 0.15        # the other processes have to note how they are
 MAX_FAILED_LOGINS = 10      # of an address in a minute
 LOOPBACK = ('127.0.0.1', '::1', 'localhost', '[::1]')
+STACK_STREAM = shared_stream('stack')
+LOOK_SECONDS = 2.0          # between two refreshes of open pages
 
 UNMEASURED.update(['/stack', '/stack/<act>', '/metrics'])       # or to look would be to change
 cache_db.migrations += [
     ('006 create notes', '''
         CREATE TABLE notes (
             kind        TEXT NOT NULL,          -- of KEPT_SECONDS
-            key         TEXT NOT NULL,          -- the time and process of counts, the process of a
-                                                -- node, the place of an error
+            key         TEXT NOT NULL,          -- the time of counts, the process of a node, the
+                                                -- place of an error
             at          REAL NOT NULL,
             data        TEXT NOT NULL,          -- JSON
             PRIMARY KEY (kind, key)
         )'''),
 ]
+SELECT_NOTES = '''SELECT key, at, data FROM notes
+                  WHERE kind = ? AND at > ? AND ? IN (key, '') ORDER BY at'''
 UPSERT_NOTE = '''INSERT INTO notes (kind, key, at, data) VALUES (?, ?, ?, ?)
                  ON CONFLICT (kind, key) DO UPDATE SET at = excluded.at, data = excluded.data'''
 TRIM_ERRORS = '''DELETE FROM notes WHERE kind = 'error' AND key NOT IN (
@@ -5651,205 +5663,157 @@ TRIM_ERRORS = '''DELETE FROM notes WHERE kind = 'error' AND key NOT IN (
 
 
 class Recorder:
-    """Writes down what this process has counted, and reads the notes of all."""
-
-    pool = ()       # of the greenlets that serve connections, in a server
+    """Notes what this process has counted, and reads the notes of all."""
 
     def open(self):
-        self.started_at, self._written = now(), metrics.activity
-        self._cpu = time.monotonic(), time.process_time(), 0.0
+        self._started_at = self._since = now()
+        self._noted = self._counted()
         metrics.slowest.clear()     # to open the files was slow
-        self._begun = {}            # span -> when it began, the values then
-        self._begin(self.values())
+        cable.awaited[STACK_STREAM] = metrics.bell
         processes.wakes(metrics.bell, b's')
         self._loop = Loop('metrics', self._turn)
 
     def close(self):
-        """Write what was counted last, and be gone."""
+        """Note what was counted last, and be gone."""
         self._loop.stop()
-        self._write()
+        self._turn()
         cache_db.execute("DELETE FROM notes WHERE kind = 'node' AND key = ?", (processes.name,))
 
-    def values(self):
-        """Metrics.values(), with what others count."""
-        for name, number in zip(('hits', 'misses', 'evictions'), cache.counts()):
-            metrics.counters[(f'cache_{name}_total',)] = number
-        for name, database in databases.items():
-            metrics.counters['database_changed_rows_total', name] = database.changed_rows()
-        return metrics.values()
-
     def nodes(self):
-        """How all processes are: {process: its state()}. One that does not answer within
-        REPLY_SECONDS is taken as it was."""
-        asked_at, deadline = now(), time.monotonic() + REPLY_SECONDS
-        others = processes.others()
+        """How all processes are: {process: its _state()}. Others have REPLY_SECONDS to note it."""
         processes.ring(b's')
-        while True:
-            notes = [(name, at, data) for name, at, data in self.notes('node', 60)
-                     if processes.is_alive(name) is not False]
-            late = others - {name for name, at, _ in notes if at >= asked_at}
-            if not late or time.monotonic() > deadline:
-                return {**{name: data for name, _, data in notes}, processes.name: self.state()}
-            gevent.sleep(0.01)
+        if processes.others():
+            gevent.sleep(REPLY_SECONDS)
+        return {**{name: data for name, _, data in self._notes('node', 60)
+                   if processes.is_alive(name) is not False}, processes.name: self._state()}
 
     def counts(self, span, seconds):
-        """[(when it began, what was counted), ...] of the last so many seconds, of all processes,
-        and of this one up to now."""
-        began_at, base = self._begun[span]
-        ours = f'{began_at:.0f} {processes.name}'
-        return [*((at, data) for key, at, data in self.notes(str(span), seconds) if key != ours),
-                (began_at, self.values() - base)]
+        """[(when it began, Counter), ...] of the last so many seconds: what all processes have
+        noted, and this one not yet."""
+        return [*((at, data) for _, at, data in self._notes(str(span), seconds)),
+                (self._since // span * span, self._counted() - self._noted)]
 
     def errors(self):
-        """[(place, when last, {count, first_at, seen, request, traceback}), ...], the unseen and
-        the last first."""
-        notes = self.notes('error', KEPT_SECONDS['error'])
-        return sorted(notes, key=lambda note: (note[2]['seen'], -note[1]))[:MAX_PLACES]
+        """[(place, when last, {count, first_at, request, traceback}), ...], the last first."""
+        return self._notes('error', KEPT_SECONDS['error'])[::-1]
 
     def mark_seen(self, place=None):
-        """Mark the errors of a place, or all, as seen: the next is news again."""
-        for key, at, data in self.errors():
-            if place in (None, key):
-                cache_db.execute(UPSERT_NOTE, ('error', key, at, to_json({**data, 'seen': True})))
-
-    def notes(self, kind, seconds):
-        """[(key, time, data), ...] of the last so many seconds, in the order of time."""
-        rows = cache_db.execute('SELECT key, at, data FROM notes WHERE kind = ? AND at > ? '
-                                'ORDER BY at', (kind, now() - seconds))
-        return [(key, at, json.loads(data)) for key, at, data in rows]
+        """Forget the errors of a place, or all: the next there is news again."""
+        cache_db.execute("DELETE FROM notes WHERE kind = 'error' AND ? IN (key, '')",
+                         (place or '',))
 
     def prune(self):
         for kind, seconds in KEPT_SECONDS.items():
             cache_db.execute('DELETE FROM notes WHERE kind = ? AND at < ?', (kind, now() - seconds))
 
     def _turn(self):
-        asked = metrics.bell.is_set()
+        """Note what was counted, and how we are if somebody asked. While the file is in trouble it
+        waits in memory."""
+        errors, counted, at = metrics.errors, self._counted(), now()
+        state = self._state() if metrics.bell.is_set() and processes.others() else None
+        new = counted - self._noted
+        news = new.keys() & metrics.counts.keys()
+        if not news:                # no more than the notes themselves change
+            new, counted = {}, self._noted
         metrics.bell.clear()
-        self._write(asked)
+        try:
+            if new or errors or state:
+                metrics.errors = {}
+                cache_db.transact(self._add, new, errors, state)
+            self._noted, self._since = counted, at
+        except StorageError as error:
+            metrics.errors = {**metrics.errors, **errors}
+            log.error('what was counted can not be written: %s', error)
+        if news - {'cable_messages_total'} and cable.has_subscribers(STACK_STREAM):
+            cable.broadcast(STACK_STREAM, REFRESH)
         return self._wait
 
     def _wait(self):
         gevent.sleep(REPLY_SECONDS / 3)        # a storm of errors is written in parts
-        metrics.bell.wait(60 - now() % 60)
+        metrics.bell.wait(LOOK_SECONDS if cable.has_subscribers(STACK_STREAM) else 60 - now() % 60)
 
-    def _write(self, asked=False):
-        """Write down what was counted, and how we are if somebody asked. While the file is in
-        trouble it waits in memory."""
-        values, activity, errors = self.values(), metrics.activity, metrics.errors
-        notes = [('node', processes.name, now(), to_json(self.state()))] if asked else []
-        if activity != self._written:
-            notes += [(str(span), f'{began_at:.0f} {processes.name}', began_at,
-                       to_json(values - base)) for span, (began_at, base) in self._begun.items()]
-        try:
-            if notes or errors:
-                metrics.errors = {}
-                cache_db.transact(self._upsert, notes, errors)
-                self._written = activity
-        except StorageError as error:
-            metrics.errors = {**metrics.errors, **errors}
-            log.error('what was counted can not be written: %s', error)
-        self._begin(values)
-
-    def _begin(self, values):
-        for span in SPANS:
-            began_at = now() // span * span
-            if self._begun.get(span, (None,))[0] != began_at:
-                self._begun[span] = began_at, values
-
-    def _upsert(self, notes, errors):
-        known = {place: data for place, _, data in self.errors()} if errors else {}
+    def _add(self, new, errors, state):
+        cache_db.lock('notes')      # other processes add to them too
+        for span in SPANS if new else ():
+            kind, at = str(span), self._since // span * span
+            noted = [data for _, _, data in self._notes(kind, KEPT_SECONDS[kind], f'{at:.0f}')]
+            self._note(kind, f'{at:.0f}', at, sum(noted, new))
         for place, error in errors.items():
-            before = known.get(place, {'count': 0, 'first_at': error['first_at'], 'seen': False})
-            count = error['count'] + (0 if before['seen'] else before['count'])
-            merged = {**error, 'count': count, 'first_at': before['first_at'], 'seen': False}
-            notes.append(('error', place, error['last_at'], to_json(merged)))
-        cache_db.executemany(UPSERT_NOTE, notes)
-        if errors:
-            cache_db.execute(TRIM_ERRORS, (MAX_PLACES,))
+            for _, _, before in self._notes('error', KEPT_SECONDS['error'], place):
+                error = {**error, 'count': error['count'] + before['count'],
+                         'first_at': before['first_at']}
+            self._note('error', place, error['last_at'], error)
+        cache_db.execute(TRIM_ERRORS, (MAX_PLACES,))
+        if state:
+            self._note('node', processes.name, now(), state)
 
-    def state(self):
+    def _note(self, kind, key, at, data):
+        cache_db.execute(UPSERT_NOTE, (kind, key, at, to_json(data)))
+
+    def _notes(self, kind, seconds, key=''):
+        """[(key, time, data), ...] of the last so many seconds, in the order of time."""
+        return [(key, at, collections.Counter(json.loads(data))) for key, at, data in
+                cache_db.execute(SELECT_NOTES, (kind, now() - seconds, key))]
+
+    def _counted(self):
+        """What was counted, here and by others for us."""
+        counted = metrics.counts.copy()
+        for name, number in zip(('hits', 'misses', 'evictions'), cache.counts()):
+            counted[f'cache_{name}_total'] = number
+        for name, database in databases.items():
+            counted[f'database_changed_rows_total\t{name}'] = database.changed_rows()
+        return counted
+
+    def _state(self):
         """How this process is: what is measured only when somebody looks."""
-        then, before, share = self._cpu
-        wall, used = time.monotonic(), time.process_time()
-        if wall - then > 1:
-            share = (used - before) / (wall - then)
-            self._cpu = wall, used, share
         sockets = [each for group in connections.values() for each in group]
-        failing = {name: type(loop.error).__name__ for name, loop in loops.items()
-                   if not loop.alive}
-        young = now() - SLOWEST_AGE_SECONDS
-        return {
-            'version': __version__, 'cpu_share': share, 'loops': len(loops), 'failing': failing,
-            'connections': len(self.pool), 'stall': stalls.longest, 'values': self.values(),
-            'slowest': {kind: [(what, *of) for what, of in kept.items() if of[1] > young]
-                        for kind, kept in metrics.slowest.items()},
-            'gauges': {
-                'process_cpu_seconds_total': used, 'process_start_time_seconds': self.started_at,
-                'process_resident_memory_bytes': resident_bytes(),
-                'process_open_fds': len(os.listdir('/dev/fd')), 'cable_sockets': len(sockets),
-                'cable_subscriptions': sum(len(each.subscriptions) for each in sockets),
-                'loops_failing': len(failing)}}
-
-
-def resident_bytes():
-    """Memory of this process; without /proc the most it ever had."""
-    with contextlib.suppress(OSError), open('/proc/self/statm', 'rb') as file:
-        return int(file.read().split()[1]) * mmap.PAGESIZE
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == 'darwin' else most * 1024
+        failing = [name for name, loop in loops.items() if not loop.alive]
+        gauges = {
+            f'build_info\t{__version__}': 1, 'loops_failing': len(failing),
+            'cable_sockets': len(sockets),
+            'cable_subscriptions': sum(len(each.subscriptions) for each in sockets),
+            'process_start_time_seconds': self._started_at,
+            'process_cpu_seconds_total': time.process_time(),
+            'process_open_fds': len(os.listdir('/dev/fd')),
+            'process_greenlets': sum(issubclass(type(each), gevent.Greenlet) and not each.dead
+                                     for each in gc.get_objects())}
+        with contextlib.suppress(OSError), open('/proc/self/statm', 'rb') as file:      # Linux
+            gauges['process_resident_memory_bytes'] = int(file.read().split()[1]) * mmap.PAGESIZE
+        return {'counted': self._counted(), 'gauges': gauges, 'failing': failing,
+                'slowest': [*metrics.slowest.items()]}
 
 
 class StallWatch:
     """Times each turn of the event loop. A timer of the kernel goes off in one that takes too long,
     and looks what it is at: in C, when that is over. For the main thread of a server."""
 
-    longest = None              # (seconds, Unix time, where)
-
     def open(self):
-        if settings.stall_ms:
-            loop, self._limit = gevent.get_hub().loop, settings.stall_ms / 1000
-            self._began, self._armed, self._where = time.perf_counter(), False, ''
-            self._previous = signal.signal(signal.SIGALRM, self._ring)
+        self._limit, self._began = settings.stall_ms / 1000, time.perf_counter()
+        self._where = ''
+        if self._limit:
+            signal.signal(signal.SIGALRM, self._look)
             # The first call after the wait for events, and the last before it.
-            self._watchers = (loop.check(ref=False, priority=2),
-                              loop.prepare(ref=False, priority=-2))
+            loop = gevent.get_hub().loop
+            self._watchers = loop.check(ref=False, priority=2), loop.prepare(ref=False, priority=-2)
             for watcher, act in zip(self._watchers, (self._begin, self._end)):
                 watcher.start(act)
 
-    def close(self):
-        if settings.stall_ms:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._previous)
-            for watcher in self._watchers:
-                watcher.close()
-
     def _begin(self):
         self._began = time.perf_counter()
-        if not self._armed:         # a call of the kernel in each turn would cost more
-            self._armed = True
-            signal.setitimer(signal.ITIMER_REAL, self._limit)
+        signal.setitimer(signal.ITIMER_REAL, self._limit)
 
     def _end(self):
-        if self._began is not None:
-            seconds, self._began = time.perf_counter() - self._began, None
-            if seconds >= self._limit:
-                metrics.time(seconds, 'event_loop_stall_seconds')
-                log.warning('the event loop stood still seconds=%.3f at=%s', seconds, self._where)
-                self.longest = max(self.longest or (0,), (seconds, now(), self._where))
-                self._where = ''
+        signal.setitimer(signal.ITIMER_REAL, 0)         # or it would wake who waits for events
+        seconds = time.perf_counter() - self._began
+        if seconds >= self._limit:
+            metrics.time(seconds, 'event_loop_stall_seconds')
+            metrics.slow(f'event loop: {self._where}', seconds)
+            log.warning('the event loop stood still seconds=%.3f at=%s', seconds, self._where)
 
-    def _ring(self, number, frame):
-        self._armed = False
-        if self._began is None:
-            return                  # it waits for events
-        missing = self._limit - (time.perf_counter() - self._began)
-        if missing > 0:             # armed in a turn before
-            self._armed = True
-            signal.setitimer(signal.ITIMER_REAL, missing)
-        else:
-            stack = reversed(traceback.extract_stack(frame)[-4:])
-            self._where = ' < '.join(
-                f'{each.name} ({os.path.basename(each.filename)}:{each.lineno})' for each in stack)
+    def _look(self, number, frame):
+        self._where = ' < '.join(
+            f'{each.name} ({os.path.basename(each.filename)}:{each.lineno})'
+            for each in reversed(traceback.extract_stack(frame)[-4:]))
 
 
 stalls = StallWatch()
@@ -5897,112 +5861,106 @@ def show_metrics():
     """For Prometheus, under the password or a bearer token of its own."""
     admit(settings.metrics_token)
     bottle.response.content_type = 'text/plain; version=0.0.4; charset=utf-8'
-    lines = []
-    for name, samples in exposition(recorder.nodes()).items():
-        kind = ('histogram' if name.removeprefix(f'{APP}_') in HISTOGRAMS else
-                'counter' if name.endswith('_total') else 'gauge')
-        lines += [f'# TYPE {name} {kind}', *map(' '.join, samples)]
-    return '\n'.join([*lines, ''])
+    return '\n'.join([*exposition(recorder.nodes()), ''])
+
+
+def measured(nodes, counted=None):
+    """{process: {'name<tab>label…': number}} of METRICS; '' for what is of no process alone.
+    counted: in the place of what each has counted since it started."""
+    shared = {f'jobs\t{queue}\t{state}': 0 for queue in QUEUES for state in STATES}
+    shared |= {'\t'.join(('jobs', *key)): number for key, number in jobs.counts().items()}
+    for name, *times in jobs.recurring():
+        shared |= {f'recurring_{which}_timestamp_seconds\t{name}': at
+                   for which, at in zip(('last', 'next'), times)}
+    groups = [('cache_', '', cache.stats()), ('cable_', '', cable.stats())]
+    for name, database in databases.items():
+        facts = database.facts()
+        groups += [('database_', f'\t{name}', facts), ('postgresql_', '', facts['server'])]
+    for group, label, numbers in groups:
+        shared |= {f'{group}{name}{label}': number for name, number in numbers.items()
+                   if f'{group}{name}' in METRICS}
+    shared = {key: number for key, number in shared.items() if number is not None}
+    return {'': {**shared, **(counted or {})}, **{
+        process: {**(node['counted'] if counted is None else {}), **node['gauges']}
+        for process, node in nodes.items()}}
+
+
+def families(values):
+    """{name: {((label, text), ...): {bucket: number}}} of measured(); '' for the bucket of what is
+    no histogram."""
+    found = {name: {} for name in METRICS}
+    for process, numbers in values.items():
+        for key, number in numbers.items():
+            name, *texts = key.split('\t')
+            bucket = texts.pop() if METRICS[name][0] == 'histogram' else ''
+            labels = [*zip(METRICS[name][2], texts), ('process', process)]
+            series = tuple(labels if process else labels[:-1])
+            found[name].setdefault(series, collections.Counter())[bucket] += number
+    return found
 
 
 def exposition(nodes):
-    """{name: [(name with labels, number as text), ...]} of all metrics, those of a process with its
-    name. Source: prometheus.io/docs/instrumenting/exposition_formats"""
-    held, named = cache.stats(), {}
-    facts = {name: database.facts() for name, database in databases.items()}
-    shared = {f'jobs\t{queue}\t{state}': number for (queue, state), number in jobs.counts().items()}
-    shared.update({f'database_bytes\t{name}': each['bytes'] for name, each in facts.items()})
-    shared.update({f'cache_{name}': held[name] or 0 for name in ('bytes', 'limit_bytes')})
-    shared.update({f'postgresql_{name}': number for name, number in facts['app']['server'].items()
-                   if number is not None})
-    for process, values in [('', shared), *((name, {**node['values'], **node['gauges']})
-                                            for name, node in nodes.items())]:
-        for name, series in by_name(values).items():
-            full = name if name.startswith('process_') else f'{APP}_{name}'
-            for labels, numbers in series.items():
-                given = dict(zip(LABELS.get(name, ()), labels))
-                if process:
-                    given['process'] = process
-                named.setdefault(full, []).extend(_samples(full, given, numbers))
-    return named
+    """The lines of all metrics. Source: prometheus.io/docs/instrumenting/exposition_formats"""
+    for name, family in families(measured(nodes)).items():
+        kind, meaning, _ = METRICS[name]
+        name = name if name.startswith('process_') else f'{APP}_{name}'
+        if family:
+            yield from (f'# HELP {name} {meaning}.', f'# TYPE {name} {kind}')
+        for labels, numbers in family.items():
+            if kind != 'histogram':
+                yield _sample(name, labels, numbers[''])
+                continue
+            sums = [*itertools.accumulate(numbers[bucket] for bucket in BUCKETS)]
+            for bucket, number in zip(BUCKETS, sums):
+                yield _sample(f'{name}_bucket', (*labels, ('le', bucket)), number)
+            yield _sample(f'{name}_sum', labels, numbers['sum'])
+            yield _sample(f'{name}_count', labels, sums[-1])
 
 
-def by_name(values):
-    """{name: {labels: {bucket or 'sum': number}}} of Metrics.values(); '' for the bucket of what is
-    no histogram."""
-    named = {}
-    for key, number in values.items():
-        name, *labels = key.split('\t')
-        bucket = labels.pop() if name in HISTOGRAMS else ''
-        named.setdefault(name, {}).setdefault(tuple(labels), {})[bucket] = number
-    return named
-
-
-def _samples(name, labels, numbers):
-    """A number, or the cumulative buckets, sum and count of a histogram."""
-    def sample(suffix, number, **more):
-        escaped = {label: str(text).translate({92: r'\\', 34: r'\"', 10: r'\n'})
-                   for label, text in {**labels, **more}.items()}
-        inside = ','.join(f'{label}="{text}"' for label, text in escaped.items())
-        return f'{name}{suffix}{{{inside}}}', str(number)
-
-    if '' in numbers:
-        return [sample('', numbers[''])]
-    sums = [*itertools.accumulate(numbers.get(bucket, 0) for bucket in BUCKETS)]
-    return [*(sample('_bucket', number, le=le) for le, number in zip(BUCKETS, sums)),
-            sample('_sum', numbers.get('sum', 0)), sample('_count', sums[-1])]
+def _sample(name, labels, number):
+    inside = ','.join('{}="{}"'.format(label, text.translate({92: r'\\', 34: r'\"', 10: r'\n'}))
+                      for label, text in labels)
+    return f'{name}{{{inside}}} {number}'
 
 
 # === Stack page: the four services, live, and what can be done about them ================
-# Complete without script. With it, a message on the cable has the page loaded again and morphed in,
-# when what it shows has changed, and only while somebody looks.
+# Complete without script. With it, a message on the cable has the page loaded again and morphed in.
 
-LOOK_SECONDS = 2.0          # between two refreshes of open pages, at least
-LOOK_SHARE = 20             # a look that takes long is followed by a pause of so many times that
 LIST_JOBS = 50              # of those that match
 MAX_ARGUMENT_CHARS = 500
-STACK_STREAM = shared_stream('stack')
-WATCHED = ('http', 'job', 'err', 'event', 'cable_s', 'loops')   # metrics that no look changes
-CHARTS = (      # title, histogram, labels of those in the second line; (): p50 and p99
-    ('Requests a second: all, failed', 'http_request_duration_seconds', (None, None, '5xx')),
-    ('Time of an answer: p50, p99', 'http_request_duration_seconds', ()),
-    ('Jobs a second: all, failed', 'job_duration_seconds', (None, 'failed')),
-    ('Wait of a job: p50, p99', 'job_wait_seconds', ()),
+FILTERS = ('id', 'state', 'name', 'queue')      # of jobs
+ALL = 'the last hour'       # a column: how often
+QUANTILES = {'time p50 seconds': .5, 'time p95 seconds': .95, 'time p99 seconds': .99}    # columns
+PANELS = {      # how the names of its metrics begin, labels that a row is for: see _table()
+    'Queues': (('jobs', 'job_wait'), ('queue',)),
+    'Tasks': (('recurring', 'job_duration'), ('name',)),
+    'Routes': ('http', ('method', 'route')),
+    'Databases': ('database', ('database',)),
+    'PostgreSQL': ('postgresql', ()),
+    'Cache': ('cache', ()),
+    'Cable': ('cable', ()),
+    'Processes': (('process', 'build', 'loops'), ('process',)),
+}
+CHARTS = (      # title, a histogram, its last label where it failed; '': p50 and p99
+    ('Requests: all, failed', 'http_request_duration_seconds', '5xx'),
+    ('Time of an answer: p50, p99', 'http_request_duration_seconds', ''),
+    ('Jobs: all, failed', 'job_duration_seconds', 'failed'),
+    ('Wait of a job: p50, p99', 'job_wait_seconds', ''),
 )
+ACTS = {        # (field of the form, function)
+    **{act: ('id', functools.partial(jobs.change, act)) for act in CHANGE_JOBS},
+    'pause': ('queue', jobs.pause), 'resume': ('queue', jobs.resume),
+    'start': ('name', jobs.run_recurring), 'seen': ('place', recorder.mark_seen),
+    'clear': ('', lambda _: cache.clear()),
+}
 
 
-class Html(str):
-    """Text that is HTML already."""
-
-
-class Watch:
-    """Tells the open pages that there is something new."""
-
-    def open(self):
-        self._somebody = cable.awaited[STACK_STREAM] = gevent.event.Event()
-        self._shown = None
-        self._loop = Loop('stack', self._turn)
-
-    def close(self):
-        self._loop.stop()
-
-    def _turn(self):
-        self._somebody.clear()
-        if not cable.has_subscribers(STACK_STREAM):
-            return self._somebody.wait
-        began = time.perf_counter()
-        values = [{**node['values'], **node['gauges']} for node in recorder.nodes().values()]
-        shown = (jobs.counts(), jobs.paused(), recorder.errors(), [
-            {key: value for key, value in each.items() if key.startswith(WATCHED)}
-            for each in values])
-        if shown != self._shown:
-            self._shown = shown
-            cable.broadcast(STACK_STREAM, REFRESH)
-        pause = max(LOOK_SECONDS, LOOK_SHARE * (time.perf_counter() - began))
-        return functools.partial(gevent.sleep, pause)
-
-
-watch = Watch()
+class Row(typing.NamedTuple):
+    """A row of a panel, which is (caption, heads, rows)."""
+    cells: tuple
+    acts: tuple = ()    # of ACTS
+    value: str = ''     # of their field
+    text: str = ''      # shown when asked for
 
 
 @app.get('/stack')
@@ -6011,300 +5969,192 @@ def show_stack():
     admit()
     query = {name: value for name, value in bottle.request.query.items()
              if value and (name != 'state' or value in STATES)}
-    bottle.request.environ['stack.query'] = urllib.parse.urlencode(query)
-    day = query.get('chart') == 'day'
-    nodes, counts, hour = recorder.nodes(), recorder.counts(60, 3600), collections.Counter()
-    for _, data in counts:
-        hour.update(data)
-    named, seconds = by_name(hour), min(3600, now() - counts[0][0])
+    nodes, hour = recorder.nodes(), recorder.counts(60, 3600)
+    day = recorder.counts(900, 86400) if query.get('chart') == 'day' else None
     return render(
-        'stack', app=APP, source=stream_source(STACK_STREAM), table=_table, button=_button, at=_at,
-        failing=sorted({name for node in nodes.values() for name in node['failing']}), day=day,
-        charts=_charts(recorder.counts(900, 86400), 900, 96) if day else _charts(counts, 60, 60),
-        wanted=query, filter={key: query.get(key) for key in ('state', 'queue', 'name')},
-        choices={'state': STATES, 'queue': QUEUES, 'name': sorted(jobs.names())},
-        tables=[*_job_tables(query, named, seconds), *_web_tables(named, nodes),
-                *_service_tables(hour, nodes, seconds), *_process_table(nodes)])
+        'stack', app=APP, source=stream_source(STACK_STREAM), acts=ACTS, crc32=zlib.crc32,
+        wanted=query, query=urllib.parse.urlencode(query),
+        choices={'state': STATES, 'name': sorted(jobs.names()), 'queue': QUEUES},
+        failing=sorted({name for node in nodes.values() for name in node['failing']}),
+        charts=_charts(day, 900, 96) if day else _charts(hour, 60, 60),
+        panels=[_job_panel(query), _error_panel(), *_panels(nodes, hour), _slowest_panel(nodes)])
 
 
 @app.post('/stack/<act>')
 def act_on_stack(act):
-    """Do one of ACTS."""
+    """Do one of ACTS, to what the form names, or to all jobs that the page shows."""
     admit()
     if act not in ACTS:
         raise NotFound(f'There are {", ".join(ACTS)}.')
-    form = {name: str(value) for name, value in fields().items() if value}
+    query = dict(urllib.parse.parse_qsl(str(fields().get('query', ''))))
+    form = {**query, **{name: str(value) for name, value in fields().items() if value}}
+    field, function = ACTS[act]
     try:
-        said = f'{act}: {ACTS[act](act, form)}'
+        done = function(*map(form.get, FILTERS if act in CHANGE_JOBS else (field,)))
     except JobError as error:
         raise InvalidField(str(error)) from None
+    said = f'{act}: {done} jobs' if act in CHANGE_JOBS else f'{act}: {form.get(field, "all")}'
     log.info('stack page: %s by=%s', said, client_address(bottle.request.environ))
-    query = urllib.parse.urlencode(urllib.parse.parse_qsl(form.get('query', '')))
     return respond(turbo_stream('update', 'notice', bottle.html_escape(said)) + REFRESH,
-                   {'done': said}, f'/stack?{query}')
+                   {'done': said}, f'/stack?{urllib.parse.urlencode(query)}')
 
 
-def _change_jobs(act, form):
-    """That of an id, or all that match state, name and queue."""
-    done = jobs.change(act, [form['id']]) if 'id' in form else jobs.change_all(
-        act, *map(form.get, ('state', 'name', 'queue')))
-    return f'{done} jobs'
+def _job_panel(query):
+    rows = []
+    for job in map(without_secrets, jobs.list(LIST_JOBS, *map(query.get, FILTERS))):
+        facts = {**job._asdict(), 'arguments': json.dumps(job.arguments, ensure_ascii=False)}
+        facts = {name: _at(value) if name.endswith('_at') else f'{value}'[:MAX_ARGUMENT_CHARS]
+                 for name, value in facts.items() if value and name != 'error'}
+        cells = (job.name, job.state, f'{job.attempts} of {jobs.attempts_of(job.name) or "?"}',
+                 _at(job.failed_at or job.next_at or job.started_at))
+        acts = [act for act, (states, _) in CHANGE_JOBS.items() if job.state in states]
+        text = '\n'.join([*map(': '.join, facts.items()), '', job.error or ''])
+        rows.append(Row(cells, acts, job.id, text))
+    return 'Jobs', ('task', 'state', 'attempts', 'when'), rows
 
 
-ACTS = {
-    **dict.fromkeys(CHANGE_JOBS, _change_jobs),
-    'pause': lambda _, form: jobs.pause(form.get('queue')) or form['queue'],
-    'resume': lambda _, form: jobs.resume(form.get('queue')) or form['queue'],
-    'start': lambda _, form: f'{jobs.run_recurring(form.get("name"))}, {form["name"]}',
-    'seen': lambda _, form: recorder.mark_seen(form.get('place')) or form.get('place', 'all'),
-    'clear': lambda *_: cache.clear() or 'the cache',
-}
+def _error_panel():
+    return 'Errors', ('where', 'count', 'first', 'last'), [
+        Row((place, error['count'], _at(error['first_at']), _at(at)), ['seen'], place,
+            f'request: {error["request"]}\n\n{error["traceback"]}')
+        for place, at, error in recorder.errors()]
 
 
-# What it shows: (caption, heads, rows of texts, Html or numbers, ids of the rows) of each table
-
-def _job_tables(query, named, seconds):
-    counts, paused = jobs.counts(), jobs.paused()
-    queues = [*QUEUES, *sorted({queue for queue, _ in counts} - QUEUES.keys())]
-    found = jobs.list(LIST_JOBS, *map(query.get, ('state', 'name', 'queue')))
-    errors = recorder.errors()
-    return [
-        ('Jobs', ('task', 'state', 'attempt', 'when', 'more', ''), [*map(_job_row, found)],
-         [f'job_{job.id}' for job in found]),
-        ('Errors', ('where', 'count', 'first', 'last', 'more', ''), [
-            (place, error['count'], _at(error['first_at']), _at(at),
-             _more(f'error in {place}', ('request', error['request']), text=error['traceback']),
-             'seen' if error['seen'] else _button('seen', place, place=place))
-            for place, at, error in errors],
-         [f'error_{zlib.crc32(place.encode())}' for place, *_ in errors]),
-        ('Queues', ('queue', *STATES, 'a minute', 'wait p50, p99', ''), [
-            (queue, *(counts.get((queue, state), 0) for state in STATES),
-             f'{sum(_buckets(named, "job_wait_seconds", queue)) * 60 / seconds:.3g}',
-             _quantiles(_buckets(named, 'job_wait_seconds', queue), .5, .99),
-             'nobody serves it' if queue not in QUEUES else
-             _button('resume' if queue in paused else 'pause', f'queue {queue}', queue=queue))
-            for queue in queues]),
-        ('Recurring jobs', ('task', 'last', 'next', ''), [
-            (name, _at(last_at), _at(next_at), _button('start', name, name=name))
-            for name, last_at, next_at in jobs.recurring()]),
-        ('Tasks, in the last hour', ('task', 'done', 'failed', 'run p50, p99'), _rows(
-            named, 'job_duration_seconds', 1, ('done', 'failed'), (.5, .99))),
-    ]
+def _slowest_panel(nodes):
+    slow = [(*took, what) for node in nodes.values() for what, took in node['slowest']]
+    return 'Slowest', ('what', 'took', 'at', 'request'), [
+        Row((what, _figure('seconds', seconds), _at(at), request or '–'))
+        for seconds, at, request, what in sorted(slow, key=lambda each: -each[0])[:SLOWEST]]
 
 
-def _web_tables(named, nodes):
-    return [
-        ('Routes, in the last hour', ('route', '2xx', '3xx', '4xx', '5xx', 'p50, p95, p99'), _rows(
-            named, 'http_request_duration_seconds', 2, ('2xx', '3xx', '4xx', '5xx'),
-            (.5, .95, .99))),
-        ('Slowest requests', ('route', 'took', 'at', 'request'), _slowest(nodes, 'requests')),
-        ('Slowest statements', ('statement', 'took', 'at', 'request'),
-         _slowest(nodes, 'statements')),
-    ]
+def _panels(nodes, counts):
+    """PANELS: how it is now, and what was counted in the last hour."""
+    hour = collections.Counter()
+    for _, counted in counts:
+        hour.update(counted)
+    found, paused = families(measured(nodes, hour)), jobs.paused()
+    acts = {('Cache', ''): ['clear'],
+            **{('Tasks', name): ['start'] for name, *_ in jobs.recurring()},
+            **{('Queues', queue): ['resume' if queue in paused else 'pause'] for queue in QUEUES}}
+    names = {**{('Databases', name): database.path for name, database in databases.items()},
+             **{('Queues', queue): f'{queue} (nobody serves it)'
+                for (_, queue), _ in found['jobs'] if queue not in QUEUES}}
+    for caption, (begins, by) in PANELS.items():
+        columns, rows = _table(found, begins, by)
+        heads = [re.sub('^[a-z]+_|[_ ](bytes|timestamp|seconds|total)', '', column)
+                 .replace('_', ' ') for column in columns]
+        if rows:
+            yield caption, [*by[:1], *heads], [
+                Row([*[names.get((caption, name), name)][:len(by)],
+                     *(_figure(column, row.get(column)) for column in columns)],
+                    acts.get((caption, name), ()), name) for name, row in sorted(rows.items())]
 
 
-def _service_tables(hour, nodes, seconds):
-    totals, held, (messages, first_at) = collections.Counter(), cache.stats(), cable.span()
-    for node in nodes.values():
-        totals.update({**node['values'], **node['gauges']})
-    hits, misses = totals['cache_hits_total'], totals['cache_misses_total']
-    facts = [(name, database.copied, database.facts()) for name, database in databases.items()]
-    server = facts[0][2]['server']
-    return [
-        ('Databases', ('place', 'size', 'WAL', 'free', 'migrations', 'rows/s', 'waited for locks',
-                       'Litestream'), [
-            (each['place'], *(_bytes(each[f'{kind}bytes']) for kind in ('', 'wal_', 'free_')),
-             each['migrations'],
-             '{:.3g}'.format(hour[f'database_changed_rows_total\t{name}'] / seconds),
-             _seconds(totals[f'database_lock_wait_seconds_total\t{name}']),
-             'as the server is' if server else
-             _at(each['copied_at'], 'not copied' if copied else 'needs no copy'))
-            for name, copied, each in facts]),
-        *([('PostgreSQL', ('connections', 'oldest transaction', 'lag of the doorbell'), [
-            (server['connections'], _seconds(server['oldest_transaction_seconds']),
-             _seconds(server['bell_seconds']))])] if server else []),
-        ('Cache', ('entries', 'size', 'hits', 'evictions', ''), [
-            (held['entries'], f'{_bytes(held["bytes"])} of {_bytes(held["limit_bytes"])}',
-             f'{hits / (hits + misses):.0%}' if hits + misses else '–',
-             totals['cache_evictions_total'], _button('clear', 'the cache'))]),
-        ('Cable', ('sockets', 'subscriptions', 'messages/s', 'log', 'resumed', 'refreshed',
-                   'dropped readers'), [
-            (totals['cable_sockets'], totals['cable_subscriptions'],
-             f'{hour["cable_messages_total"] / seconds:.3g}', f'{messages} since {_at(first_at)}',
-             *(totals[f'cable_{name}_total']
-               for name in ('resumes', 'refreshes', 'dropped_readers')))]),
-    ]
+def _table(found, begins, by):
+    """Columns, and {texts of the labels `by`: {column: number}}, of families() whose names begin
+    so. What has other labels has a column for each of their texts; a histogram has ALL and
+    QUANTILES."""
+    rows, times = {}, {}
+    for name, family in found.items():
+        for labels, numbers in family.items() if name.startswith(begins) else ():
+            others = {label: text for label, text in labels if label not in (*by, 'process')}
+            key = ' '.join(text for label, text in labels if label in by)
+            row = rows.setdefault(key, collections.Counter())
+            is_timed = METRICS[name][0] == 'histogram'
+            for column in [*others.values(), *[ALL][:is_timed]] or [name]:
+                row[column] += sum(number for each, number in numbers.items() if each != 'sum')
+            if is_timed:
+                times.setdefault(key, collections.Counter()).update(numbers)
+    for key, buckets in times.items():
+        for column, share in QUANTILES.items():
+            rows[key][column] = _quantile(buckets, share)
+    columns = [name for name, (kind, _, labels) in METRICS.items()
+               if name.startswith(begins) and kind != 'histogram' and not {*labels} - {*by}]
+    return [*columns, *sorted({each for row in rows.values() for each in row} - {*columns})], rows
 
 
-def _process_table(nodes):
-    return [
-        ('Processes', ('process', 'version', 'since', 'memory', 'CPU', 'files', 'connections',
-                       'loops', 'longest stall'), [
-            (name, node['version'], _at(node['gauges']['process_start_time_seconds']),
-             _bytes(node['gauges']['process_resident_memory_bytes']), f'{node["cpu_share"]:.0%}',
-             node['gauges']['process_open_fds'], node['connections'],
-             ', '.join(map(' fails: '.join, node['failing'].items())) or f'{node["loops"]} well',
-             '{} at {}, {}'.format(_seconds(node['stall'][0]), *map(_at, node['stall'][1:2]),
-                                   node['stall'][2]) if node['stall'] else 'none')
-            for name, node in sorted(nodes.items())]),
-    ]
-
-
-def _rows(named, name, own, last, shares):
-    """Rows by the first labels of a histogram: counts by the last label, quantiles of all."""
-    return [(' '.join(labels), *(sum(_buckets(named, name, *labels, each)) for each in last),
-             _quantiles(_buckets(named, name, *labels), *shares))
-            for labels in sorted({labels[:own] for labels in named.get(name, ())})]
-
-
-def _buckets(named, name, *wanted):
-    """The counts of a histogram's buckets, of all series with these labels; None: any."""
-    found = [numbers for labels, numbers in named.get(name, {}).items()
-             if all(want in (None, has) for want, has in zip(wanted, labels))]
-    return [sum(numbers.get(bucket, 0) for numbers in found) for bucket in BUCKETS]
+def _charts(counts, span, number):
+    """(title, the highest value, paths of two lines, rows) of each of CHARTS."""
+    slots, points, last = {}, {title: [] for title, *_ in CHARTS}, now() // span * span
+    for at, counted in counts:
+        slots.setdefault(at, collections.Counter()).update(counted)
+    for at in (last - span * back for back in reversed(range(number))):
+        found = collections.Counter()       # by name and the last label, by name and bucket
+        for key, times in slots.get(at, {}).items():
+            name, *labels = key.split('\t')
+            for text in labels[-2:] if labels[-1:] != ['sum'] else ():
+                found[name, text] += times
+        for title, name, failed in CHARTS:
+            buckets = {bucket: found[name, bucket] for bucket in BUCKETS}
+            points[title].append((at, sum(buckets.values()), found[name, failed]) if failed else (
+                at, _quantile(buckets, .5), _quantile(buckets, .99)))
+    for title, _, failed in CHARTS:
+        unit = 'number' if failed else 'seconds'
+        highest = max((value for _, *two in points[title] for value in two if value), default=0)
+        yield (title, _figure(unit, highest), [
+            ' L'.join(f'{300 * x / number:.1f} {60 - 58 * point[line] / (highest or 1):.1f}'
+                      for x, point in enumerate(points[title]) if point[line] is not None)
+            for line in (1, 2)], [Row([_at(at), *(_figure(unit, value) for value in two)])
+                                  for at, *two in points[title] if any(two)])
 
 
 def _quantile(buckets, share):
     """About the seconds below which such a share of the durations are; None without any."""
-    wanted, low = share * sum(buckets), 0.0
-    for count, high in zip(buckets, (*BOUNDS, BOUNDS[-1])):
-        if count and wanted <= count:
-            return low + (high - low) * wanted / count
-        wanted, low = wanted - count, high
+    wanted, low = share * sum(buckets[bucket] for bucket in BUCKETS), 0.0
+    for bucket, high in zip(BUCKETS, (*BOUNDS, BOUNDS[-1])):
+        if buckets[bucket] and wanted <= buckets[bucket]:
+            return low + (high - low) * wanted / buckets[bucket]
+        wanted, low = wanted - buckets[bucket], high
     return None
 
 
-def _quantiles(buckets, *shares):
-    return ', '.join(_seconds(_quantile(buckets, share)) for share in shares)
+def _figure(name, number):
+    """A number as people read it, by the unit at the end of its name."""
+    if number is None:
+        return '0' if name.endswith('_total') else 'never' if 'timestamp' in name else '–'
+    if name.endswith(('timestamp_seconds', 'time_seconds')):
+        return _at(number)
+    if 'seconds' in name:
+        return f'{number * 1000:.3g} ms' if number < 1 else f'{number:,.4g} s'
+    if name.endswith('bytes'):
+        return f'{number / 1000:,.0f} kB' if number < 10**7 else f'{number / 10**6:,.0f} MB'
+    return f'{number:,.0f}'
 
 
-def _slowest(nodes, kind):
-    rows = [row for node in nodes.values() for row in node['slowest'].get(kind, ())]
-    return [(what, _seconds(seconds), _at(at), request or '–') for what, seconds, at, request in
-            sorted(rows, key=lambda row: -row[1])[:SLOWEST]]
-
-
-def _job_row(job):
-    job = without_secrets(job)
-    arguments = json.dumps(job.arguments, ensure_ascii=False)
-    if len(arguments) > MAX_ARGUMENT_CHARS:
-        arguments = f'{arguments[:MAX_ARGUMENT_CHARS]}…'
-    acts = {'failed': ('retry', 'discard'), 'scheduled': ('run', 'cancel'), 'running': ()}
-    state = Html('<b class="bad">failed</b>') if job.state == 'failed' else job.state
-    return (job.name, state, f'{job.attempts} of {jobs.attempts_of(job.name) or "?"}',
-            _at(job.failed_at or job.next_at or job.started_at),
-            _more(f'job {job.id}', ('arguments', arguments), ('id', job.id), ('queue', job.queue),
-                  ('enqueued', _at(job.enqueued_at)), ('started', _at(job.started_at)),
-                  ('runs in', job.worker), ('request', job.request),
-                  text=job.error),
-            Html(''.join(_button(act, f'{job.name} {job.id}', id=job.id)
-                         for act in acts.get(job.state, ('cancel',)))))
-
-
-def _charts(counts, span, number):
-    """(title, the highest value, SVG, rows) of each chart."""
-    slots, charts = {}, []
-    for at, data in counts:
-        slots.setdefault(at, collections.Counter()).update(data)
-    slots = {at: by_name(values) for at, values in slots.items()}
-    times = [now() // span * span - span * back for back in reversed(range(number))]
-    for title, name, failed in CHARTS:
-        points = []
-        for at in times:
-            values, length = slots.get(at, {}), min(span, max(now() - at, 1))
-            every = _buckets(values, name)
-            points.append((at, sum(every) / length, sum(_buckets(values, name, *failed)) / length)
-                          if failed else (at, _quantile(every, .5), _quantile(every, .99)))
-        shown = '{:.3g}'.format if failed else _seconds
-        highest = max((value for _, *two in points for value in two if value), default=0)
-        charts.append((title, shown(highest) if highest else 'nothing', _svg(points, highest), [
-            (_at(at), *('–' if value is None else shown(value) for value in two))
-            for at, *two in points if any(two)]))
-    return charts
-
-
-def _svg(points, highest):
-    """Two lines."""
-    lines = []
-    for which in (1, 2):
-        steps = [f'{300 * number / len(points):.1f} {60 - 58 * point[which] / (highest or 1):.1f}'
-                 for number, point in enumerate(points) if point[which] is not None]
-        lines.append(f'<path class="line-{which}" d="M{" L".join(steps or ["0 60"])} h.1"/>')
-    return Html(f'<svg viewBox="0 0 300 62" preserveAspectRatio="none" aria-hidden="true">'
-                f'{"".join(lines)}</svg>')
-
-
-def _seconds(value):
-    if value is None:
-        return '–'
-    return f'{value * 1000:.3g} ms' if value < 1 else f'{value:.3g} s'
-
-
-def _bytes(value):
-    return '–' if value is None else f'{value / 1000:,.0f} kB' if value < 10**7 else \
-        f'{value / 10**6:,.0f} MB'
-
-
-def _at(at, otherwise='–'):
+def _at(at):
     """A time of today, or of another day, in UTC."""
     form = '%H:%M:%S' if at and abs(now() - at) < 43200 else '%Y-%m-%d %H:%M'
-    return time.strftime(form, time.gmtime(at)) if at else otherwise
+    return time.strftime(form, time.gmtime(at)) if at else '–'
 
 
-def _table(heads, rows, ids=()):
-    """A table; on a phone each row is a card. ids: of the rows, so that a morph mixes up none."""
-    cells = [[cell if isinstance(cell, Html) else bottle.html_escape(str(cell)) for cell in row]
-             for row in rows]
-    return render('stack_table', heads=heads, rows=itertools.zip_longest(cells, ids))
-
-
-def _more(about, *facts, text=''):
-    """What is shown when it is asked for: names with their values, if any, and a long text."""
-    return Html(render('stack_more', about=about, text=text,
-                       facts=[(name, value) for name, value in facts if value]))
-
-
-def _button(act, about='', label='', **hidden):
-    """A form that is one button. about: what it acts on, for those who only hear the label."""
-    hidden['query'] = bottle.request.environ['stack.query']
-    return Html(render('stack_button', act=act, about=about, label=label or act.capitalize(),
-                       hidden={name: value for name, value in hidden.items() if value}))
-
-
-TEMPLATES['stack_button'] = '''\
-<form action="/stack/{{act}}" method="post">
-% for name, value in hidden.items():
-<input type="hidden" name="{{name}}" value="{{value}}">
-% end
-<button type="submit" aria-label="{{f'{label} {about}'.strip()}}">{{label}}</button></form>
-'''
-TEMPLATES['stack_more'] = '''\
-<details><summary aria-label="show {{about}}">show</summary><dl>
-% for name, value in facts:
-<div><dt>{{name}}</dt><dd>{{value}}</dd></div>
-% end
-</dl>
-% if text:
-<section tabindex="0" aria-label="{{about}}: traceback"><pre>{{text}}</pre></section>
-% end
-</details>
-'''
-TEMPLATES['stack_table'] = '''\
-<table><thead><tr>
-% for head in heads:
-<th scope="col">{{head or 'does'}}</th>
-% end
-</tr></thead><tbody>
-% for row, id in rows:
-<tr{{!f' id="{id}"' if id else ''}}>
-% for head, cell in zip(heads, row):
-<td data-label="{{head}}">{{!cell}}</td>
-% end
-</tr>
-% end
-</tbody></table>
-'''
 TEMPLATES['stack'] = '''\
+% def button(act, about='', value='', label=''):
+<button type="submit" form="act" formaction="/stack/{{act}}" name="{{acts[act][0]}}"
+ value="{{value}}" aria-label="{{label or act.capitalize()}} {{about}}">{{label or act.capitalize()}}</button>
+% end
+% def table(caption, heads, rows):
+<table><thead><tr>
+%  for head in heads:
+<th scope="col">{{head}}</th>
+%  end
+</tr></thead><tbody>
+%  for row in rows:
+<tr{{!f' id="row_{crc32((caption + row.value).encode())}"' if row.text else ''}}>
+%   for number, (head, cell) in enumerate(zip(heads, row.cells)):
+%    if row.text and not number:
+<td><details><summary>{{cell}}</summary><pre tabindex="0">{{row.text}}</pre></details></td>
+%    else:
+<td data-label="{{head}}">{{cell}}</td>
+%    end
+%   end
+<td>
+%   for act in row.acts:
+%    button(act, f'{row.cells[0]} {row.value}', row.value)
+%   end
+</td></tr>
+%  end
+</tbody></table>
+% end
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -6318,45 +6168,45 @@ TEMPLATES['stack'] = '''\
 </head>
 <body>
 {{!source}}
-<header>
+<main>
 <h1>{{app}} <span>stack</span></h1>
-% health = f'Failing: {", ".join(failing)}' if failing else 'All loops are well.'
-<p class="{{'bad' if failing else 'soft'}}">{{health}}</p>
+<p class="{{'bad' if failing else 'soft'}}">
+{{f'Failing: {", ".join(failing)}' if failing else 'All loops are well'}}. The last
+<a href="/stack" data-visit>hour</a> or <a href="/stack?chart=day" data-visit>day</a>, in UTC.</p>
 <p id="notice" role="status" data-turbo-permanent></p>
 <p data-connection data-turbo-permanent hidden></p>
-</header>
-<main>
-<p class="soft">The last <a href="/stack" data-visit>hour</a> or <a href="/stack?chart=day"
- data-visit>day</a>, times in UTC</p>
+<form id="act" method="post"><input type="hidden" name="query" value="{{query}}"></form>
 <div class="charts">
-% for title, highest, svg, rows in charts:
-<figure><figcaption>{{title}} <span class="soft">at most {{highest}}</span></figcaption>{{!svg}}
+% for title, highest, lines, rows in charts:
+<figure><figcaption>{{title}} <span class="soft">at most {{highest}}</span></figcaption>
+<svg viewBox="0 0 300 62" preserveAspectRatio="none" aria-hidden="true">
+<path d="M{{lines[0] or '0 60'}}h.1"/><path class="bad" d="M{{lines[1] or '0 60'}}h.1"/></svg>
 <details><summary aria-label="{{title}}, as a table">as a table</summary>
-{{!table(('from', *title.partition(': ')[2].split(', ')), rows)}}</details></figure>
+% table('', ('from', *title.partition(': ')[2].split(', ')), rows)
+</details></figure>
 % end
 </div>
-% for caption, heads, rows, *ids in tables:
+% for caption, heads, rows in panels:
 <h2>{{caption}}</h2>
 % if caption == 'Jobs':
 <form class="row" method="get">
-% for key in choices:
+% for key, words in choices.items():
 <label>{{key}} <select name="{{key}}"><option value="">any</option>
-% for choice in choices[key]:
-<option{{!' selected' if wanted.get(key) == choice else ''}}>{{choice}}</option>
+% for word in words:
+<option{{!' selected' if word == wanted.get(key) else ''}}>{{word}}</option>
 % end
 </select></label>
 % end
 <button type="submit">Show</button></form>
-<div class="row">
-% for act in ('retry', 'discard', 'run', 'cancel') if rows else ():
-<details><summary>{{act}} all</summary>
-{{!button(act, '', f'Yes, {act} all that match', **filter)}}</details>
+<details class="row"><summary>All that match</summary>
+% for act in ('retry', 'discard', 'run', 'cancel'):
+% button(act, 'that match', label=f'{act.capitalize()} all')
 % end
-</div>
+</details>
 % elif caption == 'Errors' and rows:
-{{!button('seen', 'all errors', 'Mark all as seen')}}
+% button('seen', label='Mark all as seen')
 % end
-{{!table(heads, rows, *ids) if rows else '<p class="soft">None.</p>'}}
+% table(caption, heads, rows)
 % end
 </main>
 </body>
@@ -6366,57 +6216,49 @@ add_asset('stack.css', '''\
 :root {
   color-scheme: light dark;
   --paper: light-dark(#f9f6f1, #181612);
-  --ink: light-dark(oklch(27% .008 85), oklch(90% .008 85));
-  --soft: light-dark(oklch(47% .008 85), oklch(73% .008 85));
-  --line: light-dark(oklch(90% .008 85), oklch(31% .008 85));
-  --accent: light-dark(oklch(49% .17 262), oklch(76% .12 258));
-  --danger: light-dark(oklch(50% .18 27), oklch(76% .13 25));
+  --ink: light-dark(#2b2a27, #e2dfd9);
+  --soft: light-dark(#63605a, #aaa69f);
+  --line: light-dark(#e3ded7, #35322d);
+  --accent: light-dark(#2c55b8, #9db8ff);
+  --danger: light-dark(#b3261e, #ff9d94);
 }
-*, ::before, ::after { box-sizing: border-box; min-width: 0; margin: 0; }
-[hidden], p:empty, [data-state=live] { display: none; }
+* { box-sizing: border-box; min-width: 0; margin: 0; }
+[hidden], p:empty, td:empty, [data-state=live] { display: none; }
 body {
   max-width: 68rem; margin: auto; padding: 1.5rem max(1rem, env(safe-area-inset-left)) 4rem;
-  background: var(--paper); color: var(--ink); font: 1rem/1.45 system-ui, sans-serif;
+  background: var(--paper); color: var(--ink); font: .9375rem/1.45 system-ui, sans-serif;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
 }
-h1 { font-size: clamp(1.75rem, 5vw, 2.5rem); font-weight: 300; letter-spacing: -.02em; }
+h1 { font-size: 2.25rem; font-weight: 300; letter-spacing: -.02em; }
 h2 { margin-top: 2.5rem; font-size: 1.125rem; font-weight: 500; }
-h1 span, th, dt, .soft { color: var(--soft); font-weight: inherit; }
-a, button, .row summary, #notice { color: var(--accent); }
+h1 span, th, .soft { color: var(--soft); font-weight: inherit; }
+a, button, svg, #notice { color: var(--accent); }
 .bad { color: var(--danger); }
 button, select {
   min-height: 2.25rem; padding: 0 .75rem; border: 1px solid var(--soft); border-radius: 10px;
-  background: var(--paper); font: inherit; font-size: .875rem;
+  background: var(--paper); font: inherit; cursor: pointer;
 }
-select { color: inherit; }
 :focus-visible { border-radius: 6px; outline: 2px solid var(--accent); outline-offset: 2px; }
-summary, button { cursor: pointer; }
 .charts {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1.5rem;
-  align-items: end; margin-top: 1rem;
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1.5rem;
+  align-items: end; margin-top: 1.5rem;
 }
-svg { display: block; width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); }
-path { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
-.line-2 { stroke: var(--danger); }
+svg { width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); }
+path { fill: none; stroke: currentcolor; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 .row { display: flex; flex-wrap: wrap; gap: .75rem 1.25rem; align-items: end; padding: .5rem 0; }
 table { width: 100%; border-collapse: collapse; }
-table, figure, label { font-size: .875rem; }
-th, td { padding: .5rem .75rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left; }
-td { vertical-align: baseline; }
-tr > * + :not(:last-child, :has(details)) { white-space: nowrap; }
-td:first-child, td:last-child { min-width: 8rem; }
-td form { display: inline-block; margin: 0 .25rem .25rem 0; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .5rem; }
-section { max-height: 24rem; margin-top: .5rem; overflow: auto; }
+tr { border-bottom: 1px solid var(--line); }
+th, td { padding: .5rem 1rem .5rem 0; text-align: left; vertical-align: baseline; }
+td:not(:first-child) { min-width: 4rem; }
+tbody:not(:has(tr))::before { content: 'None.'; color: var(--soft); }
+pre { max-height: 24rem; overflow: auto; white-space: pre-wrap; }
 figcaption span { display: block; }
-pre { white-space: pre-wrap; }
 @media (width < 44rem) {
-  table, tbody, tr, td { display: block; }
-  thead { position: absolute; width: 1px; overflow: hidden; clip-path: inset(50%); }
-  tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
-  tr > td:nth-child(n) { display: flex; padding: .15rem 0; border: 0; white-space: normal; }
-  td:has(details) { flex-wrap: wrap; }
-  td::before { content: attr(data-label); flex: 0 0 8rem; color: var(--soft); }
+  thead { display: none; }
+  tr { display: flex; flex-wrap: wrap; gap: .125rem 1rem; padding: .5rem 0; }
+  td { padding: 0; }
+  td:first-child { flex-basis: 100%; }
+  td + [data-label]::before { content: attr(data-label) ' '; color: var(--soft); }
   button, select { min-height: 44px; }
 }
 ''', 'text/css; charset=UTF-8')
@@ -6509,7 +6351,7 @@ def open_services(run_jobs):
             raise SettingError(f'{name} {version} is too old here: {least[0]}.{least[1]} or later '
                                f'is needed')
     bottle.BaseRequest.MEMFILE_MAX = settings.max_body_bytes    # bottle's bound of forms and JSON
-    services = [processes, *databases.values(), keys, cache, cable, heartbeat, recorder, watch]
+    services = [processes, *databases.values(), keys, cache, cable, heartbeat, recorder]
     if settings.database_url:
         services.insert(0, PostgreSQL())
     else:
@@ -6668,7 +6510,6 @@ def serve(reload=False):
         return Parent(listener or listen(), stopping).run()
     with open_services(run_jobs=True):
         server = Server(listener or listen())
-        recorder.pool = server.pool
         stalls.open()
         if reload:
             cable.begin_anew(reloads=True)
@@ -6680,12 +6521,12 @@ def serve(reload=False):
             say_where(server.socket)
         stopping.wait()
         log.info('stopping')
-        stalls.close()
         server.drain()
         if settings.litestream:
             gevent.sleep(max(0, started_at + LITESTREAM_SECONDS - time.monotonic()))
     log.info('stopped')
     if reload and reloading.value:
+        signal.setitimer(signal.ITIMER_REAL, 0)     # of StallWatch: it would outlive it
         os.environ['PORT'] = str(server.server_port)
         os.execv(sys.executable, sys.orig_argv)
     return 0
@@ -7157,17 +6998,18 @@ def open_existing():
 
 def command_jobs(act='', id='', **options):
     """List jobs, or change one or all of them. A running server hears of it at once."""
-    state, name = next((each for each in STATES if each in options), None), options.get('name')
+    which = {'state': next((each for each in STATES if each in options), None),
+             'name': options.get('name'), 'id': None if id in ('', 'all') else id}
     with open_existing():
         if not act:
-            for job in map(without_secrets, jobs.list(1000, state, name)):
+            for job in map(without_secrets, jobs.list(1000, **which)):
                 last = (job.error or '').rstrip().rpartition('\n')[2]
                 print(to_json(job._asdict()) if 'json' in options else
                       f'{job.id} {job.name} {job.state} {job.queue} {job.attempts} {last}'.rstrip())
             return 0
         if act not in CHANGE_JOBS:
             raise JobError(f'jobs takes {", ".join(CHANGE_JOBS)} and an id or all, not {act!r}')
-        done = jobs.change_all(act, state, name) if id == 'all' else jobs.change(act, [id])
+        done = jobs.change(act, **which)
         if not done and id != 'all':
             raise JobError(f'there is no job {id!r} to {act}')
         print(f'{act}: {done} jobs')
@@ -7179,8 +7021,9 @@ def command_stats(json=False):
     with open_existing():
         nodes = recorder.nodes()
         del nodes[processes.name]
-        stats = {name: float(number) for samples in exposition(nodes).values()
-                 for name, number in samples if '_bucket{' not in name}
+        samples = (line.rpartition(' ') for line in exposition(nodes)
+                   if not re.match('#|[^{]*_bucket{', line))
+        stats = {name: float(number) for name, _, number in samples}
         print(to_json(stats) if json else
               '\n'.join(f'{name} {number:g}' for name, number in sorted(stats.items())))
     return 0

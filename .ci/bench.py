@@ -474,7 +474,7 @@ UNMEASURED_PROGRAM = '''
 import sys, todol
 def nothing(*arguments, **options): pass
 todol.Metrics.count = todol.Metrics.time = todol.Metrics.slow = todol._measure = todol.Jobs._measure = nothing
-todol.StallWatch.open = todol.StallWatch.close = nothing
+todol.StallWatch.open = nothing
 todol._request_id = lambda environ: 'x'
 sys.exit(todol.main())
 '''
