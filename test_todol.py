@@ -7367,7 +7367,7 @@ class Operator(WSGIClient):
             need(False, 'prometheus_client is not installed: pip install prometheus_client')
         samples = {}
         for family in text_string_to_metric_families(self.get('/metrics').text):
-            assert family.type in ('counter', 'gauge', 'histogram'), family.name
+            assert family.type in ('counter', 'gauge', 'histogram') and family.documentation, family.name
             for sample in family.samples:
                 labels = frozenset((name, value) for name, value in sample.labels.items() if name != 'process')
                 assert labels not in samples.setdefault(sample.name, {}), 'a series twice'
@@ -7480,7 +7480,7 @@ def test_each_number_tells_of_what_was_done_on_purpose(operator, handle, monkeyp
         todol.cache.set(key, 1)
     assert (operator.metric('cache_hits_total'), operator.metric('cache_misses_total')) == (1, 2)
     todol.cable.broadcast_all([('s', n) for n in range(5)])
-    assert operator.metric('cable_messages_total') == 5
+    assert 5 <= operator.metric('cable_messages_total') <= 8, 'some may tell open pages of all this'
     changed = operator.metric('database_changed_rows_total', database='app')
     todol.app_db.transact(lambda: [keep(todol.app_db, f'key {n}') for n in range(3)])
     assert operator.metric('database_changed_rows_total', database='app') - changed == 3
@@ -7499,6 +7499,11 @@ def test_each_number_tells_of_what_was_done_on_purpose(operator, handle, monkeyp
     process = {name: value for name, (value,) in ((name, found.values()) for name, found in operator.metrics().items()
                                                   if name.startswith('process_'))}
     assert process['process_resident_memory_bytes'] > 10**7 and 5 < process['process_open_fds'] < 2000
+    waiting = [gevent.spawn(gevent.sleep, 60) for _ in range(50)]
+    gevent.sleep(0)
+    (greenlets,) = operator.metrics()['process_greenlets'].values()
+    assert 50 <= greenlets - process['process_greenlets'] < 60
+    gevent.killall(waiting)
     assert abs(process['process_start_time_seconds'] - time.time()) < 600 and process['process_cpu_seconds_total'] > 0
     goes_on.set()
 
@@ -7789,7 +7794,7 @@ def test_the_charts_show_what_was_and_have_a_table_behind_them(operator, monkeyp
     minute = int(clock.now // 60 * 60)
     with_counts = {minute - 600: 120, minute - 540: 60, minute - 7200: 9000}
     for at, number in with_counts.items():
-        data = {'http_request_duration_seconds\tGET\t/\t2xx\t0.025': number,
+        data = {'of_an_older_version_total': 1, 'http_request_duration_seconds\tGET\t/\t2xx\t0.025': number,
                 'http_request_duration_seconds\tGET\t/\t2xx\tsum': 0.02 * number}
         for span in (60, 900):
             note = (str(span), f'{at} other {span}', at // span * span, json.dumps(data))
@@ -7875,9 +7880,15 @@ def test_a_page_that_nobody_looks_at_costs_nothing_and_one_that_shows_nothing_ne
     with contextlib.closing(stack_server.database('cable')) as cable, \
             contextlib.closing(stack_server.database('cache')) as cache:
         gevent.sleep(1)
-        before = [each.execute('PRAGMA data_version').fetchone() for each in (cable, cache)]
+        def effort():
+            status = pathlib.Path(f'/proc/{stack_server.process.pid}/status').read_text()
+            woken = re.search(r'^voluntary_ctxt_switches:\s+(\d+)', status, re.MULTILINE)[1]
+            return [each.execute('PRAGMA data_version').fetchone() for each in (cable, cache)], int(woken)
+
+        written, woken = effort()
         gevent.sleep(4)
-        assert [each.execute('PRAGMA data_version').fetchone() for each in (cable, cache)] == before
+        assert effort()[0] == written
+        assert effort()[1] - woken < 25, 'its timers would wake it all the time'
 
 
 def test_without_script_the_page_is_whole_and_its_buttons_work(stack_server, new_operator_page):
@@ -7945,11 +7956,12 @@ def test_a_stalled_loop_a_slow_reader_and_children_of_another_server_are_seen(st
     assert 'event loop: block (script.py:' in shown().text
     identifier = {'channel': 'Turbo::StreamsChannel', 'signed_stream_name': client.get('/loud').text}
 
-    def subscribed(**since):
+    def subscribed(**more):
         socket = connect(stack_server, client)
-        socket.command('subscribe', json.dumps({**identifier, **since}))
+        socket.command('subscribe', json.dumps({**identifier, **more}))
         while socket.receive().get('type') != 'confirm_subscription':
             pass
+        return socket
 
     def cable(name):
         text = client.get('/metrics', headers=basic()).text
@@ -7971,6 +7983,9 @@ def test_a_stalled_loop_a_slow_reader_and_children_of_another_server_are_seen(st
 
     eventually(lambda: processes() == 3)
     assert len(re.findall('data-label="process"', second.client().get('/stack', headers=basic()).text)) == 3
+    page = subscribed(signed_stream_name=re.search('signed-stream-name="([^"]+)"', shown().text)[1])
+    second.client().get('/nothing')
+    assert page.receive()['message'] == todol.REFRESH, 'open pages hear of what another process did'
     second.kill()
     eventually(lambda: processes() == 1)
 

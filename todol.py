@@ -2762,7 +2762,6 @@ class Cable:
         self._bell = gevent.event.Event()
         self._loop = None
         self.reloads = False            # who can't resume loads the page as a whole
-        self.awaited = {}               # stream -> Event to set when somebody subscribes
         self.epoch = None               # names the file: positions of another mean nothing here
 
     def open(self):
@@ -2813,11 +2812,6 @@ class Cable:
         the log began anew, so that some may be missing. It must not wait."""
         self._db._check()
         self._subscribers.setdefault(_stream_checked(stream), set()).add(receive)
-        if stream in self.awaited:
-            self.awaited[stream].set()
-
-    def has_subscribers(self, stream):
-        return stream in self._subscribers
 
     def unsubscribe(self, stream, receive):
         """Stop it; harmless if it never started."""
@@ -5640,7 +5634,8 @@ REPLY_SECONDS = 0.15        # the other processes have to note how they are
 MAX_FAILED_LOGINS = 10      # of an address in a minute
 LOOPBACK = ('127.0.0.1', '::1', 'localhost', '[::1]')
 STACK_STREAM = shared_stream('stack')
-LOOK_SECONDS = 2.0          # between two refreshes of open pages
+LOOK_SECONDS = 2.0          # between two refreshes of open pages, until LOOKING_SECONDS after the
+LOOKING_SECONDS = 600       # last look at one; from then on a minute
 
 UNMEASURED.update(['/stack', '/stack/<act>', '/metrics'])       # or to look would be to change
 cache_db.migrations += [
@@ -5667,9 +5662,9 @@ class Recorder:
 
     def open(self):
         self._started_at = self._since = now()
+        self._asked_at = 0.0
         self._noted = self._counted()
         metrics.slowest.clear()     # to open the files was slow
-        cable.awaited[STACK_STREAM] = metrics.bell
         processes.wakes(metrics.bell, b's')
         self._loop = Loop('metrics', self._turn)
 
@@ -5681,6 +5676,7 @@ class Recorder:
 
     def nodes(self):
         """How all processes are: {process: its _state()}. Others have REPLY_SECONDS to note it."""
+        metrics.bell.set()
         processes.ring(b's')
         if processes.others():
             gevent.sleep(REPLY_SECONDS)
@@ -5710,12 +5706,13 @@ class Recorder:
         """Note what was counted, and how we are if somebody asked. While the file is in trouble it
         waits in memory."""
         errors, counted, at = metrics.errors, self._counted(), now()
-        state = self._state() if metrics.bell.is_set() and processes.others() else None
-        new = counted - self._noted
-        news = new.keys() & metrics.counts.keys()
-        if not news:                # no more than the notes themselves change
+        new, state = counted - self._noted, None
+        # The notes themselves change what others count, and their message is counted.
+        if not new.keys() & metrics.counts.keys() - {'cable_messages_total'}:
             new, counted = {}, self._noted
-        metrics.bell.clear()
+        if metrics.bell.is_set():
+            self._asked_at, state = at, self._state() if processes.others() else None
+            metrics.bell.clear()
         try:
             if new or errors or state:
                 metrics.errors = {}
@@ -5724,31 +5721,29 @@ class Recorder:
         except StorageError as error:
             metrics.errors = {**metrics.errors, **errors}
             log.error('what was counted can not be written: %s', error)
-        if news - {'cable_messages_total'} and cable.has_subscribers(STACK_STREAM):
+        if new:
             cable.broadcast(STACK_STREAM, REFRESH)
         return self._wait
 
     def _wait(self):
         gevent.sleep(REPLY_SECONDS / 3)        # a storm of errors is written in parts
-        metrics.bell.wait(LOOK_SECONDS if cable.has_subscribers(STACK_STREAM) else 60 - now() % 60)
+        metrics.bell.wait(60 - now() % 60 if now() - self._asked_at > LOOKING_SECONDS else
+                          LOOK_SECONDS)
 
     def _add(self, new, errors, state):
         cache_db.lock('notes')      # other processes add to them too
+        notes = [('node', processes.name, now(), state)] if state else []
         for span in SPANS if new else ():
             kind, at = str(span), self._since // span * span
             noted = [data for _, _, data in self._notes(kind, KEPT_SECONDS[kind], f'{at:.0f}')]
-            self._note(kind, f'{at:.0f}', at, sum(noted, new))
+            notes.append((kind, f'{at:.0f}', at, sum(noted, new)))
         for place, error in errors.items():
             for _, _, before in self._notes('error', KEPT_SECONDS['error'], place):
                 error = {**error, 'count': error['count'] + before['count'],
                          'first_at': before['first_at']}
-            self._note('error', place, error['last_at'], error)
+            notes.append(('error', place, error['last_at'], error))
+        cache_db.executemany(UPSERT_NOTE, [(*note, to_json(data)) for *note, data in notes])
         cache_db.execute(TRIM_ERRORS, (MAX_PLACES,))
-        if state:
-            self._note('node', processes.name, now(), state)
-
-    def _note(self, kind, key, at, data):
-        cache_db.execute(UPSERT_NOTE, (kind, key, at, to_json(data)))
 
     def _notes(self, kind, seconds, key=''):
         """[(key, time, data), ...] of the last so many seconds, in the order of time."""
@@ -5788,8 +5783,7 @@ class StallWatch:
     and looks what it is at: in C, when that is over. For the main thread of a server."""
 
     def open(self):
-        self._limit, self._began = settings.stall_ms / 1000, time.perf_counter()
-        self._where = ''
+        self._limit, self._began, self._where = settings.stall_ms / 1000, time.perf_counter(), ''
         if self._limit:
             signal.signal(signal.SIGALRM, self._look)
             # The first call after the wait for events, and the last before it.
@@ -5799,7 +5793,7 @@ class StallWatch:
                 watcher.start(act)
 
     def _begin(self):
-        self._began = time.perf_counter()
+        self._began, self._where = time.perf_counter(), ''
         signal.setitimer(signal.ITIMER_REAL, self._limit)
 
     def _end(self):
@@ -5865,8 +5859,8 @@ def show_metrics():
 
 
 def measured(nodes, counted=None):
-    """{process: {'name<tab>label…': number}} of METRICS; '' for what is of no process alone.
-    counted: in the place of what each has counted since it started."""
+    """{process: {'name<tab>label…': number or None}} of METRICS, and of others, which nobody sees;
+    '' for what is of no process alone. counted: in the place of what each has counted."""
     shared = {f'jobs\t{queue}\t{state}': 0 for queue in QUEUES for state in STATES}
     shared |= {'\t'.join(('jobs', *key)): number for key, number in jobs.counts().items()}
     for name, *times in jobs.recurring():
@@ -5877,9 +5871,7 @@ def measured(nodes, counted=None):
         facts = database.facts()
         groups += [('database_', f'\t{name}', facts), ('postgresql_', '', facts['server'])]
     for group, label, numbers in groups:
-        shared |= {f'{group}{name}{label}': number for name, number in numbers.items()
-                   if f'{group}{name}' in METRICS}
-    shared = {key: number for key, number in shared.items() if number is not None}
+        shared |= {f'{group}{name}{label}': number for name, number in numbers.items()}
     return {'': {**shared, **(counted or {})}, **{
         process: {**(node['counted'] if counted is None else {}), **node['gauges']}
         for process, node in nodes.items()}}
@@ -5892,15 +5884,22 @@ def families(values):
     for process, numbers in values.items():
         for key, number in numbers.items():
             name, *texts = key.split('\t')
-            bucket = texts.pop() if METRICS[name][0] == 'histogram' else ''
-            labels = [*zip(METRICS[name][2], texts), ('process', process)]
-            series = tuple(labels if process else labels[:-1])
-            found[name].setdefault(series, collections.Counter())[bucket] += number
+            if name in METRICS and number is not None:
+                kind, _, names = METRICS[name]
+                bucket = texts.pop() if kind == 'histogram' else ''
+                labels = (*zip(names, texts), *([('process', process)] if process else []))
+                found[name].setdefault(labels, collections.Counter())[bucket] += number
     return found
 
 
 def exposition(nodes):
     """The lines of all metrics. Source: prometheus.io/docs/instrumenting/exposition_formats"""
+    escapes = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
+
+    def sample(suffix, number, **more):
+        texts = [f'{label}="{text.translate(escapes)}"' for label, text in (*labels, *more.items())]
+        return f'{name}{suffix}{{{",".join(texts)}}} {number}'
+
     for name, family in families(measured(nodes)).items():
         kind, meaning, _ = METRICS[name]
         name = name if name.startswith('process_') else f'{APP}_{name}'
@@ -5908,26 +5907,18 @@ def exposition(nodes):
             yield from (f'# HELP {name} {meaning}.', f'# TYPE {name} {kind}')
         for labels, numbers in family.items():
             if kind != 'histogram':
-                yield _sample(name, labels, numbers[''])
+                yield sample('', numbers[''])
                 continue
             sums = [*itertools.accumulate(numbers[bucket] for bucket in BUCKETS)]
-            for bucket, number in zip(BUCKETS, sums):
-                yield _sample(f'{name}_bucket', (*labels, ('le', bucket)), number)
-            yield _sample(f'{name}_sum', labels, numbers['sum'])
-            yield _sample(f'{name}_count', labels, sums[-1])
-
-
-def _sample(name, labels, number):
-    inside = ','.join('{}="{}"'.format(label, text.translate({92: r'\\', 34: r'\"', 10: r'\n'}))
-                      for label, text in labels)
-    return f'{name}{{{inside}}} {number}'
+            yield from (sample('_bucket', number, le=le) for le, number in zip(BUCKETS, sums))
+            yield from (sample('_sum', numbers['sum']), sample('_count', sums[-1]))
 
 
 # === Stack page: the four services, live, and what can be done about them ================
 # Complete without script. With it, a message on the cable has the page loaded again and morphed in.
 
 LIST_JOBS = 50              # of those that match
-MAX_ARGUMENT_CHARS = 500
+MAX_FACT_CHARS = 500        # of its arguments, for one
 FILTERS = ('id', 'state', 'name', 'queue')      # of jobs
 ALL = 'the last hour'       # a column: how often
 QUANTILES = {'time p50 seconds': .5, 'time p95 seconds': .95, 'time p99 seconds': .99}    # columns
@@ -5977,7 +5968,7 @@ def show_stack():
         choices={'state': STATES, 'name': sorted(jobs.names()), 'queue': QUEUES},
         failing=sorted({name for node in nodes.values() for name in node['failing']}),
         charts=_charts(day, 900, 96) if day else _charts(hour, 60, 60),
-        panels=[_job_panel(query), _error_panel(), *_panels(nodes, hour), _slowest_panel(nodes)])
+        panels=[*_lists(query, nodes), *_panels(nodes, hour)])
 
 
 @app.post('/stack/<act>')
@@ -5999,32 +5990,29 @@ def act_on_stack(act):
                    {'done': said}, f'/stack?{urllib.parse.urlencode(query)}')
 
 
-def _job_panel(query):
-    rows = []
+def _lists(query, nodes):
+    """Panels of jobs, errors, and what was slow."""
+    found = []
     for job in map(without_secrets, jobs.list(LIST_JOBS, *map(query.get, FILTERS))):
         facts = {**job._asdict(), 'arguments': json.dumps(job.arguments, ensure_ascii=False)}
-        facts = {name: _at(value) if name.endswith('_at') else f'{value}'[:MAX_ARGUMENT_CHARS]
-                 for name, value in facts.items() if value and name != 'error'}
-        cells = (job.name, job.state, f'{job.attempts} of {jobs.attempts_of(job.name) or "?"}',
-                 _at(job.failed_at or job.next_at or job.started_at))
-        acts = [act for act, (states, _) in CHANGE_JOBS.items() if job.state in states]
-        text = '\n'.join([*map(': '.join, facts.items()), '', job.error or ''])
-        rows.append(Row(cells, acts, job.id, text))
-    return 'Jobs', ('task', 'state', 'attempts', 'when'), rows
-
-
-def _error_panel():
-    return 'Errors', ('where', 'count', 'first', 'last'), [
-        Row((place, error['count'], _at(error['first_at']), _at(at)), ['seen'], place,
-            f'request: {error["request"]}\n\n{error["traceback"]}')
-        for place, at, error in recorder.errors()]
-
-
-def _slowest_panel(nodes):
+        facts = [f'{name}: {_at(value) if name.endswith("_at") else value}'[:MAX_FACT_CHARS]
+                 for name, value in facts.items() if value and name != 'error']
+        found.append(Row(
+            (job.name, job.state, f'{job.attempts} of {jobs.attempts_of(job.name) or "?"}',
+             _at(job.failed_at or job.next_at or job.started_at)),
+            [act for act, (states, _) in CHANGE_JOBS.items() if job.state in states],
+            job.id, '\n'.join([*facts, '', job.error or ''])))
     slow = [(*took, what) for node in nodes.values() for what, took in node['slowest']]
-    return 'Slowest', ('what', 'took', 'at', 'request'), [
-        Row((what, _figure('seconds', seconds), _at(at), request or '–'))
-        for seconds, at, request, what in sorted(slow, key=lambda each: -each[0])[:SLOWEST]]
+    return [
+        ('Jobs', ('task', 'state', 'attempts', 'when'), found),
+        ('Errors', ('where', 'count', 'first', 'last'), [
+            Row((place, error['count'], _at(error['first_at']), _at(at)), ['seen'], place,
+                f'request: {error["request"]}\n\n{error["traceback"]}')
+            for place, at, error in recorder.errors()]),
+        ('Slowest', ('what', 'took', 'at', 'request'), [
+            Row((what, _figure('seconds', seconds), _at(at), request or '–'))
+            for seconds, at, request, what in sorted(slow, key=lambda each: -each[0])[:SLOWEST]]),
+    ]
 
 
 def _panels(nodes, counts):
@@ -6044,8 +6032,8 @@ def _panels(nodes, counts):
         heads = [re.sub('^[a-z]+_|[_ ](bytes|timestamp|seconds|total)', '', column)
                  .replace('_', ' ') for column in columns]
         if rows:
-            yield caption, [*by[:1], *heads], [
-                Row([*[names.get((caption, name), name)][:len(by)],
+            yield caption, [' '.join(by) or 'of', *heads], [
+                Row([names.get((caption, name), name or 'all'),
                      *(_figure(column, row.get(column)) for column in columns)],
                     acts.get((caption, name), ()), name) for name, row in sorted(rows.items())]
 
@@ -6057,14 +6045,14 @@ def _table(found, begins, by):
     rows, times = {}, {}
     for name, family in found.items():
         for labels, numbers in family.items() if name.startswith(begins) else ():
-            others = {label: text for label, text in labels if label not in (*by, 'process')}
             key = ' '.join(text for label, text in labels if label in by)
-            row = rows.setdefault(key, collections.Counter())
-            is_timed = METRICS[name][0] == 'histogram'
-            for column in [*others.values(), *[ALL][:is_timed]] or [name]:
-                row[column] += sum(number for each, number in numbers.items() if each != 'sum')
-            if is_timed:
+            columns = [text for label, text in labels if label not in (*by, 'process')]
+            if METRICS[name][0] == 'histogram':
+                columns.append(ALL)
                 times.setdefault(key, collections.Counter()).update(numbers)
+            row = rows.setdefault(key, collections.Counter())
+            for column in columns or [name]:
+                row[column] += sum(number for each, number in numbers.items() if each != 'sum')
     for key, buckets in times.items():
         for column, share in QUANTILES.items():
             rows[key][column] = _quantile(buckets, share)
@@ -6111,7 +6099,7 @@ def _quantile(buckets, share):
 def _figure(name, number):
     """A number as people read it, by the unit at the end of its name."""
     if number is None:
-        return '0' if name.endswith('_total') else 'never' if 'timestamp' in name else '–'
+        return '0' if name.endswith('_total') else 'not copied' if 'copied' in name else '–'
     if name.endswith(('timestamp_seconds', 'time_seconds')):
         return _at(number)
     if 'seconds' in name:
@@ -6128,9 +6116,9 @@ def _at(at):
 
 
 TEMPLATES['stack'] = '''\
-% def button(act, about='', value='', label=''):
+% def button(act, label, about='', value=''):
 <button type="submit" form="act" formaction="/stack/{{act}}" name="{{acts[act][0]}}"
- value="{{value}}" aria-label="{{label or act.capitalize()}} {{about}}">{{label or act.capitalize()}}</button>
+ value="{{value}}" aria-label="{{label}} {{about}}">{{label}}</button>
 % end
 % def table(caption, heads, rows):
 <table><thead><tr>
@@ -6149,7 +6137,7 @@ TEMPLATES['stack'] = '''\
 %   end
 <td>
 %   for act in row.acts:
-%    button(act, f'{row.cells[0]} {row.value}', row.value)
+%    button(act, act.capitalize(), f'{row.cells[0]} {row.value}', row.value)
 %   end
 </td></tr>
 %  end
@@ -6200,11 +6188,11 @@ TEMPLATES['stack'] = '''\
 <button type="submit">Show</button></form>
 <details class="row"><summary>All that match</summary>
 % for act in ('retry', 'discard', 'run', 'cancel'):
-% button(act, 'that match', label=f'{act.capitalize()} all')
+% button(act, f'{act.capitalize()} all', 'that match')
 % end
 </details>
 % elif caption == 'Errors' and rows:
-% button('seen', label='Mark all as seen')
+% button('seen', 'Mark all as seen')
 % end
 % table(caption, heads, rows)
 % end
@@ -6223,7 +6211,7 @@ add_asset('stack.css', '''\
   --danger: light-dark(#b3261e, #ff9d94);
 }
 * { box-sizing: border-box; min-width: 0; margin: 0; }
-[hidden], p:empty, td:empty, [data-state=live] { display: none; }
+[hidden], p:empty, [data-state=live] { display: none; }
 body {
   max-width: 68rem; margin: auto; padding: 1.5rem max(1rem, env(safe-area-inset-left)) 4rem;
   background: var(--paper); color: var(--ink); font: .9375rem/1.45 system-ui, sans-serif;
@@ -6243,16 +6231,16 @@ button, select {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1.5rem;
   align-items: end; margin-top: 1.5rem;
 }
+.charts span { display: block; }
 svg { width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); }
 path { fill: none; stroke: currentcolor; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 .row { display: flex; flex-wrap: wrap; gap: .75rem 1.25rem; align-items: end; padding: .5rem 0; }
 table { width: 100%; border-collapse: collapse; }
 tr { border-bottom: 1px solid var(--line); }
 th, td { padding: .5rem 1rem .5rem 0; text-align: left; vertical-align: baseline; }
-td:not(:first-child) { min-width: 4rem; }
+td + td, figure td { white-space: nowrap; }
 tbody:not(:has(tr))::before { content: 'None.'; color: var(--soft); }
 pre { max-height: 24rem; overflow: auto; white-space: pre-wrap; }
-figcaption span { display: block; }
 @media (width < 44rem) {
   thead { display: none; }
   tr { display: flex; flex-wrap: wrap; gap: .125rem 1rem; padding: .5rem 0; }
@@ -7030,12 +7018,11 @@ def command_stats(json=False):
 
 
 def command_errors():
-    """What nobody expected, the unseen and the last first, with the last traceback of each."""
+    """What nobody expected, the last first, with the last traceback of each."""
     with open_existing():
         for place, at, error in recorder.errors():
             print(f'{place}: {error["count"]} times, last {_at(at)} UTC, request '
-                  f'{error["request"] or "unknown"}{", seen" if error["seen"] else ""}\n'
-                  f'{error["traceback"]}')
+                  f'{error["request"] or "unknown"}\n{error["traceback"]}')
     return 0
 
 
