@@ -2631,10 +2631,12 @@ def cache_clock(monkeypatch, dbms):
         monkeypatch.setattr(todol, 'now', Clock())
         yield todol.now
         return
-    monkeypatch.setattr(todol, 'CLOCK', '(SELECT at FROM public.clock)')
+    monkeypatch.setitem(todol.WORDS, 'now_s()', '(SELECT at FROM public.clock)')
+    todol.translated.cache_clear()
     with contextlib.closing(ServerClock(dbms['DATABASE_URL'])) as clock:
         monkeypatch.setattr(todol, 'now', clock)
         yield clock
+    todol.translated.cache_clear()
 
 
 @pytest.fixture
@@ -2700,7 +2702,7 @@ def open_cache(cache_clock, open_database, server_of_databases):
         def open_(limit_bytes=todol.CACHE_LIMIT_BYTES):
             cache = todol.Cache(open_database('cache'))
             if server_of_databases:
-                server_of_databases.bind_cache(cache)
+                cache._size_bytes = functools.partial(server_of_databases._size_of, cache._db)
             cache.limit_bytes = limit_bytes
             cache.open()
             gevent.sleep(0)         # its loop waits now

@@ -437,6 +437,12 @@ BUSY, DAMAGED = (5, 6), (11, 26)
 READS = re.compile(r'\s*(SELECT|PRAGMA|WITH(?!.*\b(INSERT|UPDATE|DELETE|REPLACE)\b))\b',
                    re.IGNORECASE | re.DOTALL)
 
+# Of tables that never give an id twice
+LAST_IDS = 'SELECT name, seq FROM sqlite_sequence'
+SET_LAST_ID = '''
+    INSERT OR REPLACE INTO sqlite_sequence (rowid, name, seq)
+    VALUES ((SELECT rowid FROM sqlite_sequence WHERE name = :table), :table, :last)'''
+
 databases = {}              # name -> Database: what open_stack() opens
 
 
@@ -447,7 +453,7 @@ class StorageError(AppError):
 
 
 class BusyError(StorageError):
-    """Somebody else held the write lock for all of BUSY_SECONDS."""
+    """What it needs, as a lock or a server, was not to be had for all of BUSY_SECONDS."""
 
 
 class DamagedError(StorageError):
@@ -475,7 +481,7 @@ class Database:
     now_s() for the time. Every verb raises StorageError when the file can't be used, MisuseError
     from another thread, and lets other errors of sqlite3 through.
     """
-    current = None          # the Database whose transaction is running; nothing switches in one
+    current = None          # the _Write that is running, of any Database; nothing switches in one
     joined = None           # part_of, while both are on one server
     path = None             # of the file
 
@@ -491,7 +497,6 @@ class Database:
         self._queue = collections.deque()       # writes that wait for the next transaction
         self._leading = None        # an Event while a greenlet is about to run the queue
         self._shares_commits = True
-        self._after_commit = None   # of the write that is running
         if declared:
             databases[name] = self
 
@@ -528,11 +533,11 @@ class Database:
                        # What is removed from the app's must be gone; ON writes freed pages anew.
                        f'secure_delete = {"ON" if self.name == "app" else "FAST"}',
                        f'wal_autocheckpoint = {0 if litestream else CHECKPOINT_PAGES}'):
-            self._patiently(f'PRAGMA {pragma}')
+            self._run(f'PRAGMA {pragma}')
         if pending:
             self.transact(self._migrate)
         # A deferred foreign key fails at the COMMIT, which would be that of neighbours too.
-        self._shares_commits = not self._patiently(
+        self._shares_commits = not self._run(
             "SELECT 1 FROM sqlite_master WHERE sql LIKE '%INITIALLY%DEFERRED%'")
 
     def open_read_only(self, path=None):
@@ -542,7 +547,7 @@ class Database:
             raise StorageError(f'{self.path} does not exist')
         try:
             self._connect('ro')
-            self._patiently('SELECT count(*) FROM sqlite_master')
+            self._run('SELECT count(*) FROM sqlite_master')
         except StorageError:
             self._disconnect()
             raise
@@ -566,14 +571,14 @@ class Database:
         it may only SELECT (also after WITH), or ask a PRAGMA.
         """
         self._check()
-        if Database.current not in (None, self) and not READS.match(statement):
+        if Database.current and not self.in_transaction and not READS.match(statement):
             refuse_in_transaction(f'anything but a SELECT from the {self.name} database')
-        return self._patiently(statement, parameters)
+        return self._run(statement, parameters)
 
     def executemany(self, statement, rows):
         """Run one statement for each of rows; only inside a transaction, which makes it whole."""
         self._check()
-        if Database.current is not self:
+        if not self.in_transaction:
             raise MisuseError(f'executemany() outside a transaction of the {self.name} database '
                               'would commit row by row')
         try:
@@ -630,8 +635,39 @@ class Database:
         if self.in_transaction:
             return self._savepoint(call)
         refuse_in_transaction(f'a write to the {self.name} database')
+        write = _Write(self, call)
+        try:
+            self._commit(write)
+        finally:
+            if write.done and write.error is None:
+                write.call_after()
+        return write.value
+
+    @property
+    def in_transaction(self):
+        """Whether the caller is inside transact() of this database."""
+        return Database.current is not None and Database.current.database in (self, self.joined)
+
+    def after_commit(self, function):
+        """Call the function when the running transaction is committed; once, however often it is
+        asked for, and not at all if the part that asked is undone. Without one: at once."""
+        if self.in_transaction:
+            Database.current.after.append(function)
+        else:
+            function()
+
+    def lock(self, *names):
+        """Keep out who locks one of the names, from the next statement to the commit: see
+        transact(). Raises MisuseError outside of a transaction."""
+        if not self.in_transaction:
+            raise MisuseError('a lock ends with its transaction: call it inside transact()')
+
+    # What an engine does its own way: SQLite here, PostgreSQL in a section below
+
+    def _commit(self, write):
+        """Wait until a transaction has called the function, and is committed."""
         # Whoever leads calls it, so it takes its context along: the id of its request.
-        write = _Write(functools.partial(contextvars.copy_context().run, call))
+        write.call = functools.partial(contextvars.copy_context().run, write.call)
         self._queue.append(write)
         try:
             while not write.done:
@@ -642,38 +678,16 @@ class Database:
         finally:
             if not write.done:          # killed while it waited: nobody would hear the result
                 self._queue.remove(write)
-            elif write.error is None:
-                write.call_after(self.name)
         if write.error is not None:
             raise write.error
-        return write.value
-
-    @property
-    def in_transaction(self):
-        """Whether the caller is inside transact() of this database."""
-        return Database.current is not None and Database.current in (self, self.joined)
-
-    def after_commit(self, function):
-        """Call the function when the running transaction is committed; once, however often it is
-        asked for, and not at all if the part that asked is undone. Without one: at once."""
-        if self.in_transaction:
-            self._after_commit.append(function)
-        else:
-            function()
-
-    def lock(self, *names, held=False):
-        """Keep out who locks one of the names, until the commit: see transact(). held: from now
-        on, not from the next statement on. Raises MisuseError outside of a transaction."""
-        if not self.in_transaction:
-            raise MisuseError('a lock ends with its transaction: call it inside transact()')
 
     def _lead(self):
         """Run everybody who is in the queue one turn of the event loop later."""
         self._leading = ended = gevent.event.Event()
         try:
             gevent.sleep(0)         # others that are about to write join
-            self._patiently('BEGIN IMMEDIATE')
-            self._run()             # from here to the commit nothing switches
+            self._run('BEGIN IMMEDIATE')
+            self._call_all()        # from here to the commit nothing switches
         except StorageError as error:
             while self._queue:
                 self._queue.popleft().finish(error)
@@ -682,17 +696,17 @@ class Database:
             self._leading = None
             ended.set()             # who is left over, or whose leader was killed, leads on
 
-    def _run(self):
+    def _call_all(self):
         """Call the functions of the queue in the transaction that is open, and commit it. Who is
         still in the queue after a rollback by SQLite, as on a full disk, was not called."""
         leader, called = gevent.getcurrent(), []
         failure = undone = StorageError(f'the transaction of the {self.name} database was rolled '
                                         f'back; nothing was changed')
-        Database.current, leader.switch_out = self, _refuse_to_switch
+        leader.switch_out = _refuse_to_switch
         try:
             while self._queue and self._connection.in_transaction:
                 called.append(write := self._queue.popleft())
-                self._after_commit = write.after
+                Database.current = write
                 try:
                     write.value = self._savepoint(write.call)
                 except BaseException as error:      # also SystemExit is that of its owner
@@ -721,13 +735,14 @@ class Database:
 
     def _savepoint(self, call):
         """Call a function as a part of the transaction that can be undone alone."""
-        asked = len(self._after_commit)
+        after = Database.current.after
+        asked = len(after)
         self._connection.execute('SAVEPOINT part')
         try:
             value = call()
             self._check()
         except BaseException:
-            del self._after_commit[asked:]
+            del after[asked:]
             if self._connection.in_transaction:
                 self._connection.execute('ROLLBACK TO part')
                 self._connection.execute('RELEASE part')
@@ -735,13 +750,13 @@ class Database:
         self._connection.execute('RELEASE part')
         return value
 
-    def _patiently(self, statement, parameters=()):
+    def _run(self, statement, parameters=()):
         """Run a statement; outside a transaction, again while another process holds the lock."""
         began = started = time.perf_counter()
         try:
             while True:
                 try:
-                    return self._connection.execute(statement, parameters).fetchall()
+                    return list(self._connection.execute(statement, parameters))
                 except sqlite3.Error as error:
                     if (result_code(error) not in BUSY or Database.current
                             or started - began > BUSY_SECONDS):
@@ -772,11 +787,11 @@ class Database:
     def _check(self):
         if self._hub is not gevent.get_hub():
             raise MisuseError(f'the {self.name} database is not open: see open_stack()'
-                              if self._connection is None else
+                              if self._hub is None else
                               'called from another thread; in_thread() runs what blocks, and its '
                               'caller uses the stack')
         # A function may catch the error of a full disk, and go on, outside of any transaction.
-        if Database.current is self and not self._connection.in_transaction:
+        if self.in_transaction and not self._connection.in_transaction:
             raise StorageError(f'the transaction of the {self.name} database was rolled back')
 
     def changed_rows(self):
@@ -857,23 +872,9 @@ class Database:
 
     def _slices(self, table, columns):
         """The rows of a table, in lists."""
-        cursor = self._connection.execute(f'SELECT {columns} FROM {table}')
-        while rows := cursor.fetchmany(COPIED_ROWS):
-            yield rows
-
-    def _last_ids(self):
-        """{table: the last id that it gave away}, where one is never given twice."""
-        tables = [table for table, in self._connection.execute(
-                      "SELECT name FROM sqlite_master WHERE sql LIKE '% AUTOINCREMENT%'")]
-        kept = dict(self._connection.execute('SELECT name, seq FROM sqlite_sequence')
-                    if tables else ())
-        return {table: kept.get(table, 0) for table in tables}
-
-    def _set_last_ids(self, last):
-        for table in self._last_ids():
-            self._connection.execute('DELETE FROM sqlite_sequence WHERE name = ?', (table,))
-            self._connection.execute('INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)',
-                                     (table, last[table]))
+        rows = self._connection.execute(f'SELECT {columns} FROM {table}')
+        while some := rows.fetchmany(COPIED_ROWS):
+            yield some
 
     def _migrate(self):
         pending = self._pending()           # looked at again: another process may have been faster
@@ -886,26 +887,27 @@ class Database:
 
 
 class _Write:
-    """A function that waits for its transaction, and what came of it."""
+    """A function that waits for its transaction, or runs in it, and what came of it."""
+    connection = None           # of PostgreSQL
 
-    def __init__(self, call):
-        self.call = call
+    def __init__(self, database, call):
+        self.database, self.call = database, call
         self.value = self.error = None
         self.done = False
         self.after = []             # functions to call after the commit
 
-    def finish(self, failure):
+    def finish(self, failure=None):
         """failure: of the transaction; None if it was committed."""
         self.done = True
         if self.error is None:
             self.error = failure
 
-    def call_after(self, name):
+    def call_after(self):
         for function in dict.fromkeys(self.after):
             try:
                 function()
             except Exception:
-                log.exception('a call after a commit failed database=%s', name)
+                log.exception('a call after a commit failed database=%s', self.database.name)
 
 
 def result_code(error):
@@ -924,13 +926,14 @@ def refuse_in_transaction(what):
     """Raises MisuseError inside a transaction: what can not be undone with it."""
     if Database.current is not None:
         raise MisuseError(f'{what} can not be a part of a transaction of the '
-                          f'{Database.current.name} database: call it after the commit, or enqueue '
-                          f'a job that does it')
+                          f'{Database.current.database.name} database: call it after the commit, or '
+                          f'enqueue a job that does it')
 
 
 def _refuse_to_switch():
     # gevent calls a greenlet's switch_out() before it lets another one run.
-    raise MisuseError('a transaction can not wait: others would run before its commit')
+    if Database.current is not None:
+        raise MisuseError('a transaction can not wait: others would run before its commit')
 
 
 def in_thread(function, /, *arguments, **options):
@@ -1036,6 +1039,8 @@ class Loop:
 
 class Processes:
     """This process among those that share its data directory."""
+    tell = None                     # a function that tells the others of changed slots of the cache
+                                    # None: they share a page of memory
 
     def __init__(self):
         self.name = None            # of this process, for ever its own: also its name as a worker
@@ -1268,6 +1273,8 @@ PRUNE_ENTRIES = '''DELETE FROM entries WHERE id > ? AND id <= ? AND expires_at <
                    RETURNING id'''
 FIRST_ENTRIES = '''SELECT id, key, used_at > 0, coalesce(length(value), 8) FROM entries
                    ORDER BY id LIMIT ?'''
+CACHE_BYTES = '''SELECT (page_count - freelist_count) * page_size
+                 FROM pragma_page_count, pragma_freelist_count, pragma_page_size'''
 DELETE_ENTRY = '''DELETE FROM entries WHERE id = ?
                   RETURNING key, number, value, is_json, expires_at'''
 INSERT_ENTRY = '''INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
@@ -1282,18 +1289,25 @@ class CacheError(AppError):
 
 
 class VersionStamps:
-    """A page of memory that all processes share: a stamp for each slot of keys.
+    """A stamp for each slot of keys, in a page of memory that all processes share; with tell(slots)
+    each process has its own, and has the others outdate() what it has changed.
 
     A copy of an entry is true while its slot has the stamp under which it was read. Who changes
     an entry makes the stamp odd before the commit, which says "don't copy now", and gives a new
     even one after it: a process that dies between leaves no false copy behind.
     """
     SLOTS = 4096
-    trust_seconds = math.inf        # how long a copy may be believed for its stamp alone
+    TRUST_SECONDS = 2.0         # how long a copy is believed where not every change is heard of
 
-    def __init__(self, path):
+    def __init__(self, path, tell=None):
         """Raises OSError."""
-        self._path = path
+        self._path, self._tell = path, tell
+        self.trust_seconds = self.TRUST_SECONDS if tell else math.inf
+        self._stamps = [0] * self.SLOTS
+        if not tell:
+            self._map(path)
+
+    def _map(self, path):
         make_private(path)
         with open(path, 'a+b') as file:     # appended: two that start at once overwrite nothing
             # Written out: with a hole in it, a full disk would kill the process.
@@ -1305,7 +1319,7 @@ class VersionStamps:
     def deleted(self):
         """Whether the file is not there any more: who starts then has a page of its own."""
         with contextlib.suppress(OSError):
-            return os.stat(self._path).st_ino != self._inode
+            return not self._tell and os.stat(self._path).st_ino != self._inode
         return True
 
     def slot(self, key):
@@ -1323,8 +1337,14 @@ class VersionStamps:
         try:
             yield
         finally:
-            for slot in slots:
-                self._stamps[slot] = time.perf_counter_ns() & ~1
+            self.outdate(slots)
+            if self._tell:
+                self._tell(slots)
+
+    def outdate(self, slots):
+        """Let no copy of these be true any more."""
+        for slot in slots:
+            self._stamps[slot] = time.perf_counter_ns() & ~1
 
 
 class Cache:
@@ -1334,7 +1354,6 @@ class Cache:
     A value is bytes or anything that JSON has; what get() gives is the caller's own. A key is text
     of at most MAX_KEY_CHARS characters. Inside a transaction the cache can only be read.
     """
-    new_stamps = VersionStamps
 
     def __init__(self, database):
         self._db = database
@@ -1358,7 +1377,7 @@ class Cache:
     def open(self):
         """Start serving; the database is open already, and the stamps lie beside it."""
         try:
-            self._stamps = self.new_stamps(self._db.path + '-stamps')
+            self._new_stamps()
         except OSError as error:
             raise StorageError(f'{self._db.path}-stamps can not be written: '
                                f'{error.strerror}') from None
@@ -1370,6 +1389,9 @@ class Cache:
         self._loop.stop()
         self._flush()
         self._reset()
+
+    def _new_stamps(self):
+        self._stamps = VersionStamps(self._db.path + '-stamps', processes.tell)
 
     def get(self, key, default=None):
         """The value, or default if there is none or it has expired."""
@@ -1610,7 +1632,7 @@ class Cache:
     def _turn(self):
         self._dirty.clear()
         if self._stamps.deleted():
-            self._stamps = self.new_stamps(self._db.path + '-stamps')
+            self._new_stamps()
             self._empty_front()
         return self._wait if self._flush() else functools.partial(gevent.sleep, REST_SECONDS)
 
@@ -1683,10 +1705,7 @@ class Cache:
         return gone
 
     def _size_bytes(self):
-        (pages,), (free,), (size,) = (
-            self._db.execute(f'PRAGMA {name}')[0]
-            for name in ('page_count', 'freelist_count', 'page_size'))
-        return (pages - free) * size
+        return self._db.execute(CACHE_BYTES)[0][0]
 
     def _forgiving(self, otherwise, work, *arguments, reads=False):
         """What the work on the file gives. When it fails, the file is left alone for REST_SECONDS:
@@ -1816,11 +1835,11 @@ JOB_MIGRATIONS = [
     ('012 give the oldest jobs a uid',
      'UPDATE jobs SET uid = CAST(id AS TEXT) WHERE uid IS NULL'),
     ('013 unblock when a job is deleted', f'''
-        CREATE TRIGGER unblock_deleted AFTER DELETE ON jobs
-        WHEN old.order_key IS NOT NULL {UNBLOCK_NEXT}'''),
+        CREATE TRIGGER unblock_deleted AFTER DELETE ON jobs FOR EACH ROW
+        WHEN (old.order_key IS NOT NULL) {UNBLOCK_NEXT}'''),
     ('014 unblock when a job has failed', f'''
-        CREATE TRIGGER unblock_failed AFTER UPDATE OF failed_at ON jobs
-        WHEN new.failed_at IS NOT NULL AND new.order_key IS NOT NULL {UNBLOCK_NEXT}'''),
+        CREATE TRIGGER unblock_failed AFTER UPDATE OF failed_at ON jobs FOR EACH ROW
+        WHEN (new.failed_at IS NOT NULL AND new.order_key IS NOT NULL) {UNBLOCK_NEXT}'''),
     ('015 add request', 'ALTER TABLE jobs ADD COLUMN request TEXT'),        # that enqueued it
     ('016 add start', 'ALTER TABLE jobs ADD COLUMN started_at REAL'),       # of the last attempt
     ('017 create paused queues', 'CREATE TABLE paused_queues (queue TEXT PRIMARY KEY)'),
@@ -1855,9 +1874,12 @@ CLAIM_JOBS = '''
     WHERE id IN (SELECT id FROM due)
     RETURNING id, worker, attempt, run_at, name, arguments, order_key, request,
         queue'''
-FIRST_DUE = '''SELECT min(due_at) FROM jobs
-               WHERE worker IS NULL AND queue = :queue AND due_at IS NOT NULL
-                   AND NOT EXISTS (SELECT 1 FROM paused_queues WHERE queue = :queue)'''
+# Of each queue
+FIRST_DUE = 'SELECT ' + ', '.join(
+    f'''(SELECT min(due_at) FROM jobs
+         WHERE worker IS NULL AND queue = '{queue}' AND due_at IS NOT NULL
+             AND NOT EXISTS (SELECT 1 FROM paused_queues WHERE queue = '{queue}'))'''
+    for queue in QUEUES)
 OF_LEASE = 'WHERE id = ? AND worker = ? AND attempt = ? AND run_at = ?'
 FINISH_JOB = f'DELETE FROM jobs {OF_LEASE}'
 FAIL_JOB = f'''
@@ -2276,19 +2298,22 @@ class Jobs:
             self._renew_leases()
             self._free_leases()
         claims, times = [], [self._tick_recurring()]
-        for queue in sorted(QUEUES, key=lambda name: random.expovariate(QUEUES[name])):
-            while (free := self._free(queue, claims)) > 0:      # else whoever ends rings the bell
-                (due_at,), = self._db.execute(FIRST_DUE, {'queue': queue})
-                if due_at is None or due_at > now() or len(claims) >= CLAIM_ROWS:
-                    times.append(due_at)
-                    break
-                rows = self._db.execute(CLAIM_JOBS, {
-                    'queue': queue, 'limit': free, 'worker': processes.name,
-                    'lease': LEASE_SECONDS})
-                claims += [Claim(*row) for row in sorted(rows)]
-                if not rows:            # another process takes them just now
-                    times.append(now() + SKIPPED_SECONDS)
-                    break
+        queues = sorted(QUEUES, key=lambda name: random.expovariate(QUEUES[name]))
+        while True:
+            first = dict(zip(QUEUES, *self._db.execute(FIRST_DUE)))
+            first = {queue: first[queue] for queue in queues    # else whoever ends rings the bell
+                     if first[queue] is not None and self._free(queue, claims) > 0}
+            due = [queue for queue in first if first[queue] <= now()]
+            if not due or len(claims) >= CLAIM_ROWS:
+                times += first.values()
+                break
+            rows = self._db.execute(CLAIM_JOBS, {
+                'queue': due[0], 'limit': self._free(due[0], claims), 'worker': processes.name,
+                'lease': LEASE_SECONDS})
+            claims += [Claim(*row) for row in sorted(rows)]
+            if not rows:                # another process takes them just now
+                queues.remove(due[0])
+                times.append(now() + SKIPPED_SECONDS)
         self._db.after_commit(functools.partial(self._start, self._together(claims)))
         return min((at for at in times if at is not None), default=None), inserted == OUTBOX_ROWS
 
@@ -2857,7 +2882,7 @@ class Cable:
     def _append(self, messages):
         # The order of the states comes from the first locks, that of the ids from the last: between
         # them other streams can be rendered.
-        self._db.lock(*(stream for stream, message in messages if callable(message)), held=True)
+        self._db.lock(*(stream for stream, message in messages if callable(message)))
         rendered = [(stream, _payload(message()) if callable(message) else message)
                     for stream, message in messages]
         _, end = self._begin()
@@ -2963,37 +2988,54 @@ PING_SECONDS = 2.0          # between looks at the server's clock, and at whethe
 POLLS_SECONDS = 1.0, 0.25   # while they do; while they don't, as behind a pooler
 CONNECTION_SECONDS = 600    # proxies end older connections
 ANSWER_SECONDS = 10         # a server that says nothing for so long is cut off
-MAX_RUNG_SLOTS = 500        # of the cache in one bell, which has room for 8,000 bytes
-# A node that stops in a transaction must not hold its locks for ever.
+MAX_RUNG = 500              # bells and slots in one notification, which has room for 8,000 bytes
+# A process that stops in a transaction must not hold its locks for ever.
 BEGIN = (f'BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {BUSY_SECONDS}000; '
          f'SET LOCAL idle_in_transaction_session_timeout = {2 * BUSY_SECONDS}000')
-LONG_SECONDS = 7 * 86400    # of a migration
-LONG_BEGIN = 'BEGIN; SET LOCAL statement_timeout = 0'
-# The time of a statement, which may have waited for a lock since its message came.
-CLOCK = "(SELECT date_part('epoch', clock_timestamp()))"
+LOCK = 'SELECT pg_advisory_xact_lock(hashtextextended(?, 0))'
+# These travel with the statement that comes next.
+PREPARATIONS = (LOCK, 'SAVEPOINT part', 'ROLLBACK TO part', 'RELEASE part')
 
-# Beginnings of SQLSTATEs. Source: postgresql.org/docs/current/errcodes-appendix.html
+# SQLSTATEs, or their beginnings. Source: postgresql.org/docs/current/errcodes-appendix.html
 AGAIN = ('40001', '40P01')      # serialization failure, deadlock: nothing was done
 HUNG_UP = ('57P', '08')
-UNUSABLE = ('25006', '28', '3D', '53', '55P03', '57', '58', 'XX')     # as STORAGE_ERRORS of SQLite
 
-# What translated() looks for. Tables get their schema where they stand behind one of the words.
-SQL_PARTS = re.compile(r'''
-    (?P<quoted> '(?:[^']|'')*' | "[^"]*" ) | --[^\n]* | /\*pg(?P<ours>.*?)\*/ | /\*.*?\*/
-    | (?P<mark> \? ) | (?P<percent> % ) | (?<!:):(?P<name> [a-z]\w* ) | (?P<clock> now_s\(\) )
-    | json_each\((?P<list> [:?]\w* )\)
-    | (?P<id> INTEGER\ PRIMARY\ KEY(?:\ AUTOINCREMENT)? )
-    | (?P<type> \b(?:INTEGER|REAL|BLOB)\b ) | (?P<tail> \)\s*(?:STRICT|WITHOUT\ ROWID)\s*\Z )
-    | (?P<before> \b(?i:FROM|JOIN|INTO|UPDATE|TABLE|ON|EXISTS|REFERENCES|DROP\ INDEX)\s+ )
-      (?P<table> (?!json_each\b)[a-z_]\w* )\b (?! \s*\. )''', re.VERBOSE | re.DOTALL)
-TYPES = {'INTEGER': 'BIGINT', 'REAL': 'DOUBLE PRECISION', 'BLOB': 'BYTEA'}
-TRIGGER = re.compile(r'\s*CREATE TRIGGER (\w+) (.+?)(?:\s+WHEN\s+(.+?))?\s+BEGIN\b(.+)END\s*',
-                     re.DOTALL)
+# What stands for words of SQLite. A comment that begins with "pg" is for PostgreSQL alone.
+ROW_ID = 'BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY'
+WORDS = {
+    'INTEGER PRIMARY KEY AUTOINCREMENT': ROW_ID, 'INTEGER PRIMARY KEY': ROW_ID,
+    'INTEGER': 'BIGINT', 'REAL': 'DOUBLE PRECISION', 'BLOB': 'BYTEA',
+    'json_each': 'jsonb_array_elements_text', '/*pg': '', '*/': '', '?': '%s',
+    # The time of a statement, which may have waited for a lock since its message came
+    'now_s()': "(SELECT date_part('epoch', clock_timestamp()))",
+}
+SQL_PARTS = re.compile(r"""
+    '[^']*' | "[^"]*" | --[^\n]* | /\*(?!pg).*?\*/ | (?<!:):[a-z]\w* | /\*pg | \*/ | [?%]
+    | \b(?:INTEGER(?:\ PRIMARY\ KEY(?:\ AUTOINCREMENT)?)?|REAL|BLOB|json_each)\b | \bnow_s\(\)
+    """, re.VERBOSE | re.DOTALL)
+TRIGGER = re.compile(r'\s*(CREATE TRIGGER (\w+) .+?)BEGIN\b(.+)END\s*', re.DOTALL)
+STATEMENTS = {      # that are of one engine alone
+    LAST_IDS: "SELECT replace(sequencename, '_id_seq', ''), coalesce(last_value, 0) "
+              'FROM pg_sequences WHERE schemaname = current_schema()',
+    SET_LAST_ID: "SELECT pg_catalog.setval(CAST(:table || '_id_seq' AS regclass), "
+                 'greatest(:last, 1), :last > 0)',
+}
+
+
+@functools.lru_cache(2000)
+def translated(statement):
+    """A statement of SQLite for PostgreSQL, with psycopg's marks of parameters."""
+    def part(found):
+        text = found[0]
+        return f'%({text[1:]})s' if text[0] == ':' else WORDS.get(text, text.replace('%', '%%'))
+    return TRIGGER.sub(r'CREATE FUNCTION \2() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \3 '
+                       r'RETURN NULL; END $$; \1 EXECUTE FUNCTION \2()',
+                       SQL_PARTS.sub(part, STATEMENTS.get(statement, statement)))
 
 
 class PostgreSQL:
-    """The server of DATABASE_URL. From open() to close() every Database, the bells and the cache
-    have verbs that use it."""
+    """The server of DATABASE_URL. From open() to close() every Database, the cache and the
+    processes do by it what they would do by files."""
 
     def open(self):
         """Raises SettingError, StorageError."""
@@ -3003,29 +3045,26 @@ class PostgreSQL:
             raise SettingError(f'DATABASE_URL needs the package psycopg[binary]. Try: '
                                f'{sys.executable} -m pip install "psycopg[binary]"') from None
         self.driver = psycopg
-        self.running = None         # the _Transaction of the greenlet that runs now
-        self._hub = gevent.get_hub()
-        self._idle = []             # _Connections; the last used comes first
-        self._free = gevent.lock.BoundedSemaphore(settings.database_pool)
-        self._away_since = None     # monotonic, when it could not be reached first; None: it can
-        self._next_try_at = 0       # after a while only one of us tries, every second
-        self._listener = None       # the _Connection that bells come by
-        self._echoed_at = -math.inf     # when our own came
-        self._pinged_at = self._bell_seconds = None
-        self._bells, self._slots, self._rung = set(), set(), gevent.event.Event()
-        self._measure_at = 0        # the size of the cache
-        self._loops, self._bound = [], []
         self.name, self.channel = f'{os.getpid()}-{secrets.token_hex(8)}', f'{APP}_{settings.env}'
-        with self.connection() as connection:
-            self._set_clock(connection, '')
+        self.reached_at, self.next_try_at = time.monotonic(), 0
+        self.bell_seconds = None        # that our own last bell took; None: it has not come
+        self._rung, self._ringing = set(), gevent.event.Event()
+        self._listener = _Connection(self, settings.direct_database_url or settings.database_url)
+        self._pool = gevent.queue.LifoQueue(items=[_Connection(self, settings.database_url)
+                                                   for _ in range(settings.database_pool)])
+        self._loops, self._bound, self._count_at = [], [], 0
+        self._schema = _Schema(self, app_db)
+        self._set_clock()
         for database in databases.values():
             self.bind(database)
-        self.bind_cache(cache)
-        self._bind(processes, open=lambda: None, close=lambda: None, ring=self.ring,
-                   patience=self._patience, others=self.others, dead=set, bury=lambda names: None,
-                   # Of others their leases tell: a connection is lost with every restart there.
-                   is_alive=lambda name: name == self.name or None)
-        processes.name = self.name
+        self._replace(cache, _size_bytes=functools.partial(self._size_of, cache_db))
+        self._replace(processes, name=self.name, open=lambda: None, close=lambda: None,
+                      ring=lambda byte=b'*': self._ring(byte.decode()), others=self._others,
+                      tell=lambda slots: self._ring(*map(str, slots)),
+                      patience=lambda: POLLS_SECONDS[self.bell_seconds is None],
+                      # A connection is lost with every restart there: leases tell who is dead.
+                      is_alive=lambda name: name == self.name or None,
+                      dead=set, bury=lambda names: None)
         self._loops = [Loop('bells out', self._send_bells), Loop('bells in', self._hear_bells)]
 
     def close(self):
@@ -3033,535 +3072,327 @@ class PostgreSQL:
         for loop in self._loops:
             loop.stop()
         with contextlib.suppress(AppError):
-            self._send_bells()
-        for connection in filter(None, [*self._idle, self._listener]):
-            connection.raw.close()
-        for bound, names in self._bound:
-            for name in names:
-                delattr(bound, name)
+            if self._rung:
+                self._send_bells()
+        for connection in (self._listener, *self._pool.queue):
+            connection.close()
+        for bound, state in self._bound:
+            vars(bound).clear()
+            vars(bound).update(state)
         processes.__init__()
         clock_ahead_seconds = 0.0
 
     def bind(self, database):
-        self._bind(database, **_Schema(self, database).verbs())
+        """Have a Database use a schema of the server."""
+        schema = _Schema(self, database)
+        self._replace(database, **{verb: getattr(schema, verb) for verb in schema.VERBS},
+                      _connection=schema, path=f'schema {schema.name}', joined=database.part_of,
+                      _hub=gevent.get_hub(), _commit=self.transact, close=lambda: None,
+                      truncate_log=lambda: None)
 
-    def bind_cache(self, cache):
-        self._bind(cache, new_stamps=functools.partial(_Stamps, self),
-                   _size_bytes=functools.partial(self._size_of, cache._db))
+    def _replace(self, bound, **own):
+        self._bound.append((bound, dict(vars(bound))))
+        vars(bound).update(own)
 
-    def _bind(self, bound, **verbs):
-        vars(bound).update(verbs)
-        self._bound.append((bound, verbs))
-
-    def check_thread(self):
-        if self._hub is not gevent.get_hub():
-            raise MisuseError('called from another thread; in_thread() runs what blocks, and its '
-                              'caller uses the stack')
-
-    def _size_of(self, database):
-        """The bytes of the cache. To look at all entries takes a while, so it is done anew only
-        after a longer one, or in a transaction, which evicts."""
-        at = time.monotonic()
-        if Database.current or at > self._measure_at:
-            (self._measured,), = database.execute(
-                'SELECT coalesce(sum(length(key) + coalesce(length(value), 8) + ?), 0) '
-                'FROM entries', (ENTRY_BYTES,))
-            self._measure_at = at + 20 * (time.monotonic() - at)
-        return self._measured
-
-    # Connections
-
-    @contextlib.contextmanager
-    def connection(self):
-        """One of the pool. Raises StorageError."""
-        if not self._free.acquire(timeout=BUSY_SECONDS):
-            raise BusyError(f'no connection to the database was free for {BUSY_SECONDS} seconds')
-        connection = None
+    def transact(self, write, begin=BEGIN):
+        """Call the function of a _Write in a transaction; again, for BUSY_SECONDS, after what may
+        pass. begin: '' if it only reads. Raises StorageError."""
+        with gevent.Timeout(BUSY_SECONDS, BusyError('no connection to the database was free')):
+            connection = self._pool.get()
+        began = time.monotonic()
         try:
-            while self._idle and connection is None:
-                connection = self._idle.pop()
-                if not connection.is_good():        # the server ended it meanwhile
-                    connection = connection.raw.close()
-            connection = connection or self._connect(settings.database_url)
-            yield connection
+            while not write.done:
+                try:
+                    connection.transact(write, begin)
+                except BusyError:
+                    if time.monotonic() > min(began, self.reached_at) + BUSY_SECONDS:
+                        raise
+                    gevent.sleep(random.uniform(0.01, 0.1))
         finally:
-            if connection and connection.is_good():
-                self._idle.append(connection)
-            elif connection:
-                connection.raw.close()
-                while isinstance(connection.killed, StorageError) and self._idle:
-                    self._idle.pop().raw.close()    # who would wait for an answer as long
-            self._free.release()
+            if not connection.is_idle:      # others that wait here may be as dead
+                for other in self._pool.queue:
+                    other.close()
+            self._pool.put(connection)
 
-    def _connect(self, url):
-        """A new connection, made in a thread, since names and TLS block. It waits for a server
-        that has not been away for long."""
-        while True:
-            at = time.monotonic()
-            if self._is_away(at) and at < self._next_try_at:
-                raise StorageError('the database is not reachable')
-            self._next_try_at = at + 1
-            try:
-                raw = in_thread(
-                    self.driver.Connection.connect, url, autocommit=True, prepare_threshold=None,
-                    client_encoding='utf8', connect_timeout=BUSY_SECONDS,
-                    application_name=f'{self.channel} {self.name}',
-                    tcp_user_timeout=1000 * BUSY_SECONDS, keepalives_idle=BUSY_SECONDS,
-                    keepalives_interval=2, keepalives_count=3)
-                self._away_since = None
-                return _Connection(self, raw)
-            except self.driver.Error as error:
-                self._away_since = self._away_since or at
-                if self._is_away(time.monotonic()):
-                    raise StorageError('the database is not reachable: '
-                                       f'{" ".join(str(error).split())}') from None
-            gevent.sleep(random.uniform(0.05, 0.2))
-
-    def others(self):
-        """The names of the other processes of the app that have a connection."""
-        with self.connection() as connection:
-            rows = connection.run(connection.complete(
-                'SELECT substr(application_name, %s) FROM pg_stat_activity '
-                'WHERE starts_with(application_name, %s)',
-                (len(self.channel) + 2, f'{self.channel} ')))
-        return {name for name, in rows} - {self.name}
-
-    def facts(self):
-        """How the server is: connections of all, age of the oldest transaction, and how long our
-        last bell took; None if it has not come, as behind a pooler."""
-        with self.connection() as connection:
-            (connections, seconds), = connection.run(
-                f"SELECT count(*), coalesce({CLOCK} - date_part('epoch', min(xact_start)), 0) "
-                "FROM pg_stat_activity WHERE backend_type = 'client backend' AND datname = "
-                'current_database()')
-        late = time.monotonic() - self._echoed_at > 2 * PING_SECONDS
-        return {'connections': connections, 'oldest_transaction_seconds': seconds,
-                'bell_seconds': None if late else self._bell_seconds}
-
-    def _is_away(self, at):
-        return self._away_since is not None and at - self._away_since > BUSY_SECONDS
-
-    def explained(self, error, connection):
-        """What an error of the driver means here, and whether to start the transaction again."""
-        state, text = error.sqlstate or '', ' '.join(str(error).split())
-        if connection.killed is not None:       # also if the function went on after it
-            return connection.killed, False
-        if connection.raw.closed or state.startswith(HUNG_UP):
-            return StorageError('the connection to the database was lost'), True
-        if state.startswith(UNUSABLE):
-            return StorageError(f'the database can not be used: {text}'), False
-        if state == '25P02':
-            text = 'a statement of this transaction failed: nest transact() around what may fail'
-        # The same kind in sqlite3: both have the classes of PEP 249.
-        kind = next(kind for kind in type(error).__mro__ if hasattr(sqlite3, kind.__name__))
-        return getattr(sqlite3, kind.__name__)(text), state in AGAIN
-
-    # Bells
-
-    def ring(self, byte=b'*', slots=()):
-        """Wake the other processes; what is rung while a bell is sent shares the next."""
-        self._bells.add(byte)
-        self._slots.update(slots)
-        self._rung.set()
+    def _ring(self, *what):
+        """Wake the other processes with bells, and slots of the cache that have changed. What is
+        rung while a bell is sent shares the next."""
+        self._rung.update(what)
+        self._ringing.set()
 
     def _send_bells(self):
-        self._rung.clear()
-        bells, slots = b''.join(self._bells).decode(), self._slots
-        self._bells, self._slots = set(), set()
-        if bells or slots:
-            rung = 'all' if len(slots) > MAX_RUNG_SLOTS else ','.join(map(str, slots))
-            with self.connection() as connection:
-                connection.run(f"NOTIFY {self.channel}, '{self.name} {bells} {rung}'")
-        return self._rung.wait
+        self._ringing.wait()
+        self._ringing.clear()
+        rung, self._rung = self._rung, set()
+        text = ' '.join([self.name, *(rung if len(rung) <= MAX_RUNG else '*')])
+        self._schema.execute('SELECT pg_notify(?, ?)', (self.channel, text))
 
     def _hear_bells(self):
-        """See that the line carries bells, our own too, and how the server's clock goes."""
-        if self._listener is None or self._listener.raw.closed:
-            self._listener = self._connect(settings.direct_database_url or settings.database_url)
+        """See how the server's clock goes, and whether our own bell comes; listen for a while."""
+        self.bell_seconds = None
+        self._set_clock()
+        if not self._listener.is_idle:
+            self._listener.connect()
             self._listener.raw.pgconn.notify_handler = self._heard
-            self._listener.run(f'LISTEN {self.channel}')
+            self._listener.send(f'LISTEN {self.channel}')
             processes.hear(b'*')            # what was rung meanwhile
-        self._pinged_at = time.monotonic()
-        self._set_clock(self._listener, f"NOTIFY {self.channel}, '{self.name}  ';")
-        return self._await_bells
-
-    def _await_bells(self):
-        pgconn, until = self._listener.raw.pgconn, time.monotonic() + PING_SECONDS
-        with contextlib.suppress(TimeoutError):
+        self._pinged_at, pgconn = time.monotonic(), self._listener.raw.pgconn
+        self._listener.send(f"NOTIFY {self.channel}, '{self.name}'")
+        with gevent.Timeout(PING_SECONDS, False):
             while True:
-                left = max(0, until - time.monotonic())
-                gevent.socket.wait_read(pgconn.socket, left, TimeoutError())
+                gevent.socket.wait_read(pgconn.socket)
                 pgconn.consume_input()
                 while notification := pgconn.notifies():
                     self._heard(notification)
 
     def _heard(self, notification):
-        sender, bells, slots = notification.extra.decode().split(' ')
-        if sender == self.name:
-            self._echoed_at = time.monotonic()
-            if not bells + slots:
-                self._bell_seconds = self._echoed_at - self._pinged_at
-            return
-        if slots and cache._stamps:
-            cache._stamps.outdate(range(VersionStamps.SLOTS) if slots == 'all'
-                                  else map(int, slots.split(',')))
-        processes.hear(bells.encode())
+        sender, *rung = notification.extra.decode().split()
+        if sender == self.name and not rung:
+            self.bell_seconds = time.monotonic() - self._pinged_at
+        elif sender != self.name:
+            if cache._stamps:
+                cache._stamps.outdate(range(VersionStamps.SLOTS) if '*' in rung else
+                                      map(int, filter(str.isdecimal, rung)))
+            processes.hear(' '.join(rung).encode())
 
-    def _patience(self):
-        return POLLS_SECONDS[time.monotonic() - self._echoed_at > 2 * PING_SECONDS]
-
-    def _set_clock(self, connection, before):
+    def _set_clock(self):
         global clock_ahead_seconds
         asked_at = time.time()
-        (at,), = connection.run(f'{before} SELECT {CLOCK}')
+        (at,), = self._schema.execute('SELECT now_s()')
         clock_ahead_seconds = at - (asked_at + time.time()) / 2
+
+    def _others(self):
+        """The names of the other processes of the app that have a connection."""
+        rows = self._schema.execute('SELECT application_name FROM pg_stat_activity '
+                                    'WHERE starts_with(application_name, ?)',
+                                    (f'{self.channel} ',))
+        return {name.split()[1] for name, in rows} - {self.name}
+
+    def _size_of(self, database):
+        """The bytes of the cache. To count them takes a while, so it is done anew only after a
+        longer one, or in a transaction, which evicts."""
+        at = time.monotonic()
+        if Database.current or at > self._count_at:
+            (self._counted,), = database.execute(
+                'SELECT coalesce(sum(length(key) + coalesce(length(value), 8) + ?), 0) '
+                'FROM entries', (ENTRY_BYTES,))
+            self._count_at = at + 20 * (time.monotonic() - at)
+        return self._counted
 
 
 class _Connection:
-    """A connection of psycopg that waits as gevent does."""
+    """A connection of psycopg that waits as gevent does: made when it is needed, and made anew when
+    it is broken or old."""
+    raw = None
+    later = ()                  # statements that travel with the next
+    failed = None               # what the transaction can't go on after, whoever caught it
+    seconds = ANSWER_SECONDS    # that an answer may take
 
-    def __init__(self, server, raw):
-        self.raw, self._server = raw, server
-        self.waiting = False
-        self.killed = None          # what ended a wait, and with it the connection
-        self.seconds = ANSWER_SECONDS
-        self._ends_at = time.monotonic() + CONNECTION_SECONDS * random.uniform(0.8, 1)
-        self._poll = select.poll()
-        self._poll.register(raw.fileno(), select.POLLIN)
-        # It puts parameters into the text: several statements travel as one message, nothing is
-        # prepared, and a NULL needs no type.
-        self.cursor = server.driver.ClientCursor(raw)
-        self.complete = self.cursor.mogrify
-        floats = self.cursor.adapters.get_loader(701, 0)           # as sums come from SQLite
-        self.cursor.adapters.register_loader('numeric', floats)
-        raw.wait = self._wait
-
-    def run(self, text):
-        """The rows of the last of the statements."""
-        self.cursor.execute(text)
-        while self.cursor.nextset():
-            pass
-        return self.cursor.fetchall() if self.cursor.description else []
+    def __init__(self, server, url):
+        self._server, self._driver, self._url = server, server.driver, url
 
     @property
     def is_idle(self):
-        return not self.raw.closed and self.raw.pgconn.transaction_status == 0
+        return self.raw is not None and self.raw.pgconn.transaction_status == 0
 
-    def is_good(self):
-        """Whether it can be used again. One that the server has ended has something to read."""
-        return self.is_idle and time.monotonic() < self._ends_at and not self._poll.poll(0)
+    def close(self):
+        if self.raw:
+            self.raw.close()
+
+    def connect(self):
+        """Be connected. Names and TLS block, so it is made in a thread. When the server has been
+        away for long one tries now and then, and the others fail at once. Raises BusyError."""
+        at, server = time.monotonic(), self._server
+        # What the server has ended has something to read.
+        if self.is_idle and at < self._ends_at and not self._poll.poll(0):
+            return
+        self.close()
+        if at < server.next_try_at:
+            raise BusyError('the database is not reachable')
+        if at > server.reached_at + BUSY_SECONDS:
+            server.next_try_at = at + 1
+        try:
+            self.raw = in_thread(
+                self._driver.connect, self._url, autocommit=True, client_encoding='utf8',
+                cursor_factory=self._driver.ClientCursor, connect_timeout=BUSY_SECONDS,
+                application_name=f'{server.channel} {server.name}')
+        except self._driver.Error as error:
+            raise BusyError(f'the database is not reachable: {error}') from None
+        server.next_try_at = 0
+        self._ends_at = at + CONNECTION_SECONDS * random.uniform(0.8, 1)
+        self._poll = select.poll()
+        self._poll.register(self.raw.fileno(), select.POLLIN)
+        self.raw.wait = self._wait
+        # A sum is a float, as from SQLite.
+        self.raw.adapters.register_loader('numeric', self._driver.types.numeric.FloatLoader)
+        # It puts parameters into the text: several statements travel as one message, nothing is
+        # prepared, and a NULL needs no type.
+        self.cursor = self.raw.cursor()
+
+    def transact(self, write, begin):
+        """Call the function of a _Write in a transaction. BusyError: another run may succeed."""
+        self.connect()
+        self.later, self.failed, self.seconds = [begin] if begin else [], None, ANSWER_SECONDS
+        write.connection = self
+        write.after.clear()
+        Database.current, gevent.getcurrent().switch_out = write, _refuse_to_switch
+        try:
+            write.value = write.call()
+            if self.failed:
+                raise self.failed
+            if begin:
+                self.send('COMMIT')
+                if self.cursor.statusmessage != 'COMMIT':       # but ROLLBACK, without an error
+                    raise StorageError('a statement failed, so the transaction was rolled back')
+            write.finish()
+        except BaseException as error:
+            failure, self.later = self.failed or error, []
+            if not self.is_idle:
+                with contextlib.suppress(AppError):
+                    self.send('ROLLBACK')
+            raise failure
+        finally:
+            Database.current = None
+
+    def send(self, *statements):
+        """The rows of the last of these statements, sent with those that are to travel with it."""
+        statements, self.later = [*self.later, *statements], []
+        try:
+            self.cursor.execute(';'.join(statements))
+            self._server.reached_at = time.monotonic()
+            while self.cursor.nextset():
+                pass
+            return self.cursor.fetchall() if self.cursor.description else []
+        except BaseException as error:
+            failure = self._explained(error, statements[-1])
+            if self.raw.closed or isinstance(failure, BusyError):
+                self.failed = self.failed or failure
+            raise failure from None
+
+    def _explained(self, error, statement):
+        """What an error means here. BusyError: nothing was done, and another run may succeed."""
+        if not isinstance(error, self._driver.Error):
+            return error
+        state, text = error.sqlstate or '', ' '.join(str(error).split())
+        if state.startswith(HUNG_UP):
+            self.raw.close()
+        if self.raw.closed and statement == 'COMMIT':
+            return StorageError(f'the change may have been made, or not: {text}')
+        if self.raw.closed or state in AGAIN:
+            return BusyError(f'the database did not do it: {text}')
+        if isinstance(error, (self._driver.OperationalError, self._driver.InternalError)):
+            return StorageError(f'the database can not be used: {text}')
+        # The same kind in sqlite3: both have the classes of PEP 249.
+        kind = next(kind for kind in type(error).__mro__ if hasattr(sqlite3, kind.__name__))
+        return getattr(sqlite3, kind.__name__)(text)
 
     def _wait(self, steps, interval=None, timeout=None):
         """Do the steps of psycopg's generator, each when the socket is ready. Others run
         meanwhile, outside of our transaction."""
-        server, ours = self._server, (self._server.running, Database.current)
-        server.running = Database.current = None
-        self.waiting, until = True, time.monotonic() + self.seconds
+        ours, Database.current = Database.current, None
+        silent = StorageError(f'the database did not answer for {self.seconds} seconds')
         try:
-            wanted = next(steps)
-            while True:
-                wanted = steps.send(self._ready(wanted, until - time.monotonic()))
+            with gevent.Timeout(self.seconds, silent):
+                wanted = next(steps)
+                while True:
+                    wait = gevent.socket.wait_read if wanted == 1 else gevent.socket.wait_readwrite
+                    wait(self.raw.pgconn.socket)
+                    wanted = steps.send(wanted)
         except StopIteration as end:
             return end.value
-        except BaseException as error:
-            if not isinstance(error, server.driver.Error):
-                self.killed = error         # in the midst of a message: nobody can use it again
-                self.raw.pgconn.finish()
+        except self._driver.Error:
             raise
-        finally:
-            self.waiting = False
-            server.running, Database.current = ours
-
-    def _ready(self, wanted, seconds):
-        """Wait for 1: something to read, 2: room to write, 3: either; gives which it is."""
-        watcher = gevent.get_hub().loop.io(self.raw.pgconn.socket, int(wanted))
-        try:
-            gevent.socket.wait(watcher, max(0, seconds), StorageError(
-                f'the database did not answer for {self.seconds} seconds'))
-        finally:
-            watcher.close()
-        return wanted if wanted != 3 else 3 if self._poll.poll(0) else 2
-
-
-class _Transaction(_Write):
-    """One run of a function on a connection. What only prepares a statement travels with it."""
-
-    def __init__(self, server, database, call, begin):
-        super().__init__(call)
-        self._server, self._database = server, database
-        self._begin = begin
-        self._before = [begin] if begin else []     # statements to send before the next
-        self._sent = False
-        self._again = False         # it failed in a way that another run may not
-        self._locks = frozenset()
-        self._parts = itertools.count()
-
-    def run(self, connection):
-        """What the function gives, committed; raises _Again, or what the function raises."""
-        greenlet, self._connection = gevent.getcurrent(), connection
-        self._server.running, Database.current = self, self._database
-        greenlet.switch_out = lambda: connection.waiting or _refuse_to_switch()
-        try:
-            value = self.call()
-            self._commit()
-            return value
         except BaseException:
-            if self._sent and not connection.raw.closed and not connection.is_idle:
-                with contextlib.suppress(self._server.driver.Error):
-                    connection.run('ROLLBACK')
-            if self._again:
-                raise _Again from None
+            self.raw.pgconn.finish()        # in the midst of a message: nobody can use it again
             raise
         finally:
-            self._server.running = Database.current = None
-            del greenlet.switch_out
-
-    def execute(self, *statements):
-        """The rows of the last of some statements, each (text, parameters)."""
-        try:
-            texts = [*self._before, *itertools.starmap(self._connection.complete, statements)]
-            self._before, self._sent = [], True
-            return self._connection.run(';'.join(texts))
-        except self._server.driver.Error as error:
-            explained, again = self._server.explained(error, self._connection)
-            self._again = self._again or again
-            raise explained from None
-
-    @property
-    def rowcount(self):
-        return self._connection.cursor.rowcount
-
-    def lock(self, names, held):
-        keys = {int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big', signed=True)
-                for name in names} - self._locks
-        self._locks |= keys
-        self._before += [f'SELECT pg_advisory_xact_lock({key})' for key in sorted(keys)]
-        if held and keys:
-            self.execute(('SELECT 1', ()))
-
-    def part(self, call):
-        """Call a function as a part that can be undone alone."""
-        name, after, locks = f'part{next(self._parts)}', len(self.after), self._locks
-        self._before.append(f'SAVEPOINT {name}')
-        try:
-            value = call()
-        except BaseException:
-            del self.after[after:]
-            self._locks = locks             # those that came since end with the part
-            self._before.append(f'ROLLBACK TO {name}')
-            raise
-        finally:
-            self._before.append(f'RELEASE {name}')
-        return value
-
-    def _commit(self):
-        if self._again:
-            raise _Again                    # the function caught it, and went on
-        if not self._sent or not self._begin:
-            return
-        try:
-            self._connection.run(';'.join([*self._before, 'COMMIT']))
-        except self._server.driver.Error as error:
-            explained, lost = self._server.explained(error, self._connection)
-            if lost:
-                explained = StorageError('the connection to the database was lost during the '
-                                         'commit: the change may have been made, or not')
-            raise explained from None
-        if self._connection.cursor.statusmessage != 'COMMIT':       # after a failed statement
-            raise StorageError('a statement of the transaction failed, so it was rolled back')
-
-
-class _Again(Exception):
-    """Nothing was done, and another run may succeed."""
+            Database.current = ours
 
 
 class _Schema:
-    """The verbs of a Database whose tables are in a schema of the server."""
+    """A schema of the server: what a Database uses of a connection of sqlite3, and the verbs that
+    it has in the place of its own."""
+    VERBS = ('open', 'open_read_only', 'lock', 'facts', '_migrate', '_columns', '_slices')
+    total_changes = 0
+
     def __init__(self, server, database):
         self._server, self._database = server, database
-        self._name = server.channel + ('' if database.name == 'app' else f'_{database.name}')
-        self._tables = {'schema_migrations'}.union(*(
-            re.findall(r'\bTABLE (?:IF NOT EXISTS )?(\w+)', statement)
-            for _, statement in database.migrations))
-        self._translated = functools.lru_cache(2000)(self._translate)
-        self.joined, self.path = database.part_of, f'schema {self._name}'
-        self._check = server.check_thread
-        self._changed = 0
+        self.name = server.channel + ('' if database.name == 'app' else f'_{database.name}')
+        self._use = f'SET LOCAL search_path = {self.name}'
 
-    def verbs(self):
-        """What a Database has too."""
-        return {name: getattr(self, name) for name in dir(self)
-                if hasattr(Database, name) and not name.startswith('__')}
+    @property
+    def in_transaction(self):
+        return Database.current is not None and Database.current.connection.failed is None
+
+    def execute(self, statement, parameters=()):
+        """The rows."""
+        reads = READS.match(statement)
+        if Database.current is None:
+            write = _Write(self._database, functools.partial(self.execute, statement, parameters))
+            self._server.transact(write, '' if reads else BEGIN)
+            return write.value
+        connection = Database.current.connection
+        text = connection.cursor.mogrify(translated(statement), parameters)
+        if statement in PREPARATIONS:
+            connection.later.append(text)
+            return []
+        rows = connection.send(self._use, text)
+        self.total_changes += 0 if reads else max(0, connection.cursor.rowcount)
+        return rows
+
+    def executemany(self, statement, rows):
+        connection, rows = Database.current.connection, iter(rows)
+        while some := list(itertools.islice(rows, COPIED_ROWS)):
+            connection.send(self._use, *(connection.cursor.mogrify(translated(statement), row)
+                                         for row in some))
+            self.total_changes += len(some)
 
     def open(self, path=None):
-        if self._database._pending() and self._database.in_transaction:
-            self._create()
-        elif self._database._pending():
-            self._transact(self._create, LONG_BEGIN)
+        if self._database._pending():
+            self._database.transact(self._migrate)
 
     def open_read_only(self, path=None):
         if self._database._pending():
-            raise StorageError(f'the schema {self._name} is not there, or not up to date; the '
+            raise StorageError(f'the schema {self.name} is not there, or not up to date; the '
                                f'command `migrate` makes it so')
 
-    def close(self):
-        pass
+    def lock(self, *names):
+        Database.lock(self._database)
+        for name in sorted(set(names)):
+            self.execute(LOCK, (f'{self.name} {name}',))
 
-    def execute(self, statement, parameters=()):
-        self._check()
-        running, reads = self._server.running, READS.match(statement)
-        if running:
-            if not reads and not self._database.in_transaction:
-                refuse_in_transaction(f'anything but a SELECT from the {self._database.name} '
-                                      f'database')
-            return self._timed(running, reads, statement, parameters)
-        return self._transact(functools.partial(self.execute, statement, parameters),
-                              '' if reads else BEGIN)
+    def facts(self):
+        (size, connections, seconds), = self.execute('''
+            SELECT (SELECT coalesce(sum(pg_total_relation_size(oid)), 0) FROM pg_class
+                    WHERE relkind = 'r' AND relnamespace = to_regnamespace(?)),
+                   count(*), coalesce(now_s() - date_part('epoch', min(xact_start)), 0)
+            FROM pg_stat_activity
+            WHERE backend_type = 'client backend' AND datname = current_database()''',
+            (self.name,))
+        server = {'connections': connections, 'oldest_transaction_seconds': seconds,
+                  'bell_seconds': self._server.bell_seconds}
+        return {'place': self._database.path, 'bytes': int(size), 'wal_bytes': None,
+                'free_bytes': None, 'migrations': len(self._database.migrations),
+                'copied_at': None, 'server': server if self._database.name == 'app' else {}}
 
-    def _timed(self, running, reads, statement, parameters):
-        began = time.perf_counter()
-        try:
-            return running.execute((self._translated(statement), parameters))
-        finally:
-            self._changed += 0 if reads else max(0, running.rowcount)
-            self._database._note_time(statement, time.perf_counter() - began)
-
-    def executemany(self, statement, rows):
-        self._check()
-        if not self._database.in_transaction:
-            raise MisuseError(f'executemany() outside a transaction of the {self._database.name} '
-                              f'database would commit row by row')
-        statement, rows = self._translated(statement), iter(rows)
-        while some := list(itertools.islice(rows, COPIED_ROWS)):
-            self._server.running.execute(*((statement, row) for row in some))
-            self._changed += len(some)
-
-    def transact(self, function, /, *arguments, **options):
-        self._check()
-        call = functools.partial(function, *arguments, **options)
-        if self._database.in_transaction:
-            return self._server.running.part(call)
-        refuse_in_transaction(f'a write to the {self._database.name} database')
-        return self._transact(call, BEGIN)
-
-    def after_commit(self, function):
-        if self._database.in_transaction:
-            self._server.running.after.append(function)
-        else:
-            function()
-
-    def lock(self, *names, held=False):
-        if not self._database.in_transaction:
-            raise MisuseError('a lock ends with its transaction: call it inside transact()')
-        self._server.running.lock([f'{self._name} {name}' for name in names], held)
-
-    def _transact(self, call, begin):
-        until = time.monotonic() + BUSY_SECONDS
-        while True:
-            transaction = _Transaction(self._server, self._database, call, begin)
-            try:
-                with self._server.connection() as connection:
-                    connection.seconds = LONG_SECONDS if begin is LONG_BEGIN else ANSWER_SECONDS
-                    value = transaction.run(connection)
-                break
-            except _Again:
-                if time.monotonic() > until:
-                    raise BusyError(f'the database did not do it within {BUSY_SECONDS} '
-                                    f'seconds') from None
-            gevent.sleep(random.uniform(0.001, 0.02))
-        transaction.call_after(self._database.name)
-        return value
-
-    def _create(self):
+    def _migrate(self):
+        Database.current.connection.seconds = None
+        self.execute('SET LOCAL statement_timeout = 0')
         self.lock('migrations')
         # IF NOT EXISTS would look at what was known before the wait for the lock.
-        if not self.execute('SELECT 1 FROM pg_namespace WHERE nspname = ?', (self._name,)):
-            self.execute(f'CREATE SCHEMA {self._name}')
-        self._database._migrate()
+        if not self.execute('SELECT 1 FROM pg_namespace WHERE nspname = ?', (self.name,)):
+            self.execute(f'CREATE SCHEMA {self.name}')
+        Database._migrate(self._database)
 
     def _columns(self):
         return self.execute('SELECT relname, attname FROM pg_class JOIN pg_attribute '
                             "ON attrelid = pg_class.oid WHERE relkind = 'r' AND attnum > 0 "
-                            'AND NOT attisdropped AND relnamespace = to_regnamespace(?) '
-                            'ORDER BY pg_class.oid, attnum', (self._name,))
+                            'AND relnamespace = to_regnamespace(?)', (self.name,))
 
     def _slices(self, table, columns):
-        self.execute(f'DECLARE slices NO SCROLL CURSOR FOR SELECT {columns} FROM {table}')
-        while rows := self.execute(f'FETCH {COPIED_ROWS} FROM slices'):
+        self.execute(f'DECLARE {table}_rows CURSOR FOR SELECT {columns} FROM {table}')
+        while rows := self.execute(f'FETCH {COPIED_ROWS} FROM {table}_rows'):
             yield rows
-        self.execute('CLOSE slices')
-
-    def _last_ids(self):
-        return {name.removesuffix('_id_seq'): last or 0 for name, last in self.execute(
-                    'SELECT sequencename, last_value FROM pg_sequences WHERE schemaname = ?',
-                    (self._name,))}
-
-    def _set_last_ids(self, last):
-        for table in self._last_ids():
-            self.execute(f"SELECT setval('{self._name}.{table}_id_seq', greatest(1, ?, "
-                         f'(SELECT max(id) FROM {table})))', (last.get(table, 1),))
-
-    def changed_rows(self):
-        return self._changed
-
-    def facts(self):
-        (size,), = self.execute(
-            'SELECT coalesce(sum(pg_total_relation_size(oid)), 0) FROM pg_class '
-            "WHERE relkind = 'r' AND relnamespace = to_regnamespace(?)", (self._name,))
-        return {'place': self.path, 'bytes': int(size), 'wal_bytes': None, 'free_bytes': None,
-                'migrations': len(self._database.migrations), 'copied_at': None,
-                'server': self._server.facts() if self._database.name == 'app' else {}}
-
-    def truncate_log(self):
-        """What was deleted goes with the server's own cleaning of tables and logs."""
-
-    def _translate(self, statement):
-        """What PostgreSQL understands of SQL that is written for SQLite."""
-        text = SQL_PARTS.sub(self._part, statement)
-        trigger = TRIGGER.fullmatch(text)
-        if trigger:
-            name, event, condition, body = trigger.groups()
-            text = (f'CREATE FUNCTION {self._name}.{name}() RETURNS trigger LANGUAGE plpgsql AS '
-                    f'$$ BEGIN {body} RETURN NULL; END $$; CREATE TRIGGER {name} {event} FOR EACH '
-                    f'ROW WHEN ({condition or "true"}) EXECUTE FUNCTION {self._name}.{name}()')
-        return text
-
-    def _part(self, found):
-        kind, text = found.lastgroup, found[0]
-        if kind == 'table':
-            table = found['table']
-            ours = table in self._tables or 'INDEX' in found['before'].upper()
-            return f'{found["before"]}{self._name}.{table}' if ours else text
-        mark = '%s' if found['list'] == '?' else f'%({(found["list"] or "")[1:]})s'
-        return {'quoted': text.replace('%', '%%'), 'ours': found['ours'], 'mark': '%s',
-                'percent': '%%', 'name': f'%({found["name"]})s', 'clock': CLOCK,
-                'list': f'jsonb_array_elements_text(CAST({mark} AS jsonb)) AS each(value)',
-                'id': 'BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY',
-                'type': TYPES.get(text), 'tail': ')', None: ''}[kind]
-
-
-class _Stamps(VersionStamps):
-    """Version stamps of this process; bells carry the slots that others change."""
-    trust_seconds = PING_SECONDS        # a bell may not arrive
-
-    def __init__(self, server, path):
-        self._server = server
-        self._stamps = [0] * self.SLOTS
-
-    def deleted(self):
-        return False
-
-    def outdate(self, slots):
-        for slot in slots:
-            self._stamps[slot] = time.perf_counter_ns() & ~1
-
-    @contextlib.contextmanager
-    def changing(self, slots):
-        try:
-            with super().changing(slots):
-                yield
-        finally:
-            self._server.ring(b'', slots)
 
 
 # === Sessions: who is asking, without a row for it =======================================
@@ -6668,114 +6499,103 @@ def copy_to(target):
     (sqlite:DIRECTORY); the app must be stopped. Raises BackupError, StorageError, and leaves what
     is copied as it is, and the target empty then. Gives {table: number of rows}."""
     to_server = not settings.database_url
-    if target.startswith('sqlite:') == to_server:
+    if not re.match('postgres(ql)?://' if to_server else 'sqlite:.', target):
         raise BackupError('copy-to goes from files to postgresql://…, or, where DATABASE_URL is '
                           'set, to sqlite:DIRECTORY; else use backup, or pg_dump')
-    files = {name: Database(name, database.migrations, declared=False)
-             for name, database in databases.items() if database.copied}
-    with contextlib.ExitStack() as undo:
+    target = os.path.abspath(target.removeprefix('sqlite:')) if not to_server else target
+    with _sentences(target), contextlib.ExitStack() as undo:
         if to_server:
-            if not lock_directory(settings.data, fcntl.LOCK_EX, undo):
-                raise BackupError(f'an app runs on {settings.data}; stop it first')
-            settings.database_url, settings.direct_database_url = _server_url(target), ''
-            directory = settings.data
+            directory, settings.database_url, settings.direct_database_url = \
+                settings.data, target, ''
+            if not lock_directory(directory, fcntl.LOCK_EX, undo):
+                raise BackupError(f'an app runs on {directory}; stop it first')
         else:
-            target = os.path.abspath(target.removeprefix('sqlite:'))
             if os.path.lexists(target) and (not os.path.isdir(target) or os.listdir(target)):
                 raise BackupError(f'{target} is there, and not empty')
-            directory = undo.enter_context(_scratch(target))
-        for name, database in files.items():
-            path = os.path.join(directory, os.path.basename(database.default_path))
-            undo.callback(database.close)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(prefix='.copy-', dir=os.path.dirname(target))
+            directory = os.path.join(undo.enter_context(scratch), 'copy')
+            os.mkdir(directory, 0o700)
+            give_to_owner(directory, target)
+        files = [Database(name, database.migrations, declared=False)
+                 for name, database in databases.items() if database.copied]
+        for file in files:
+            path = os.path.join(directory, os.path.basename(file.default_path))
+            undo.callback(file.close)
             if to_server:
-                _refuse_damage(database, path)
-                database.open_read_only(path)
+                _refuse_damage(file, path)
+                file.open_read_only(path)
             else:
-                database.open(path)
-            if database._pending():
+                file.open(path)
+            if file._pending():
                 raise BackupError(f'{path} is of an older version; the command `migrate` brings it '
                                   f'up to date')
         server = PostgreSQL()
         server.open()
         undo.callback(server.close)
         deadline = time.monotonic() + BUSY_SECONDS
-        while server.others():                  # one that stopped just now is there for a moment
+        while processes.others():               # one that stopped just now is there for a moment
             if time.monotonic() > deadline:
                 raise BackupError('an app runs on the database server; stop all of its processes '
                                   'first')
             gevent.sleep(0.05)
-        for database in databases.values():
+        for database in (*databases.values(), *files):
             database.joined = app_db            # one transaction for all
         copied = app_db.transact(_copy_rows, files, to_server)
         if not to_server:
-            for database in files.values():
-                database.close()
-            for name in os.listdir(directory):
-                sync(os.path.join(directory, name))
+            for file in files:
+                file.close()
+                sync(file.path)
             os.rename(directory, target)
             sync(os.path.dirname(target))
     return copied
-
-
-def _server_url(target):
-    try:
-        return server_url(target)
-    except ValueError as allowed:
-        raise BackupError(f'the target of copy-to is {allowed}, or sqlite:DIRECTORY') from None
-
-
-@contextlib.contextmanager
-def _scratch(target):
-    """A directory beside the target, which is removed if it is still there."""
-    with _sentences(target):
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        directory = tempfile.mkdtemp(prefix='.copy-', dir=os.path.dirname(target))
-        give_to_owner(directory, directory)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _copy_rows(files, to_server):
     """Copy every row, in a transaction of the server. Gives {table: number of rows}."""
     copied = {}
     for database in databases.values():
-        if to_server:
-            if database._columns():
-                raise BackupError(f'there is a {database.path} already, so the target is not empty')
-            database.open()
-        elif database._pending():
-            raise BackupError(f'{database.path} is of an older version; the command `migrate` '
-                              f'brings it up to date')
-        elif database.copied:
-            files[database.name]._roll_back()       # of a run before, which lost its connection
-            files[database.name]._connection.execute('BEGIN')
-    for name, file in files.items():
-        source, target = (file, databases[name]) if to_server else (databases[name], file)
-        insert = target.executemany if to_server else target._connection.executemany
+        if to_server and database._columns():
+            raise BackupError(f'there is a {database.path} already, so the target is not empty')
+        (database.open if to_server else database.open_read_only)()
+    for file in files:
+        file._roll_back()                       # of a run before, which lost its connection
+        file._connection.execute('BEGIN')
+        server = databases[file.name]
+        source, target = (file, server) if to_server else (server, file)
         tables = {}
         for table, column in file._columns():
             tables.setdefault(table, []).append(f'"{column}"')
         del tables['schema_migrations']
         for table, columns in tables.items():
+            insert = (f'INSERT INTO {table} ({", ".join(columns)}) '
+                      f'VALUES ({", ".join("?" * len(columns))})')
             for rows in source._slices(table, ', '.join(columns)):
-                insert(f'INSERT INTO {table} ({", ".join(columns)}) '
-                       f'VALUES ({", ".join("?" * len(columns))})',
-                       [[_clean(value) if isinstance(value, str) else value for value in row]
-                        for row in rows])
-        target._set_last_ids(source._last_ids())
-        for table in tables:
-            (there,), (here,) = (side._slices(table, 'count(*)') for side in (source, target))
+                target.executemany(insert, [[_clean(value) if isinstance(value, str) else value
+                                             for value in row] for row in rows])
+            there, here = (side.execute(f'SELECT count(*) FROM {table}')[0][0]
+                           for side in (source, target))
             if there != here:
-                raise BackupError(f'{table} has {there[0][0]} rows, and the copy {here[0][0]}')
-            copied[table] = here[0][0]
+                raise BackupError(f'{table} has {there} rows, and the copy {here}')
+            copied[table] = here
+        _copy_last_ids(file, server, to_server)
     if to_server:
         jobs.adopt_outbox()
-    else:
-        for file in files.values():
-            file._connection.execute('COMMIT')
+    for file in files:
+        file._connection.execute('COMMIT')
     return copied
+
+
+def _copy_last_ids(file, server, to_server):
+    """Where an id is never given twice, it is not after a copy either."""
+    kept = file.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'")
+    last = dict(file.execute(LAST_IDS)) if kept else {}
+    for table, given in server.execute(LAST_IDS):
+        if to_server:
+            (given,), = file.execute(f'SELECT coalesce(max(id), 0) FROM {table}')
+            given = max(given, last.get(table, 0))
+        if to_server or kept:
+            (server if to_server else file).execute(SET_LAST_ID, {'table': table, 'last': given})
 
 
 def sync(path):
