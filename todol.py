@@ -624,11 +624,11 @@ class Database:
           made: what a client repeats has an idempotency key.
 
         SQL is written for SQLite, and translated: ?, :name, now_s(), INTEGER, REAL, BLOB, triggers
-        with AFTER, CAST(value AS INTEGER) FROM json_each(:ids), tables behind FROM, JOIN, INTO,
-        UPDATE, TABLE or ON. What only PostgreSQL knows stands between /*pg and */. It does not know
-        iif(), max() of two values, INSERT OR, rowid, or a GROUP BY that lacks a column; there LIKE
-        minds case, text has no NUL, a truth is no number, sum() is a float, ids may have gaps, and
-        a statement has BUSY_SECONDS in a transaction, ANSWER_SECONDS outside of one.
+        with AFTER … FOR EACH ROW WHEN (…), CAST(value AS INTEGER) FROM json_each(:ids). What only
+        PostgreSQL knows stands between /*pg and */. It does not know iif(), max() of two values,
+        INSERT OR, rowid, or a GROUP BY that lacks a column; there LIKE minds case, text has no NUL,
+        a truth is no number, sum() is a float, ids may have gaps, and a statement has BUSY_SECONDS
+        in a transaction, ANSWER_SECONDS outside of one.
         """
         self._check()
         call = functools.partial(function, *arguments, **options)
