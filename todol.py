@@ -3054,6 +3054,7 @@ class PostgreSQL:
                                                    for _ in range(settings.database_pool)])
         self._loops, self._bound, self._count_at = [], [], 0
         self._schema = _Schema(self, app_db)
+        self._schema.execute('SELECT 1')        # so that no connecting is in the time below
         self._set_clock()
         for database in databases.values():
             self.bind(database)
