@@ -3054,7 +3054,6 @@ class PostgreSQL:
                                                    for _ in range(settings.database_pool)])
         self._loops, self._bound, self._count_at = [], [], 0
         self._schema = _Schema(self, app_db)
-        self._schema.execute('SELECT 1')        # so that no connecting is in the time below
         self._set_clock()
         for database in databases.values():
             self.bind(database)
@@ -3157,10 +3156,10 @@ class PostgreSQL:
             processes.hear(' '.join(rung).encode())
 
     def _set_clock(self):
+        """Go by the server's clock, or a bit behind: what is to run now is due there then."""
         global clock_ahead_seconds
-        asked_at = time.time()
         (at,), = self._schema.execute('SELECT now_s()')
-        clock_ahead_seconds = at - (asked_at + time.time()) / 2
+        clock_ahead_seconds = at - time.time()
 
     def _others(self):
         """The names of the other processes of the app that have a connection."""
