@@ -3672,8 +3672,8 @@ TEMPLATES = {       # name: source, in bottle's syntax. {{value}} is escaped, {{
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
+<link rel="stylesheet" href="{{asset('plain.css')}}">
 <title>{{status}}</title>
 <h1>{{status}}</h1>
 <p>{{message}}</p>
@@ -3713,6 +3713,35 @@ _assets = {}        # name -> (content type, text or bytes, or a function that g
 def add_asset(name, source, content_type):
     """Serve text or bytes (or what a function gives, called once) under a URL of its own."""
     _assets[name] = content_type, source
+
+
+add_asset('plain.css', '''\
+/* For pages with little style of their own: values, then rules. */
+:root {
+  color-scheme: light dark;
+  --paper: light-dark(#f9f6f1, #181612);
+  --ink: light-dark(#2b2a27, #e2dfd9);
+  --soft: light-dark(#63605a, #aaa69f);
+  --line: light-dark(#e3ded7, #35322d);
+  --accent: light-dark(#2c55b8, #9db8ff);
+  --danger: light-dark(#b3261e, #ff9d94);
+}
+* { box-sizing: border-box; min-width: 0; margin: 0; }
+body {
+  max-width: 40rem; margin: auto; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 1.0625rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
+}
+h1 { font-weight: 300; letter-spacing: -.02em; }
+a { color: var(--accent); }
+button, input, select {
+  min-height: 2.75rem; padding: 0 .875rem; border: 1px solid var(--soft); border-radius: 10px;
+  background: none; color: inherit; font: inherit;
+}
+button { color: var(--accent); cursor: pointer; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+[hidden], p:empty, [data-state=live] { display: none; }
+pre { white-space: pre-wrap; }
+''', 'text/css; charset=UTF-8')
 
 
 def compact(source, marks):
@@ -5961,7 +5990,7 @@ TEMPLATES['stack'] = '''\
 <tr{{!f' id="row_{crc32((caption + row.value).encode())}"' if row.text else ''}}>
 %   for number, (head, cell) in enumerate(zip(heads, row.cells)):
 %    if row.text and not number:
-<td><details><summary>{{cell}}</summary><pre tabindex="0">{{row.text}}</pre></details></td>
+<td><details><summary>{{cell}}</summary><pre>{{row.text}}</pre></details></td>
 %    else:
 <td data-label="{{head}}">{{cell}}</td>
 %    end
@@ -5981,6 +6010,7 @@ TEMPLATES['stack'] = '''\
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
 <title>{{'failing' if failing else 'well'}} · {{app}} stack</title>
 <link rel="icon" href="data:,">
+<link rel="stylesheet" href="{{asset('plain.css')}}">
 <link rel="stylesheet" href="{{asset('stack.css')}}">
 <script type="module" src="{{asset('live.js')}}"></script>
 <script type="module" src="{{asset('stack.js')}}"></script>
@@ -6032,46 +6062,26 @@ TEMPLATES['stack'] = '''\
 </html>
 '''
 add_asset('stack.css', '''\
-:root {
-  color-scheme: light dark;
-  --paper: light-dark(#f9f6f1, #181612);
-  --ink: light-dark(#2b2a27, #e2dfd9);
-  --soft: light-dark(#63605a, #aaa69f);
-  --line: light-dark(#e3ded7, #35322d);
-  --accent: light-dark(#2c55b8, #9db8ff);
-  --danger: light-dark(#b3261e, #ff9d94);
-}
-* { box-sizing: border-box; min-width: 0; margin: 0; }
-[hidden], p:empty, [data-state=live] { display: none; }
-body {
-  max-width: 68rem; margin: auto; padding: 1.5rem max(1rem, env(safe-area-inset-left)) 4rem;
-  background: var(--paper); color: var(--ink); font: .9375rem/1.45 system-ui, sans-serif;
-  font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
-}
-h1 { font-size: 2.25rem; font-weight: 300; letter-spacing: -.02em; }
+body { max-width: 68rem; font-size: .9375rem; font-variant-numeric: tabular-nums; }
 h2 { margin-top: 2.5rem; font-size: 1.125rem; font-weight: 500; }
-h1 span, th, .soft { color: var(--soft); font-weight: inherit; }
-a, button, svg, #notice { color: var(--accent); }
+h1 span, th, .soft, tbody::before { color: var(--soft); font-weight: inherit; }
+#notice { color: var(--accent); }
 .bad { color: var(--danger); }
-button, select {
-  min-height: 2.25rem; padding: 0 .75rem; border: 1px solid var(--soft); border-radius: 10px;
-  background: var(--paper); font: inherit; cursor: pointer;
-}
-:focus-visible { border-radius: 6px; outline: 2px solid var(--accent); outline-offset: 2px; }
+button, select { min-height: 2.25rem; background: var(--paper); }
+summary { cursor: pointer; }
 .charts {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1.5rem;
   align-items: end; margin-top: 1.5rem;
 }
 .charts span { display: block; }
-svg { width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); }
+svg { width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); color: var(--accent); }
 path { fill: none; stroke: currentcolor; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 .row { display: flex; flex-wrap: wrap; gap: .75rem 1.25rem; align-items: end; padding: .5rem 0; }
 table { width: 100%; border-collapse: collapse; }
 tr { border-bottom: 1px solid var(--line); }
 th, td { padding: .5rem 1rem .5rem 0; text-align: left; vertical-align: baseline; }
 td + td, figure td { white-space: nowrap; }
-tbody:not(:has(tr))::before { content: 'None.'; color: var(--soft); }
-pre { max-height: 24rem; overflow: auto; white-space: pre-wrap; }
+tbody:not(:has(tr))::before { content: 'None.'; }
 @media (width < 44rem) {
   thead { display: none; }
   tr { display: flex; flex-wrap: wrap; gap: .125rem 1rem; padding: .5rem 0; }
@@ -7013,6 +7023,7 @@ TEMPLATES['room'] = """\
 <title>{{title}}</title>
 <meta name="owner" content="{{owner}}">
 <link rel="icon" href="data:,">
+<link rel="stylesheet" href="{{asset('plain.css')}}">
 <link rel="stylesheet" href="{{asset('room.css')}}">
 <script type="module" src="{{asset('live.js')}}"></script>
 <script type="module" src="{{asset('room.js')}}"></script>
@@ -7038,36 +7049,19 @@ TEMPLATES['room'] = """\
 </html>
 """
 add_asset('room.css', """\
-:root {
-  color-scheme: light dark;
-  --paper: light-dark(#faf8f5, #1a1816);
-  --ink: light-dark(#2a2724, #e8e4df);
-  --soft: light-dark(#6b655e, #a39c94);
-  --shade: light-dark(#eee9e2, #2b2825);
-  --accent: light-dark(#2c55b8, #9db8ff);
-}
-* { box-sizing: border-box; margin: 0; }
-body {
-  display: grid; grid-template-rows: auto 1fr auto; height: 100dvh; max-width: 40rem;
-  margin: auto; padding: 0 1rem; background: var(--paper); color: var(--ink);
-  font: 1.0625rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
-}
+body { display: grid; grid-template-rows: auto 1fr auto; height: 100dvh; padding: 0 1rem; }
 header { display: flex; align-items: baseline; justify-content: space-between; padding: 1rem 0; }
 header p, li b, #line, ::placeholder { color: var(--soft); opacity: 1; }
 main { display: flex; flex-direction: column-reverse; overflow: auto; }   /* stays at the end */
 ul { margin-bottom: auto; padding: 0; list-style: none; }
 ul:not(:has(li))::before { content: 'Nobody has said anything yet.'; color: var(--soft); }
 li { padding: .375rem 0; }
-li p { width: fit-content; padding: .4rem .9rem; border-radius: 1rem; background: var(--shade); }
+li p { width: fit-content; padding: .4rem .9rem; border-radius: 1rem; background: var(--line); }
 form { display: grid; grid-template-columns: 9rem 1fr auto; gap: .5rem; padding: 1rem 0; }
 form p { grid-column: 1 / -1; }
-input, button {
-  min-width: 0; height: 2.75rem; padding: 0 .875rem; border: 1px solid var(--soft);
-  border-radius: 1.375rem; background: none; color: inherit; font: inherit;
-}
+form * { border-radius: 1.375rem; }
 button { border: 0; background: var(--accent); color: var(--paper); }
-#notice { color: light-dark(#b3261e, #ff9d94); }
-[hidden], form p:empty, [data-state=live] { display: none; }
+#notice { color: var(--danger); }
 @media (width < 30rem) {
   form { grid-template-columns: 1fr auto; }
   [name=name] { grid-column: 1 / -1; }
