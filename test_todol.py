@@ -9513,7 +9513,7 @@ def test_whatever_is_given_it_is_refused_at_the_call_or_works_and_the_next_chang
 
 # === Todos: rows and rules, no HTML ===================================================================================
 
-OPERATIONS = ('create', 'create', 'rename', 'toggle', 'toggle all', 'toggle some', 'delete', 'clear')
+OPERATIONS = ('create', 'create', 'rename', 'toggle', 'toggle all', 'toggle some', 'delete', 'clear', 'clear some')
 operations = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.sampled_from(USERS), st.integers(0, 20), st.booleans(),
                                 st.sampled_from(['milk', ' milk ', 'x' * 500, '🩷', ' '])), max_size=25)
 
@@ -9532,9 +9532,10 @@ def operate(model, operation, user, number, completed, title):
         expected = [id for id in mine if mine[id][1] != completed and (chosen is None or id in chosen)]
         assert sorted(todol.toggle_todos(user, completed, chosen)) == expected
         mine.update({id: [mine[id][0], completed] for id in expected})
-    elif operation == 'clear':
-        gone = [id for id in mine if mine[id][1]]
-        assert sorted(todol.clear_completed(user)) == gone
+    elif operation in ('clear', 'clear some'):
+        chosen = None if operation == 'clear' else ids[::2]
+        gone = [id for id in mine if mine[id][1] and (chosen is None or id in chosen)]
+        assert sorted(todol.clear_completed(user, chosen)) == gone
         model[user] = {id: todo for id, todo in mine.items() if id not in gone}
     elif id not in mine:
         with pytest.raises(todol.NotFound):
@@ -9701,7 +9702,7 @@ UNDOABLE = {
     'blank': lambda user, ids, key: todol.update_todo(user, ids[0], ' ', True, key),
     'mark': lambda user, ids, key: todol.toggle_todos(user, True, None, key),
     'unmark': lambda user, ids, key: todol.toggle_todos(user, False, ids[::2], key),
-    'clear': lambda user, ids, key: todol.clear_completed(user, key),
+    'clear': lambda user, ids, key: todol.clear_completed(user, key=key),
     'paste': lambda user, ids, key: todol.create_todos(user, [('p', False), ('q', True)], key)}
 
 
@@ -9773,7 +9774,7 @@ def test_undo_makes_no_list_longer_than_lists_may_be(open_stack):
     open_stack(TODOL_MAX_TODOS=3)
     user = USERS[0]
     todol.create_todos(user, [('a', True), ('b', True), ('c', False)])
-    todol.clear_completed(user, 'k')
+    todol.clear_completed(user, key='k')
     todol.create_todo(user, 'd')
     with pytest.raises(todol.LimitError, match='it has 3 todos'):
         todol.take_back(user, 'k', 'u')
@@ -9793,7 +9794,7 @@ def test_what_can_not_be_undone_any_more_is_gone_from_the_files_and_keys_a_month
     texts = [f'secret {number} '.encode() + random.randbytes(100).hex().encode() for number in range(300)]
     todol.create_todos(user, [(text.decode(), True) for text in texts], 'paste')
     todol.update_todo(user, 'paste.7', 'renamed', key='rename')
-    todol.clear_completed(user, 'clear')
+    todol.clear_completed(user, key='clear')
 
     def left():
         bytes_ = b''.join(path.read_bytes() for path in pathlib.Path(todol.app_db.path).parent.glob('test.sqlite3*'))
@@ -9880,11 +9881,16 @@ def test_a_list_opens_in_another_browser_by_pages_alone(listed, by):
     answer = other.post('/join', sent)
     assert (answer.status, answer.headers['location']) == (303, '/')
     assert other.todos() == UNCHANGED and user_of(other) == user_of(listed)
+    for client in (listed, other):
+        assert 'lives in the browsers' in page(client).one('footer', class_='info').text, 'in both'
     other.create('third')
     assert listed.todos()[-1] == ('third', False)
     assert other.post('/join', sent).status == 303 and other.get(link[17:]).headers['location'] == '/', 'it is its own now'
     late = WSGIClient()
-    late.get('/')
+    for mistyped, sentence in (('ABCD EFG', 'this one has 7'), ('abco-efgh', 'No code has O in it'),
+                               ('ABÇD EFGH', 'No code has Ç'), ('AAAA AAAA', 'Is it the same on the other device?')):
+        shown = Page(late.post('/join', {'code': mistyped}).text)
+        assert sentence in shown.one(id='join-error').text and shown.one(id='code').attributes['value'] == mistyped
     for answer in (late.get(link[17:]), late.post('/join', {'code': code}), late.post('/join', {
             'token': link.rpartition('/')[2]})):
         assert answer.status == 404 and 'not good any more' in answer.text, 'both are used up'
@@ -10347,6 +10353,28 @@ def test_a_change_answers_a_program_in_json(stack, kind):
         assert (answer.status, answer.headers['content-type']) == (201 if method == 'POST' else 200, JSON)
         assert json.dumps(answer.json) == json.dumps(expected(*listed.ids)), 'true is not 1'
         assert listed.todos() != UNCHANGED
+
+
+@both_engines
+def test_many_are_marked_or_cleared_by_their_ids_or_keys_and_no_others(stack):
+    for separate in (list, ' '.join):
+        client, stranger = WSGIClient(), WSGIClient()
+        first, second, third = (str(client.create(title, key=title)) for title in 'abc')
+        theirs = str(stranger.create('theirs', key='theirs'))
+        names = separate(['b.0', first, 'gone.0', theirs, 'theirs.0'])
+        answer = client.patch('/todos', json_body={'completed': '1', 'ids': names}, accept=JSON)
+        assert sorted(answer.json['ids']) == [int(first), int(second)] and stranger.todos() == [('theirs', False)]
+        client.patch(f'/todos/{third}', {'completed': '1'})
+        client.patch(f'/todos/{first}', {'completed': '0'})
+        answer = client.delete('/todos/completed', json_body={'ids': names}, accept=TURBO)
+        assert client.todos() == [('a', False), ('c', True)], 'not what was ticked or unticked elsewhere meanwhile'
+        assert f'<li class="" id="todo_{first}"' in answer.text, 'who saw it cleared gets it back'
+        assert f'target="todo_{second}"' in answer.text and 'target="todo_gone.0"' in answer.text
+        for nobody in ([], ''):
+            assert client.delete('/todos/completed', json_body={'ids': nobody}, accept=JSON).json == {'ids': []}
+        for wrong in (5, {}, ['x'], 'x', [None], ['-1'], [f'{2**64}']):
+            assert client.delete('/todos/completed', json_body={'ids': wrong}, accept=JSON).status == 422
+        assert client.delete('/todos/completed', accept=JSON).json == {'ids': [int(third)]}
 
 
 @both_engines
@@ -11564,10 +11592,21 @@ def test_offline_the_list_opens_as_it_was_last_seen_and_filters_and_counts_follo
         becomes(page, rows, [('one', True), ('two', False)])
     rename(page, 'two', 'zwei')
     add(page, 'three')
+    page.set_viewport_size({'width': 360, 'height': 740})
     remove(page, 'one')
-    becomes(page, counter, '2 items left')
+    becomes(page, connection, 'No connection. 4 changes will be sent.')
+    for size in ((360, 740), (1280, 800)):
+        page.set_viewport_size(dict(zip(('width', 'height'), size)))
+        assert page.is_visible('#undo button') and page.is_visible('#connection') and page.evaluate('''() => {
+            const [undo, words, clear, filters] = ['.undo', '.connection', '.clear', '.filters'].map(
+                each => document.querySelector(each).getBoundingClientRect());
+            return filters.bottom < undo.top + 1 && clear.top <= undo.top && undo.right <= words.left
+                && words.right <= innerWidth && words.bottom <= innerHeight; }'''), size
+    assert visitor.create('elsewhere') and page.text_content('.undo-said') == 'Removed “one”.'
+    page.click('.toggle-all')           # what is seen, whatever there is by the time that it is sent
+    becomes(page, counter, '0 items left')
     line.mend()
-    becomes(page, lambda _: visitor.todos(), [('zwei', False), ('three', False)], 30)
+    becomes(page, lambda _: visitor.todos(), [('zwei', True), ('elsewhere', False), ('three', True)], 30)
     becomes(page, rows, visitor.todos())
 
 
@@ -11653,7 +11692,6 @@ def test_counter_filters_and_what_is_new_are_in_reach_of_long_lists(open_window,
         visitor.create(f'todo {number}')
     page.set_viewport_size({'width': 360, 'height': 740})
     becomes(page, counter, '39 items left')
-    becomes(page, lambda page: page.evaluate('document.getAnimations().length'), 0)    # the rows have grown in
     add(page, 'the new one')
     becomes(page, lambda page: in_reach(page, f"{row(page, 'the new one')} label"), True)
     becomes(page, counter, '40 items left')
@@ -11954,6 +11992,12 @@ def test_every_control_is_reached_by_tab_in_the_order_of_the_page_and_seen_when_
 
 def test_the_list_can_be_used_by_keyboard_alone(open_window):
     page = open_window()
+    page.evaluate('document.activeElement.blur()')
+    page.keys('?')                                  # the first key, before what it asks for is there
+    becomes(page, lambda page: page.is_visible('dialog'), True)
+    page.keys('Escape')
+    becomes(page, number_of('dialog'), 0)
+    page.keys('n')
     page.keys(*'one', 'Enter', *'two', 'Enter', *'three', 'Enter')
     becomes(page, titles, ['one', 'two', 'three'])
     becomes(page, unsent, '[]')
@@ -12064,7 +12108,7 @@ def test_axe_finds_nothing_in_a_page_without_script_nor_in_an_error_page(open_ta
 
 @pytest.mark.parametrize('size', [{'viewport': {'width': 360, 'height': 740}, 'has_touch': True, 'is_mobile': True},
                                   {'viewport': {'width': 1280, 'height': 800}}], ids=['phone', 'wide'])
-def test_field_counter_and_filters_stay_in_reach_and_never_over_the_row_in_focus(open_tab, size):
+def test_field_counter_and_filters_stay_in_reach_and_never_over_the_row_in_focus(open_tab, visitor, size):
     page = open_tab(*(f'Todo {number}' for number in range(40)), **size)
     toggle(page, 'Todo 3')
     between = '''selector => {
@@ -12078,8 +12122,15 @@ def test_field_counter_and_filters_stay_in_reach_and_never_over_the_row_in_focus
                 const {top, bottom} = document.querySelector(needed).getBoundingClientRect();
                 return top >= 0 && bottom <= innerHeight; }''', needed), (needed, top)
     page.evaluate('scrollTo(0, 0)')
+    unfreeze = freeze(page)
+    for number in range(3):
+        visitor.create(f'From elsewhere {number}')
+    becomes(page, lambda page: len(titles(page)), 43)
     add(page, 'The newest')
     becomes(page, lambda page: page.evaluate(between, '#todos > :last-child'), True)
+    unfreeze()
+    becomes(page, lambda page: page.evaluate('document.getAnimations().length'), 0)
+    assert page.evaluate(between, '#todos > :last-child'), 'what came from elsewhere pushes it away'
     for number in (38, 20, 3):
         page.locator('#todos .toggle').nth(number).focus()
         assert page.evaluate(between, f'#todos > :nth-child({number + 1})'), number
@@ -12287,7 +12338,18 @@ def test_everything_done_offline_outlives_the_tab_shows_when_opened_without_netw
 def test_a_row_can_be_ticked_renamed_and_removed_before_the_server_knows_of_it(open_tab, visitor):
     page = open_tab()
     asked = hold(page)
-    add(page, 'milk', 'tea', 'beer')
+    browser = page.context.new_cdp_session(page)
+    browser.send('Performance.enable')
+
+    def layouts():
+        page.evaluate('() => new Promise(resolve => requestAnimationFrame(() => requestAnimationFrame(resolve)))')
+        return {each['name']: each['value'] for each in browser.send('Performance.getMetrics')['metrics']}['LayoutCount']
+
+    add(page, 'milk', 'tea')
+    page.fill('.new-todo', 'beer')
+    before = layouts()
+    page.press('.new-todo', 'Enter')
+    assert layouts() - before < 2, 'a layout takes milliseconds, and all follows before the row is painted'
     new = page.locator('#todos > li')
     new.nth(0).locator('.toggle').click()
     new.nth(1).locator('label').dblclick()
@@ -12307,11 +12369,21 @@ def test_a_row_can_be_ticked_renamed_and_removed_before_the_server_knows_of_it(o
 
 
 def test_undo_takes_back_several_steps_in_every_tab_and_says_so(open_tab, visitor):
-    page, other = open_tab('milk', 'tea', 'beer'), open_tab()
+    page, other = open_tab('milk', 'tea', 'beer', expected=STATUS + '404'), open_tab()
     line = page.locator('#undo')
+    page.click('h1')
+    page.keyboard.press('Control+z')
+    becomes(page, text_of('#notice'), 'There is nothing to undo any more.')
     remove(page, 'tea')
     assert line.is_visible() and page.locator('.undo-said').text_content() == 'Removed “tea”.'
-    becomes(page, announced, 'Removed “tea”. 2 to do')
+    becomes(page, announced, 'Removed “tea”. 2 to do')         # and not that anything was undone
+    becomes(other, titles, ['milk', 'beer'])
+    other.click('h1')
+    other.keyboard.press('Control+z')
+    becomes(other, announced, 'Undone. 3 to do')
+    becomes(page, titles, ['milk', 'tea', 'beer'])
+    assert not line.is_visible(), 'there is nothing of it to undo any more'
+    remove(page, 'tea')
     becomes(other, titles, ['milk', 'beer'])
     page.click('.toggle-all')
     assert page.locator('.undo-said').text_content() == 'Marked 2 as done.'

@@ -7149,6 +7149,8 @@ BLANK = re.compile(r'[\s\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060
 LINE = re.compile(r'\s*(?:(?:[-*+•]|[0-9]{1,4}[.)])(?:\s+|$))?(?:\[([ xX]?)\](?:\s+|$))?(.*)')
 
 SELECT_TODOS = 'SELECT id, title, completed, version, key FROM todos WHERE user_id = ?'
+SELECT_BY_KEYS = '''
+    SELECT id FROM todos WHERE user_id = ? AND key IN (SELECT value FROM json_each(?))'''
 # A row that was there first keeps its key: the change may be forgotten, or lists were joined.
 FREE_KEY = '''CASE WHEN EXISTS (SELECT 1 FROM todos WHERE key = :key AND user_id = :user)
                    THEN NULL ELSE :key END'''
@@ -7162,7 +7164,8 @@ DELETE_TODO = '''
     DELETE FROM todos WHERE user_id = ? AND id = ?
     RETURNING id, title, completed, key, created_at'''
 CLEAR_TODOS = '''
-    DELETE FROM todos WHERE user_id = ? AND completed = 1
+    DELETE FROM todos WHERE user_id = :user AND completed = 1
+        AND (:ids IS NULL OR id IN (SELECT CAST(value AS INTEGER) FROM json_each(:ids)))
     RETURNING id, title, completed, key, created_at'''
 RESTORE_TODO = f'''
     INSERT INTO todos (id, title, completed, key, created_at, user_id, version)
@@ -7357,13 +7360,15 @@ def delete_todo(user, id, key=None):
 
 
 @app_db.transaction
-def clear_completed(user, key=None):
-    """Delete the user's completed todos, and give their ids."""
+def clear_completed(user, ids=None, key=None):
+    """Delete the user's completed todos, or those of ids that are theirs and completed. Gives the
+    ids of what is gone."""
     app_db.lock(user)
     done = touched_before(user, key)
     if done is not None:
         return done
-    rows = app_db.execute(CLEAR_TODOS, (user,))
+    rows = app_db.execute(CLEAR_TODOS, {'user': user,
+                                        'ids': None if ids is None else json.dumps(ids)})
     return _removed(user, rows, key, f'Cleared {_todos(len(rows))}.')
 
 
@@ -7427,6 +7432,16 @@ def forget_changes():
     if forgotten:
         app_db.truncate_log()
     log.info('forgot changes=%s', forgotten)
+
+
+def ids_of(user, names):
+    """The ids of the user's todos of these names, each an id or, as text, a key; None gives None.
+    What is gone is left out."""
+    if names is None:
+        return None
+    keys = [name for name in names if isinstance(name, str)]
+    rows = app_db.execute(SELECT_BY_KEYS, (user, json.dumps(keys))) if keys else []
+    return [name for name in names if isinstance(name, int)] + [id for id, in rows]
 
 
 def _look_up(user, id):
@@ -7568,10 +7583,13 @@ def miscounted_lists():
 
 LINK_SECONDS = 600
 CODE_CHARS = 'ABCDEFGHJKMNPQRSTUVWXYZ23456789'      # without look-alikes
+CODE_LENGTH = 8
 # Of a session, and ten times as many of an address, in LINK_SECONDS. A code has 40 bits.
 MAX_GUESSES = 10
 NO_LINK = ('That link or code is not good any more: each is good once, for ten minutes. Make a new '
            'one on the other device.')
+NO_CODE = ('No list has that code. Is it the same on the other device? Then it is not good any more: '
+           'each is good once, for ten minutes. Make a new one there.')
 
 
 class GuessError(AppError):
@@ -7585,7 +7603,7 @@ def offer_list(user):
     token, kept = secrets.token_urlsafe(16), False
     cache.add(f'join {token}', user, LINK_SECONDS)
     while not kept:                     # never the code of another list
-        code = ''.join(secrets.choice(CODE_CHARS) for _ in range(8))
+        code = ''.join(secrets.choice(CODE_CHARS) for _ in range(CODE_LENGTH))
         kept = cache.add(f'join code {code}', token, LINK_SECONDS)
     if cache.get(f'join {token}') != user:
         raise StorageError('A link can not be made now. Try again in a moment.')
@@ -7597,10 +7615,22 @@ def token_of_code(code, user, address):
     for who, most in ((user, MAX_GUESSES), (address, 10 * MAX_GUESSES)):
         if cache.incr(f'join guesses {who}', ttl=LINK_SECONDS) > most:
             raise GuessError('Too many codes were tried from here. Wait ten minutes.')
-    token = cache.get(f'join code {re.sub("[^A-Z0-9]", "", code[:50].upper())}')
+    code = re.sub(r'[\W_]', '', code[:50].upper())
+    token = cache.get(f'join code {code}')
     if token is None:
-        raise NotFound(NO_LINK)
+        raise NotFound(what_is_wrong(code))
     return token
+
+
+def what_is_wrong(code):
+    """A sentence for who typed a code that is none."""
+    stranger = next((char for char in code if char not in CODE_CHARS), None)
+    if stranger:
+        return f'No code has {stranger} in it. Look again: what is it on the other device?'
+    if len(code) != CODE_LENGTH:
+        return (f'A code has {CODE_LENGTH} letters and digits, this one has {len(code)}. Look again '
+                f'on the other device.')
+    return NO_CODE
 
 
 def offered_list(token, user):
@@ -7735,8 +7765,8 @@ hidden></p>
 </section>
 </main>
 <footer class="info">
-<p class="devices">This list lives in this browser until you <a href="/devices">open it on another \
-device</a>.</p>
+<p class="lives">This list lives in the browsers where you open it.</p>
+<p class="devices"><a href="/devices">Open on another device</a></p>
 <p><a href="/todos.txt" id="copy">Copy as text</a></p>
 </footer>
 <p class="visually-hidden" id="announcer" role="status" data-turbo-permanent></p>
@@ -7820,7 +7850,7 @@ for ten minutes. Whoever opens one of them sees this list, and can change it.</p
 <p class="link"><a href="{{link}}">{{link}}</a></p>
 <p class="code"><output>{{code}}</output></p>
 % else:
-<p>This list lives in this browser alone, until you open it in another one.</p>
+<p>There are no accounts: a list lives in the browsers where it has been opened.</p>
 <form action="/devices" method="post"><button type="submit">Open on another device</button></form>
 % end
 <h2>A list from another device</h2>
@@ -7841,7 +7871,8 @@ after one of these:</p>
 % if not token:
 <p>On the device that has the list, choose “Open on another device”. It shows a code.</p>
 <label for="code">Code</label>
-<input type="text" class="code field" id="code" name="code" autocomplete="off" spellcheck="false" \
+<input type="text" class="code field" id="code" name="code" value="{{code}}" autocomplete="off" \
+spellcheck="false" \
 autocapitalize="characters" enterkeyhint="go" maxlength="50" required autofocus \
 aria-describedby="join-error">
 <button type="submit">Open the list</button>
@@ -7993,7 +8024,8 @@ def broadcast_todos(changes):
 
 KEEPS_NOTHING = '#keeps-nothing { display: block !important }'
 UNDO_COOKIE = f'{APP}_undo'
-ID = r'<id:re:[0-9]{1,18}|[A-Za-z0-9_.:-]{1,100}\.[0-9]{1,5}>'        # ids: within 64 bits
+NAME = r'[0-9]{1,18}|[A-Za-z0-9_.:-]{1,100}\.[0-9]{1,5}'      # of a row; ids: within 64 bits
+ROW_NAME, ID = re.compile(NAME), f'<id:re:{NAME}>'
 
 
 @app.get([*PATHS.values()])
@@ -8092,24 +8124,18 @@ def delete(id):
 
 @app.patch('/todos')
 def toggle_all():
-    """Set many todos, those of ids[] or else all, to completed or not."""
-    user, form = current_user(), fields()
-    ids = form.get('ids[]', form.get('ids'))
-    if ids is not None:
-        if not isinstance(ids, list) or not all(re.fullmatch('[0-9]{1,18}', str(id))
-                                                for id in ids):
-            raise InvalidField('ids must be a list of todo ids')
-        ids = [int(id) for id in ids]
-    ids = toggle_todos(user, flag(form, 'completed'), ids, change_key())
-    return changed(user, ids, {'ids': ids})
+    """Set many todos, all or those of ids[], to completed or not."""
+    user, form, names = current_user(), fields(), names_of_rows()
+    ids = toggle_todos(user, flag(form, 'completed'), ids_of(user, names), change_key())
+    return changed(user, [*dict.fromkeys([*ids, *(names or ())])], {'ids': ids})
 
 
 @app.delete('/todos/completed')
 def clear():
-    """Delete the completed todos."""
-    user = current_user()
-    ids = clear_completed(user, change_key())
-    return changed(user, ids, {'ids': ids})
+    """Delete the completed todos, all or those of ids[]."""
+    user, names = current_user(), names_of_rows()
+    ids = clear_completed(user, ids_of(user, names), change_key())
+    return changed(user, [*dict.fromkeys([*ids, *(names or ())])], {'ids': ids})
 
 
 @app.post('/undo')
@@ -8151,7 +8177,7 @@ def offer():
 def show_join():
     """Where the code is typed."""
     current_user()
-    return render('join', token='', error='')
+    return render('join', token='', error='', code='')
 
 
 @app.get('/join/<token:re:[A-Za-z0-9_-]{22}>')
@@ -8177,7 +8203,7 @@ def join():
         if wanted() != 'html':
             raise
         bottle.response.status = error.status
-        return render('join', token='', error=str(error))
+        return render('join', token='', error=str(error), code=code)
     if owner != user and own not in ('bring', 'leave') and has_todos(user):
         if wanted() == 'html':
             return render_join(user, token)
@@ -8233,6 +8259,19 @@ def offered_undo(user):
 def id_or_key(text):
     """What a path names a row by: its id, or its key as text."""
     return int(text) if text.isdigit() else text
+
+
+def names_of_rows():
+    """The ids, or keys, of ids[], or of the text ids with spaces between; None: of all rows. So a
+    change made offline is for what was seen then. Raises InvalidField."""
+    form = fields()
+    names = form.get('ids[]', form.get('ids'))
+    names = names.split() if isinstance(names, str) else names
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(ROW_NAME.fullmatch(str(name)) for name in names):
+        raise InvalidField('ids must be a list of ids, or keys, of todos')
+    return [id_or_key(str(name)) for name in names]
 
 
 def change_key():
@@ -8413,10 +8452,10 @@ h1 {
 /* Rows */
 .all { grid-template-columns: 48px 1fr auto; }
 .todo-list li {
-  grid-template-rows: 1fr; border-top: 1px solid var(--line); transition: var(--quick);
-  transition-property: grid-template-rows, opacity;
+  border-top: 1px solid var(--line); transition: var(--quick);
+  transition-property: opacity, translate;
 }
-.todo-list form { grid-area: 1 / 1; min-height: 0; overflow: clip; }
+.todo-list form { grid-area: 1 / 1; }
 .view { grid-template-columns: 48px 1fr auto 40px 40px; }
 .view label, .edit { padding: .65rem 0; overflow-wrap: anywhere; text-align: start; }
 .completed label { text-decoration: line-through; text-decoration-thickness: 1px; }
@@ -8454,10 +8493,10 @@ h1 {
 [data-flash] { animation: flash 1.2s; }
 @keyframes fresh { from { --box: solid; color: var(--ink); } }
 @keyframes flash { 0%, 20% { background: var(--tint); } }
-/* Not the rows of the page */
+/* Not the rows of the page. They have their place at once, so that what is scrolled to stays. */
 @starting-style {
   :has([data-state="live"]) .todo-list li:not(.editing, [data-pending]) {
-    grid-template-rows: 0fr; opacity: 0;
+    translate: 0 -.5rem; opacity: 0;
   }
 }
 
@@ -8487,14 +8526,15 @@ strong { color: var(--ink); }
 .connection::before { content: "● " / ""; color: var(--danger); }
 .info {
   display: flex; flex-wrap: wrap; align-items: center; justify-content: center;
-  gap: .5rem 1.5rem; padding-block: 1rem 2rem; text-align: center;
+  gap: 0 1.5rem; padding-block: 1rem 2rem; text-align: center;
 }
+.lives { flex-basis: 100%; }
 
 .quiet { padding: 2.5rem 1rem; text-align: center; }
 .todoapp {
   display: flex; flex-direction: column;
-  --list: block; --bar: flex; --beside: -44px; --empty: none; --none: none; --hint: block;
-  --rest: none;
+  --list: block; --bar: flex; --beside: -44px 8rem 0 0; --empty: none; --none: none; --hint: block;
+  --rest: none; --below: 0;
 }
 .main { display: var(--list); }
 .empty { display: var(--empty); }
@@ -8507,8 +8547,10 @@ strong { color: var(--ink); }
   --list: none; --bar: none; --none: none; --empty: block; --rest: none;
   --beside: 0;
 }
+/* Both to be read: a line of their own */
+.todoapp:has(.undo:not([hidden]) + .connection:not(:empty)) { --beside: 0; --below: 44px; }
 [data-completed="0"] ~ .clear { visibility: hidden; }
-.undo:not([hidden]) ~ *, .connection:not(:empty) ~ *, .connection:empty,
+.undo:not([hidden]) ~ :not(.connection), .connection:not(:empty) ~ *, .connection:empty,
 html:not(.scripted) .hint,
 :has([data-active="0"][data-completed="0"]) > .info #copy { display: none; }
 
@@ -8516,16 +8558,18 @@ html:not(.scripted) .hint,
 @media (min-height: 30rem) {
   @container (min-width: 20rem) {
     .header { position: sticky; top: calc(-1.1 * var(--title) - .25rem); z-index: 1; }
-    .footer, .status { position: sticky; bottom: var(--below, 0); }
+    .footer, .status { position: sticky; bottom: 0; }
+    .footer { bottom: var(--below); }
+    .status { flex-wrap: nowrap; }
   }
 }
 @container (20rem <= width < 33rem) {
   .clear { flex-basis: 100%; text-align: end; }
-  .status { margin: var(--beside) 8rem 0 0; }
+  .status { margin: var(--beside); }
 }
 @container (width >= 33rem) {
-  .todoapp { --bar: grid; }
-  .footer { --below: 44px; grid-template: "count filters clear" 44px / 1fr auto 1fr; }
+  .todoapp { --bar: grid; --below: 44px; }
+  .footer { grid-template: "count filters clear" 44px / 1fr auto 1fr; }
   .filters { grid-area: filters; }
   .status { justify-content: center; padding: 0; }
 }
@@ -8734,23 +8778,21 @@ function leave(node) {
   later('closeGap', nextElementSibling, height);
 }
 // What can be done
-const asText = items =>
-  items.map(({ title, completed }) => `- [${completed ? 'x' : ' '}] ${title}\n`).join('');
-function add(items, text) {
-  const key = newKey(), many = items.length > 1, [{ title }] = items;
-  const rows = items.map((item, number) => ({ ...item, ref: `${key}.${number}` }));
-  const said = many ? `Added ${items.length} todos.` : `Added ${title}.`;
-  send('/todos', many ? { text: asText(items) } : { title }, rows, { key, text, said,
-    was: many && rows.map(({ ref }) => ({ ref, gone: true })) });
-  if (!many) announce(said);
-  // In the frame that shows it: one layout then does for all.
-  requestAnimationFrame(() => find(rows.at(-1))?.scrollIntoView({ block: 'nearest' }));
+function add(title) {
+  const key = newKey(), row = { ref: `${key}.0`, title, completed: false };
+  send('/todos', { title }, [row], { key, text: title });
+  announce(`Added ${title}.`);
+  land(row);
+}
+// A new row is seen. In the frame that shows it, so that one layout does for all.
+function land(row) {
+  requestAnimationFrame(() => find(row)?.scrollIntoView({ block: 'nearest' }));
 }
 function tick(row, completed) {
   send(`/todos/${naming(row).ref}`, { _method: 'PATCH', completed: Number(completed) },
     [{ ...naming(row), completed }]);
 }
-hooks.settled = (entry, answer) => answer.ok || later('refused', entry, answer);
+hooks.settled = (...all) => later('settled', ...all);
 hooks.submitting = (form, button) => {
   const row = form.closest('#todos > li'), field = $('.new-todo');
   if (form.matches('.editor')) later('save', form, true);
@@ -8762,7 +8804,7 @@ hooks.submitting = (form, button) => {
   else if (form.id === 'new') {
     const title = field.value.trim().replaceAll('\t', ' ');
     field.value = field.defaultValue = '';      // it may hold what was refused before the script
-    if (title) add([{ title, completed: false }], title);
+    if (title) add(title);
   } else return true;
   return false;
 };
@@ -8781,7 +8823,7 @@ async function later(name, ...values) {
   return rest[name]?.(...values);
 }
 for (const name of ['pointermove', 'pointerdown', 'keydown']) {
-  addEventListener(name, () => later(), { once: true });
+  addEventListener(name, event => later(event.key && 'press', event), { once: true });
 }
 onClick('.rename', link => later('edit', link.closest('li')));
 onClick('#copy', link => later('copyList', link));
@@ -8872,6 +8914,7 @@ const watch = new MutationObserver(records => {
   arrange();
   recount();
   watch.takeRecords();                  // of what these two did
+  rest?.seen();
 });
 watch.observe(byId('todoapp'), { childList: true, subtree: true,
   attributeFilter: ['id', 'class', 'data-active', 'data-completed', 'data-gone'] });
@@ -8892,7 +8935,7 @@ for (const box of $$('#todos .toggle')) {
 }
 show();
 recount();
-live.list = { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, asText, tick,
+live.list = { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, land, tick,
   announce };
 if (todos().length) later();
 document.documentElement.classList.add('scripted');     // last: what it replaces may go
@@ -8900,8 +8943,8 @@ document.documentElement.classList.add('scripted');     // last: what it replace
 add_asset('more.js', compact(r'''
 // What is not needed before there is a todo: what is done to many, or undone, editing, text in
 // and out, keys, other devices.
-const { $, $$, byId, onClick, visit, changes, tell, hooks, list } = globalThis.live;
-const { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, asText, tick,
+const { $, $$, byId, visit, changes, newKey, tell, hooks, list } = globalThis.live;
+const { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, land, tick,
   announce } = list;
 const style = document.createElement('link');
 Object.assign(style, { rel: 'stylesheet', href: $('link[data-more]').dataset.more });
@@ -8911,24 +8954,27 @@ await new Promise(resolve => {
   document.head.append(style);
 });
 
-// What can be done to a todo that is there
+// What can be done to a todo that is there. To many: to those that are seen, whatever there is
+// elsewhere by the time that the server hears of it.
+const names = rows => rows.map(({ ref }) => ref).join(' ');
 export function tickAll(completed) {
   const was = todos().map(stateOf).filter(each => each.completed !== completed);
-  send('/todos', { _method: 'PATCH', completed: Number(completed) },
+  send('/todos', { _method: 'PATCH', completed: Number(completed), ids: names(was) },
     was.map(({ id, ref }) => ({ id, ref, completed })),
     { was, said: `Marked ${was.length} as ${completed ? '' : 'not '}done.` });
 }
 export function remove(row) {
   const { ref, title } = stateOf(row);
-  take(`/todos/${ref}`, [stateOf(row)], `Removed “${title}”.`);
+  take(`/todos/${ref}`, {}, [stateOf(row)], `Removed “${title}”.`);
 }
 export function clear() {
   const was = todos().filter(isDone).map(stateOf);
-  take('/todos/completed', was, `Cleared ${was.length} todo${was.length === 1 ? '' : 's'}.`);
+  take('/todos/completed', { ids: names(was) }, was,
+    `Cleared ${was.length} todo${was.length === 1 ? '' : 's'}.`);
 }
-function take(path, was, said) {
-  send(path, { _method: 'DELETE' }, was.map(({ id, ref }) => ({ id, ref, gone: true })),
-    { was, said });
+function take(path, body, was, said) {
+  send(path, { _method: 'DELETE', ...body },
+    was.map(({ id, ref }) => ({ id, ref, gone: true })), { was, said });
 }
 export function focusBeside(row) {
   const beside = row.nextElementSibling ?? row.previousElementSibling;
@@ -8943,34 +8989,46 @@ export function closeGap(row, height) {
   }
 }
 
-// Undo: of what waits, after a reload and of another tab too, and else of what the server did last
-const undone = ({ key }) => changes.some(({ body }) => body.of === key);
-const undoable = entry => entry.was && !undone(entry);
-let undos = changes.filter(undoable), undoTimer;
+// Undo: of what waits, after a reload and of another tab too, and else of what the server did
+// last. A change of which nothing stands any more, here or elsewhere, can't be taken back.
+let undos = [...changes], offered, undoTimer;
 hooks.owned = () => { undos = []; };
+const stands = ({ was, rows }) => was && rows.some(({ gone, title, completed, ...row }) => {
+  const now = find(row) && stateOf(find(row));
+  return gone ? !now : now && (title ?? now.title) === now.title &&
+    (completed ?? now.completed) === now.completed;
+});
 export function offerUndo(entry) {
-  if (!undos.includes(entry)) undos.push(entry);
+  undos.push(entry);
+  offered = entry;
   $('#undo .undo-said').textContent = entry.said;
   byId('undo').hidden = false;
   announce(entry.said);
   clearTimeout(undoTimer);
-  undoTimer = setTimeout(hideUndo, 8000);
+  undoTimer = setTimeout(tireOfUndo, 8000);
 }
-function hideUndo() {
-  if (byId('undo').matches(':hover, :focus-within')) undoTimer = setTimeout(hideUndo, 2000);
-  else byId('undo').hidden = true;
+export function seen() {                // the page after a change
+  if (offered && !stands(offered)) hideUndo();
 }
-export function undo() {
-  const { key, was } = [...undos, ...changes].filter(undoable).pop() ?? {};
+function tireOfUndo() {
+  if (byId('undo').matches(':hover, :focus-within')) undoTimer = setTimeout(tireOfUndo, 2000);
+  else hideUndo();
+}
+function hideUndo(row) {
   const focused = byId('undo').contains(document.activeElement);
-  undos = undos.filter(each => each.key !== key);
-  send('/undo', key ? { of: key } : {}, was);
+  offered = null;
   byId('undo').hidden = true;
-  announce('Undone.');
-  const row = was && find(was[0]);
   // Once the list is shown again: what is not can't have the focus.
   if (focused) queueMicrotask(() =>
     (row?.closest('#todos') ? $('.toggle', row) : $('.new-todo')).focus());
+}
+export function undo() {
+  const { key, was } = [...undos, ...changes].filter(stands).pop() ?? {};
+  if (!key && byId('connection').dataset.state === 'offline') return tell('Nothing to undo.');
+  undos = undos.filter(each => each.key !== key);
+  send('/undo', key ? { of: key } : {}, was, { asked: !key });
+  hideUndo(was && find(was[0]));
+  if (key) announce('Undone.');
 }
 
 // Editing in place: Enter or leaving the field saves, Escape does not
@@ -9024,12 +9082,10 @@ function rename(row, title) {
   send(`/todos/${ref}`, { _method: 'PATCH', title }, [{ ...naming(row), title }],
     { was: [{ ...naming(row), title: before }], said: `Renamed “${before}”.`, text: title });
 }
-export function refused({ key, rows, was, text }, answer) {
+export function settled({ key, rows, was, text, asked }, answer) {
+  if (answer.ok) return asked && announce('Undone.');
   undos = undos.filter(each => each.key !== key);
-  if (was) {
-    rows.forEach((_, at) => draw(was[at]));
-    byId('undo').hidden = true;         // it was not done
-  }
+  if (was) rows.forEach((_, at) => draw(was[at]));
   const row = answer.status !== 404 && was && find(rows[0]), field = $('.new-todo');
   if (text && row) edit(row, text);
   else if (text) field.value = `${text} ${field.value}`.trim();         // nothing typed is lost
@@ -9041,9 +9097,16 @@ const LINE = /^\s*(?:(?:[-*+•]|\d{1,4}[.)])(?:\s+|$))?(?:\[([\sxX]?)\](?:\s+|$
 export function paste(text) {
   const items = text.split(/[\r\n]+/).map(line => LINE.exec(line))
     .map(([, box, title]) => ({ title: title.replaceAll('\t', ' '), completed: /x/i.test(box) }))
-    .filter(({ title }) => title);
-  if (items.length <= 500 || confirm(`Add ${items.length} todos?`)) add(items, asText(items));
+    .filter(({ title }) => title), { length } = items;
+  if (length < 2) return items.forEach(({ title }) => add(title));
+  if (length > 500 && !confirm(`Add ${length} todos?`)) return;
+  const key = newKey(), rows = items.map((item, at) => ({ ...item, ref: `${key}.${at}` }));
+  send('/todos', { text: asText(items) }, rows, { key, text: asText(items),
+    said: `Added ${length} todos.`, was: rows.map(({ ref }) => ({ ref, gone: true })) });
+  land(rows.at(-1));
 }
+const asText = items =>
+  items.map(({ title, completed }) => `- [${completed ? 'x' : ' '}] ${title}\n`).join('');
 export const copyList = link => copy(asText(todos().map(stateOf)), link);
 async function copy(text, button) {
   try {
@@ -9080,9 +9143,10 @@ const pressedOnRow = {
   x: row => tick(row, !isDone(row)),
   Delete: remove,
 };
-addEventListener('keydown', event => {
+addEventListener('keydown', press);
+export function press(event) {          // the first one comes again when all this is there
   const { target, key, isComposing, keyCode } = event, row = target.closest('#todos > li');
-  if (isComposing || keyCode === 229) return;   // Safari says the latter at the end
+  if (event.defaultPrevented || isComposing || keyCode === 229) return;   // Safari: 229 at the end
   const control = event.ctrlKey || event.metaKey;
   // A field that is empty has nothing to undo itself.
   const typing = target.matches(':read-write') && !(control && target.matches('.new-todo') &&
@@ -9095,7 +9159,7 @@ addEventListener('keydown', event => {
   if (!act || event.altKey || target.closest('dialog')) return;
   event.preventDefault();
   act(row);
-});
+}
 
 // Dialogs
 const KEYS = { 'n or /': 'a new todo', '↑ ↓': 'from todo to todo', 'e': 'edit', 'x or Space':
