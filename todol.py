@@ -7875,8 +7875,8 @@ after one of these:</p>
 spellcheck="false" \
 autocapitalize="characters" enterkeyhint="go" maxlength="50" required autofocus \
 aria-describedby="join-error">
-<button type="submit">Open the list</button>
 <p class="error" id="join-error" role="alert">{{error}}</p>
+<button type="submit">Open the list</button>
 % else:
 <input type="hidden" name="token" value="{{token}}">
 <p>Somebody has offered you a list. Open it only if you know whose it is: everybody who has it \
@@ -8150,7 +8150,7 @@ def undo():
     except LimitError as error:
         return invalid(error, 'notice', user)
     if not ids:
-        raise NotFound('There is nothing to undo any more.')
+        raise NotFound(f'There is nothing to undo{" any more" if of else ""}.')
     return changed(user, ids, {'ids': ids})
 
 
@@ -8262,14 +8262,13 @@ def id_or_key(text):
 
 
 def names_of_rows():
-    """The ids, or keys, of ids[], or of the text ids with spaces between; None: of all rows. So a
-    change made offline is for what was seen then. Raises InvalidField."""
-    form = fields()
-    names = form.get('ids[]', form.get('ids'))
-    names = names.split() if isinstance(names, str) else names
+    """The ids, or keys, of ids[], by which a change made offline is for what was seen then; None:
+    all rows. Raises InvalidField."""
+    names = fields().get('ids[]', fields().get('ids'))
     if names is None:
         return None
-    if not isinstance(names, list) or not all(ROW_NAME.fullmatch(str(name)) for name in names):
+    if not isinstance(names, list) or not all(
+            isinstance(name, int | str) and ROW_NAME.fullmatch(str(name)) for name in names):
         raise InvalidField('ids must be a list of ids, or keys, of todos')
     return [id_or_key(str(name)) for name in names]
 
@@ -8455,7 +8454,7 @@ h1 {
   border-top: 1px solid var(--line); transition: var(--quick);
   transition-property: opacity, translate;
 }
-.todo-list form { grid-area: 1 / 1; }
+.todo-list form { grid-area: 1 / 1; overflow: clip; }
 .view { grid-template-columns: 48px 1fr auto 40px 40px; }
 .view label, .edit { padding: .65rem 0; overflow-wrap: anywhere; text-align: start; }
 .completed label { text-decoration: line-through; text-decoration-thickness: 1px; }
@@ -8638,8 +8637,8 @@ dialog button, .message button {
 .message > * { margin: 0 0 1rem 48px; }
 .message h2 { margin: 1.5rem 0 .5rem 48px; }
 .message p, dialog p { margin-bottom: .5rem; }
-.message .error { margin: 0; }
-.message .error { padding-left: 0; }
+.message .error { margin: 0; padding-left: 0; }
+.message .field { margin-top: .25rem; }
 .code { font-size: 1.5em; letter-spacing: .15em; }
 .link { overflow-wrap: anywhere; }
 ''', STYLE_MARKS), 'text/css; charset=UTF-8')
@@ -8815,11 +8814,14 @@ addEventListener('change', ({ target }) => {
 
 // The rest is fetched when there is a todo, or somebody is there who may make one. From then on
 // it is called at once.
-let rest;
+let rest, asked;
 async function later(name, ...values) {
-  try {
-    rest ??= await import($('script[data-more]').dataset.more);
-  } catch { return name && tell('For that the network is needed.'); }
+  try {         // asked once: Safari gives a module that still awaits something to who asks again
+    rest ??= await (asked ??= import($('script[data-more]').dataset.more));
+  } catch {
+    asked = null;
+    return name && tell('For that the network is needed.');
+  }
   return rest[name]?.(...values);
 }
 for (const name of ['pointermove', 'pointerdown', 'keydown']) {
@@ -8902,7 +8904,7 @@ function recount() {
   setTimeout(() => { document.title = active ? `${active} left · todol` : 'todol'; });
   if (counted && now !== counted) announce('');
   counted = now;
-  const focused = $('#list :focus, #bottom :focus');
+  const focused = !touched && $('#list :focus, #bottom :focus');    // a keyboard would come up
   if (focused && (getComputedStyle(focused).visibility === 'hidden' ||
     !focused.getClientRects().length)) $('.new-todo').focus();
 }
@@ -8956,24 +8958,24 @@ await new Promise(resolve => {
 
 // What can be done to a todo that is there. To many: to those that are seen, whatever there is
 // elsewhere by the time that the server hears of it.
-const names = rows => rows.map(({ ref }) => ref).join(' ');
+const idsOf = rows => rows.map(({ ref }) => ['ids[]', ref]);
 export function tickAll(completed) {
   const was = todos().map(stateOf).filter(each => each.completed !== completed);
-  send('/todos', { _method: 'PATCH', completed: Number(completed), ids: names(was) },
+  send('/todos', [['_method', 'PATCH'], ['completed', Number(completed)], ...idsOf(was)],
     was.map(({ id, ref }) => ({ id, ref, completed })),
     { was, said: `Marked ${was.length} as ${completed ? '' : 'not '}done.` });
 }
 export function remove(row) {
   const { ref, title } = stateOf(row);
-  take(`/todos/${ref}`, {}, [stateOf(row)], `Removed “${title}”.`);
+  take(`/todos/${ref}`, [], [stateOf(row)], `Removed “${title}”.`);
 }
 export function clear() {
   const was = todos().filter(isDone).map(stateOf);
-  take('/todos/completed', { ids: names(was) }, was,
+  take('/todos/completed', idsOf(was), was,
     `Cleared ${was.length} todo${was.length === 1 ? '' : 's'}.`);
 }
-function take(path, body, was, said) {
-  send(path, { _method: 'DELETE', ...body },
+function take(path, ids, was, said) {
+  send(path, [['_method', 'DELETE'], ...ids],
     was.map(({ id, ref }) => ({ id, ref, gone: true })), { was, said });
 }
 export function focusBeside(row) {
