@@ -306,8 +306,7 @@ LIBRARIES = re.compile('(site|dist)-packages|/lib/python3')     # files whose li
 
 
 METRICS = {             # name, whose end is the unit: (type, help, names of its labels)
-    'http_request_duration_seconds': ('histogram', 'Time until a request is answered',
-                                      ('method', 'route', 'status')),
+    'http_request_duration_seconds': ('histogram', 'Time to answer', ('method', 'route', 'status')),
     'jobs': ('gauge', 'Jobs that wait, run or have failed', ('queue', 'state')),
     'job_wait_seconds': ('histogram', 'Time from when a job is due to its start', ('queue',)),
     'job_duration_seconds': ('histogram', 'Time of an attempt', ('name', 'outcome')),
@@ -370,8 +369,11 @@ class Metrics:
 
     def time(self, seconds, *key):
         """Add a duration to a histogram."""
-        self.count(*key, BUCKETS[bisect.bisect_left(BOUNDS, seconds)])
-        self.count(*key, 'sum', by=seconds)
+        key = '\t'.join(key)
+        bucket = f'{key}\t{BUCKETS[bisect.bisect_left(BOUNDS, seconds)]}'
+        if bucket in self.counts or len(self.counts) < MAX_SERIES:
+            self.counts[bucket] += 1
+            self.counts[f'{key}\tsum'] += seconds
 
     def slow(self, what, seconds):
         """Note what took longer than SLOW_SECONDS, if it is among the slowest."""
@@ -3667,21 +3669,34 @@ def stream_source(stream):
 # Templates
 
 TEMPLATES = {       # name: source, in bottle's syntax. {{value}} is escaped, {{!value}} is HTML
-    'error': '''\
+    'plain': '''\
 <!DOCTYPE html>
 <html lang="en">
+<head>
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<title>{{title}}</title>
 <link rel="icon" href="data:,">
 <link rel="stylesheet" href="{{asset('plain.css')}}">
-<title>{{status}}</title>
+% if get('style'):
+<link rel="stylesheet" href="{{asset(style)}}">
+<script type="module" src="{{asset('live.js')}}"></script>
+% end
+</head>
+<body>
+{{!base}}</body>
+</html>
+''',
+    'error': '''\
+% rebase('plain', title=status)
+<main>
 <h1>{{status}}</h1>
 <p>{{message}}</p>
 % if details:
 <pre>{{details}}</pre>
 % end
 <p><a href="{{back}}">Back</a></p>
-</html>
+</main>
 ''',
 }
 
@@ -4920,6 +4935,7 @@ function morph(from, to) {
   if (from.nodeName !== to.nodeName) return from.replaceWith(to);
   if (from.id && from.matches('[data-turbo-permanent]')) return;
   if (outdated(to.id, to.dataset.version)) return;
+  if (from.nodeName === 'DETAILS') to.open = from.open;     // what a person opened stays open
   hooks.morphing(from, to);
   for (const name of from.getAttributeNames()) to.hasAttribute(name) || from.removeAttribute(name);
   for (const { name, value } of to.attributes) {
@@ -5524,14 +5540,12 @@ class Recorder:
         self._started_at = self._since = now()
         self._asked_at = 0.0
         self._noted = self._counted()
-        metrics.slowest.clear()     # to open the files was slow
         processes.wakes(metrics.bell, b's')
         self._loop = Loop('metrics', self._turn)
 
     def close(self):
-        """Note what was counted last, and be gone."""
         self._loop.stop()
-        self._turn()
+        self._turn()        # what was counted last
         cache_db.execute("DELETE FROM notes WHERE kind = 'node' AND key = ?", (processes.name,))
 
     def nodes(self):
@@ -5704,8 +5718,7 @@ def _is_at_the_machine(environ):
     """Whether a developer asks from the same machine, by its name: through no proxy, and from no
     page of another site whose name leads here."""
     host = re.sub(r':\d*$', '', environ.get('HTTP_HOST', '').lower())
-    proxied = any(name.startswith(('HTTP_X_FORWARDED', 'HTTP_FORWARDED', 'HTTP_X_REAL', 'HTTP_VIA'))
-                  for name in environ)
+    proxied = any(re.match('HTTP_(X_FORWARDED|FORWARDED|X_REAL|VIA)', name) for name in environ)
     return (settings.env == 'development' and not settings.trust_proxy and not proxied
             and host in LOOPBACK and environ.get('REMOTE_ADDR') in LOOPBACK)
 
@@ -5877,9 +5890,7 @@ def _lists(query, nodes):
 
 def _panels(nodes, counts):
     """PANELS: how it is now, and what was counted in the last hour."""
-    hour = collections.Counter()
-    for _, counted in counts:
-        hour.update(counted)
+    hour = sum((counted for _, counted in counts), collections.Counter())
     found, paused = families(measured(nodes, hour)), jobs.paused()
     acts = {('Cache', ''): ['clear'],
             **{('Tasks', name): ['start'] for name, *_ in jobs.recurring()},
@@ -5923,27 +5934,26 @@ def _table(found, begins, by):
 
 def _charts(counts, span, number):
     """(title, the highest value, paths of two lines, rows) of each of CHARTS."""
-    slots, points, last = {}, {title: [] for title, *_ in CHARTS}, now() // span * span
+    last = now() // span * span
+    slots = {last - span * back: collections.Counter() for back in reversed(range(number))}
     for at, counted in counts:
-        slots.setdefault(at, collections.Counter()).update(counted)
-    for at in (last - span * back for back in reversed(range(number))):
-        found = collections.Counter()       # by name and the last label, by name and bucket
-        for key, times in slots.get(at, {}).items():
+        for key, times in counted.items() if at in slots else ():
             name, *labels = key.split('\t')
             for text in labels[-2:] if labels[-1:] != ['sum'] else ():
-                found[name, text] += times
-        for title, name, failed in CHARTS:
+                slots[at][name, text] += times          # by the last label, and by the bucket
+    for title, name, failed in CHARTS:
+        unit, points = 'number' if failed else 'seconds', []
+        for found in slots.values():
             buckets = {bucket: found[name, bucket] for bucket in BUCKETS}
-            points[title].append((at, sum(buckets.values()), found[name, failed]) if failed else (
-                at, _quantile(buckets, .5), _quantile(buckets, .99)))
-    for title, _, failed in CHARTS:
-        unit = 'number' if failed else 'seconds'
-        highest = max((value for _, *two in points[title] for value in two if value), default=0)
-        yield (title, _figure(unit, highest), [
-            ' L'.join(f'{300 * x / number:.1f} {60 - 58 * point[line] / (highest or 1):.1f}'
-                      for x, point in enumerate(points[title]) if point[line] is not None)
-            for line in (1, 2)], [Row([_at(at), *(_figure(unit, value) for value in two)])
-                                  for at, *two in points[title] if any(two)])
+            points.append((sum(buckets.values()), found[name, failed]) if failed else
+                          (_quantile(buckets, .5), _quantile(buckets, .99)))
+        highest = max(filter(None, itertools.chain(*points)), default=0)
+        lines = [' L'.join(f'{300 * x / number:.1f} {60 - 58 * two[which] / (highest or 1):.1f}'
+                           for x, two in enumerate(points) if two[which] is not None)
+                 for which in (0, 1)]
+        yield title, _figure(unit, highest), lines, [
+            Row([_at(at), *(_figure(unit, value) for value in two)])
+            for at, two in zip(slots, points) if any(two)]
 
 
 def _quantile(buckets, share):
@@ -6003,19 +6013,7 @@ TEMPLATES['stack'] = '''\
 %  end
 </tbody></table>
 % end
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
-<title>{{'failing' if failing else 'well'}} · {{app}} stack</title>
-<link rel="icon" href="data:,">
-<link rel="stylesheet" href="{{asset('plain.css')}}">
-<link rel="stylesheet" href="{{asset('stack.css')}}">
-<script type="module" src="{{asset('live.js')}}"></script>
-<script type="module" src="{{asset('stack.js')}}"></script>
-</head>
-<body>
+% rebase('plain', title=f"{'failing' if failing else 'well'} · {app} stack", style='stack.css')
 {{!source}}
 <main>
 <h1>{{app}} <span>stack</span></h1>
@@ -6058,8 +6056,6 @@ TEMPLATES['stack'] = '''\
 % table(caption, heads, rows)
 % end
 </main>
-</body>
-</html>
 '''
 add_asset('stack.css', '''\
 body { max-width: 68rem; font-size: .9375rem; font-variant-numeric: tabular-nums; }
@@ -6091,12 +6087,6 @@ tbody:not(:has(tr))::before { content: 'None.'; }
   button, select { min-height: 44px; }
 }
 ''', 'text/css; charset=UTF-8')
-add_asset('stack.js', '''\
-// What was opened stays open when the page is morphed.
-live.hooks.morphing = (from, to) => {
-  if (from.nodeName === 'DETAILS') to.open = from.open;
-};
-''', 'text/javascript; charset=UTF-8')
 
 
 # === Process: open, serve, stop ==========================================================
