@@ -441,11 +441,6 @@ READS = re.compile(r'\s*(SELECT|PRAGMA|WITH(?!.*\b(INSERT|UPDATE|DELETE|REPLACE)
 
 COLUMNS = '''SELECT tables.name, columns.name FROM sqlite_master AS tables,
              pragma_table_info(tables.name) AS columns WHERE tables.type = 'table' '''
-# Of tables that never give an id twice
-LAST_IDS = 'SELECT name, seq FROM sqlite_sequence'
-SET_LAST_ID = '''
-    INSERT OR REPLACE INTO sqlite_sequence (rowid, name, seq)
-    VALUES ((SELECT rowid FROM sqlite_sequence WHERE name = :table), :table, :last)'''
 
 databases = {}              # name -> Database: what open_stack() opens
 
@@ -872,12 +867,6 @@ class Database:
         return [(table, column) for table, column in self.execute(COLUMNS)
                 if not table.startswith(TOLERATED_TABLES)]
 
-    def _slices(self, table, columns):
-        """The rows of a table, in lists."""
-        rows = self._connection.execute(f'SELECT {columns} FROM {table}')
-        while some := rows.fetchmany(COPIED_ROWS):
-            yield some
-
     def _migrate(self):
         pending = self._pending()           # looked at again: another process may have been faster
         self.execute('CREATE TABLE IF NOT EXISTS schema_migrations '
@@ -928,8 +917,8 @@ def refuse_in_transaction(what):
     """Raises MisuseError inside a transaction: what can not be undone with it."""
     if Database.current is not None:
         raise MisuseError(f'{what} can not be a part of a transaction of the '
-                          f'{Database.current.database.name} database: call it after the commit, or '
-                          f'enqueue a job that does it')
+                          f'{Database.current.database.name} database: call it after the commit, '
+                          f'or enqueue a job that does it')
 
 
 def _refuse_to_switch():
@@ -1356,6 +1345,7 @@ class Cache:
     A value is bytes or anything that JSON has; what get() gives is the caller's own. A key is text
     of at most MAX_KEY_CHARS characters. Inside a transaction the cache can only be read.
     """
+    rest_of_measuring = 0       # times as long as it took, the size is not measured anew
 
     def __init__(self, database):
         self._db = database
@@ -1373,7 +1363,7 @@ class Cache:
         self._dirty = gevent.event.Event()
         self._flushing = gevent.lock.BoundedSemaphore(1)
         self._stamps = self._loop = None
-        self._resting_until = 0
+        self._resting_until = self._measure_at = 0
         self._hits = self._misses = self._evicted = 0
 
     def open(self):
@@ -1519,6 +1509,11 @@ class Cache:
                 'entries': entries, 'bytes': self._forgiving(None, self._size_bytes),
                 'limit_bytes': self.limit_bytes, 'front_entries': len(self._front),
                 'front_bytes': self._front_bytes}
+
+    def outdate(self, slots):
+        """Believe no copy of an entry in these slots any more."""
+        if self._stamps:
+            self._stamps.outdate(slots)
 
     def counts(self):
         """Hits, misses and evictions since the start."""
@@ -1678,7 +1673,11 @@ class Cache:
 
     def _make_room(self):
         """Evict from a full file until a hundredth of it is free, some entries at a time."""
+        began = time.monotonic()
+        if began < self._measure_at:
+            return
         full = self._size_bytes() > self.limit_bytes
+        self._measure_at = began + self.rest_of_measuring * (time.monotonic() - began)
         while full:
             gone = self._db.transact(self._evict)
             self._evicted += gone
@@ -2982,15 +2981,15 @@ cable = Cable(cable_db)
 
 # === PostgreSQL: the same databases on one server, for any number of machines ============
 # Where DATABASE_URL is set, every Database is a schema there, and a greenlet has a connection and
-# a transaction of its own. What is right is made so by the tables, named locks and the server's
-# clock: a bell (NOTIFY) only says "look now", and a poll stands behind it. Nothing is kept in a
-# session of the server, so any pooler works.
+# a transaction of its own. What is right is made so by tables, named locks and the server's clock;
+# a bell (NOTIFY) only says "look now", and a poll stands behind it. Nothing is kept in a session of
+# the server, so any pooler works.
 
 PING_SECONDS = 2.0          # between looks at the server's clock, and at whether bells arrive
 POLLS_SECONDS = 1.0, 0.25   # while they do; while they don't, as behind a pooler
-MAX_RUNG = 500              # of them in one notification, which has room for 8,000 bytes
 CONNECTION_SECONDS = 600    # proxies end older connections
 ANSWER_SECONDS = 10         # a server that says nothing for so long is cut off
+NO_CONNECTION = types.SimpleNamespace(closed=True, close=lambda: None)      # one may be made
 # A process that stops in a transaction must not hold its locks for ever.
 BEGIN = (f'BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {BUSY_SECONDS}000; '
          f'SET LOCAL idle_in_transaction_session_timeout = {2 * BUSY_SECONDS}000')
@@ -3012,13 +3011,11 @@ SQL_PARTS = re.compile(r"""
     | \b(?:INTEGER(?:\ PRIMARY\ KEY(?:\ AUTOINCREMENT)?)?|REAL|BLOB|json_each)\b | \bnow_s\(\)
     """, re.VERBOSE | re.DOTALL)
 TRIGGER = re.compile(r'\s*(CREATE TRIGGER (\w+) .+?)BEGIN\b(.+)END\s*', re.DOTALL)
-STATEMENTS = {      # of which each engine has its own
-    COLUMNS: "SELECT relname, attname FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid "
-             "WHERE relkind = 'r' AND attnum > 0 AND relnamespace = to_regnamespace(current_schema)",
-    LAST_IDS: "SELECT replace(sequencename, '_id_seq', ''), coalesce(last_value, 0) "
-              'FROM pg_sequences WHERE schemaname = current_schema',
-    SET_LAST_ID: "SELECT pg_catalog.setval(CAST(:table || '_id_seq' AS regclass), "
-                 'greatest(:last, 1), :last > 0)',
+STATEMENTS = {      # of which each engine has its own; here all entries are counted
+    COLUMNS: 'SELECT relname, attname FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid '
+             "WHERE relkind = 'r' AND attnum > 0 AND relnamespace = current_schema::regnamespace",
+    CACHE_BYTES: f'SELECT coalesce(sum(length(key) + coalesce(length(value), 8) + {ENTRY_BYTES}), '
+                 '0) FROM entries',
 }
 
 
@@ -3034,8 +3031,7 @@ def translated(statement):
 
 
 class PostgreSQL:
-    """The server of DATABASE_URL. From open() to close() every Database, the cache and the
-    processes do by it what they would do by files."""
+    """The server of DATABASE_URL: while it is open, databases, cache and processes use it."""
 
     def open(self):
         """Raises SettingError, StorageError."""
@@ -3044,25 +3040,24 @@ class PostgreSQL:
         except ImportError:
             raise SettingError(f'DATABASE_URL needs the package psycopg[binary]. Try: '
                                f'{sys.executable} -m pip install "psycopg[binary]"') from None
-        self._made = type('Connection', (_Connection, psycopg.Connection), {'driver': psycopg})
+        self._class = type('Connection', (_Connection, psycopg.Connection), {'driver': psycopg})
+        self._pool = gevent.queue.LifoQueue(items=[NO_CONNECTION] * settings.database_pool)
+        self._away_since, self._next_try_at = math.inf, 0       # monotonic; inf: it is not away
         self.name, self.channel = f'{os.getpid()}-{secrets.token_hex(8)}', f'{APP}_{settings.env}'
-        self._pool = gevent.queue.LifoQueue(items=[None] * settings.database_pool)
-        self._away_since, self._next_try_at = math.inf, 0      # monotonic; inf: it is not away
-        self._listener = None           # the connection that bells come by
-        self.bell_seconds = None        # that our own last bell took; None: it has not come
         self._rung, self._ringing = set(), gevent.event.Event()
-        self._bound, self._count_at = [], 0
-        self._schema = _Schema(self, app_db)
+        self._listener = NO_CONNECTION  # that bells come by
+        self.bell_seconds = None        # that our own last bell took; None: it has not come
+        self._bound, self._schema = [], _Schema(self, app_db)
         self._set_clock()
         for database in databases.values():
             self.bind(database)
-        self._replace(cache, _size_bytes=functools.partial(self._size_of, cache_db))
-        self._replace(processes, name=self.name, open=lambda: None, close=lambda: None,
-                      ring=self._ring, tell=functools.partial(self._ring, b''),
-                      others=self._others, dead=set, bury=lambda names: None,
-                      # A connection is lost with every restart there: leases tell who is dead.
-                      is_alive=lambda name: name == self.name or None,
-                      patience=lambda: POLLS_SECONDS[self.bell_seconds is None])
+        self._bind(cache, rest_of_measuring=20)
+        self._bind(processes, name=self.name, open=lambda: None, close=lambda: None,
+                   ring=self._ring, tell=functools.partial(self._ring, b''), others=self._others,
+                   # A connection is lost with every restart there: leases tell who is dead.
+                   is_alive=lambda name: name == self.name or None,
+                   dead=set, bury=lambda names: None,
+                   patience=lambda: POLLS_SECONDS[self.bell_seconds is None])
         self._loops = [Loop('bells out', self._send_bells), Loop('bells in', self._hear_bells)]
 
     def close(self):
@@ -3072,7 +3067,7 @@ class PostgreSQL:
         with contextlib.suppress(AppError):
             if self._rung:
                 self._send_bells()
-        for connection in filter(None, (self._listener, *self._pool.queue)):
+        for connection in (self._listener, *self._pool.queue):
             connection.close()
         for bound, state in self._bound:
             vars(bound).clear()
@@ -3083,12 +3078,12 @@ class PostgreSQL:
     def bind(self, database):
         """Have a Database use a schema of the server."""
         schema = _Schema(self, database)
-        self._replace(database, **{verb: getattr(schema, verb) for verb in schema.VERBS},
-                      _connection=schema, path=f'schema {schema.name}', joined=database.part_of,
-                      _hub=gevent.get_hub(), _commit=self.transact, close=lambda: None,
-                      truncate_log=lambda: None)
+        self._bind(database, **{verb: getattr(schema, verb) for verb in schema.VERBS},
+                   _connection=schema, path=f'schema {schema.name}', joined=database.part_of,
+                   _hub=gevent.get_hub(), _commit=self.transact, close=lambda: None,
+                   truncate_log=lambda: None)
 
-    def _replace(self, bound, **own):
+    def _bind(self, bound, **own):
         self._bound.append((bound, dict(vars(bound))))
         vars(bound).update(own)
 
@@ -3096,12 +3091,13 @@ class PostgreSQL:
         """Call the function of a _Write in a transaction; again, for BUSY_SECONDS, after what may
         pass. begin: '' if it only reads. Raises StorageError."""
         with gevent.Timeout(BUSY_SECONDS, BusyError('no connection to the database was free')):
-            connection = self._pool.get()       # None: one may be made
+            connection = self._pool.get()
         began = time.monotonic()
         try:
             while not write.done:
                 try:
-                    if not (connection and connection.is_good()):
+                    if connection.closed or time.monotonic() > connection.ends_at:
+                        connection.close()
                         connection = self._connect(settings.database_url)
                     connection.transact(write, begin)
                 except BusyError:
@@ -3109,9 +3105,9 @@ class PostgreSQL:
                         raise
                     gevent.sleep(random.uniform(0.01, 0.1))
         finally:
-            if connection and not connection.is_idle:       # others that wait may be as dead
-                for each in filter(None, (connection, *self._pool.queue)):
-                    each.close()
+            if connection.closed:
+                for other in self._pool.queue:      # it may be as dead
+                    other.close()
             self._pool.put(connection)
 
     def _connect(self, url):
@@ -3123,19 +3119,17 @@ class PostgreSQL:
         if at > self._away_since + BUSY_SECONDS:
             self._next_try_at = at + 1
         try:
-            made = in_thread(self._made.connect, url, autocommit=True, client_encoding='utf8',
-                             connect_timeout=BUSY_SECONDS,
-                             application_name=f'{self.channel} {self.name}')
-        except self._made.driver.Error as error:
+            connection = in_thread(self._class.connect, url, autocommit=True,
+                                   client_encoding='utf8', connect_timeout=BUSY_SECONDS,
+                                   application_name=f'{self.channel} {self.name}')
+        except self._class.driver.Error as error:
             self._away_since = min(self._away_since, at)
             raise BusyError(f'the database is not reachable: {error}') from None
         self._away_since, self._next_try_at = math.inf, 0
-        made.start()
-        return made
+        return connection
 
     def _ring(self, byte=b'*', slots=()):
-        """Wake the other processes; let them know which slots of the cache have changed. What is
-        rung while a bell is sent shares the next."""
+        """Wake the other processes; what is rung while a bell is sent shares the next."""
         self._rung.update([byte.decode(), *map(str, slots)])
         self._ringing.set()
 
@@ -3143,14 +3137,14 @@ class PostgreSQL:
         self._ringing.wait()
         self._ringing.clear()
         rung, self._rung = self._rung, set()
-        text = ' '.join([self.name, *(rung if len(rung) <= MAX_RUNG else '*')])
+        text = ' '.join([self.name, *(rung if len(rung) < 1000 else '*')])     # of 8,000 bytes
         self._schema.execute('SELECT pg_notify(?, ?)', (self.channel, text))
 
     def _hear_bells(self):
         """See how the server's clock goes, and whether our own bell comes; listen for a while."""
         self.bell_seconds = None
         self._set_clock()
-        if not (self._listener and self._listener.is_idle):
+        if self._listener.closed:
             self._listener = self._connect(settings.direct_database_url or settings.database_url)
             self._listener.pgconn.notify_handler = self._heard
             self._listener.send(f'LISTEN {self.channel}')
@@ -3166,13 +3160,12 @@ class PostgreSQL:
 
     def _heard(self, notification):
         sender, *rung = notification.extra.decode().split()
-        if sender == self.name and not rung:
-            self.bell_seconds = time.monotonic() - self._pinged_at
-        elif sender != self.name:
-            if cache._stamps:
-                cache._stamps.outdate(range(VersionStamps.SLOTS) if '*' in rung else
-                                      map(int, filter(str.isdecimal, rung)))
+        if sender != self.name:
+            cache.outdate(range(VersionStamps.SLOTS) if '*' in rung else
+                          map(int, filter(str.isdecimal, rung)))
             processes.hear(' '.join(rung).encode())
+        elif not rung:
+            self.bell_seconds = time.monotonic() - self._pinged_at
 
     def _set_clock(self):
         """Go by the server's clock, or a bit behind: what is to run now is due there then."""
@@ -3182,21 +3175,9 @@ class PostgreSQL:
 
     def _others(self):
         """The names of the other processes of the app that have a connection."""
-        rows = self._schema.execute('SELECT application_name FROM pg_stat_activity '
-                                    'WHERE starts_with(application_name, ?)',
-                                    (f'{self.channel} ',))
+        rows = self._schema.execute('SELECT application_name FROM pg_stat_activity WHERE '
+                                    'starts_with(application_name, ?)', (f'{self.channel} ',))
         return {name.split()[1] for name, in rows} - {self.name}
-
-    def _size_of(self, database):
-        """The bytes of the cache. To count them takes a while, so it is done anew only after a
-        longer one, or in a transaction, which evicts."""
-        at = time.monotonic()
-        if Database.current or at > self._count_at:
-            (self._counted,), = database.execute(
-                'SELECT coalesce(sum(length(key) + coalesce(length(value), 8) + ?), 0) '
-                'FROM entries', (ENTRY_BYTES,))
-            self._count_at = at + 20 * (time.monotonic() - at)
-        return self._counted
 
 
 class _Connection:
@@ -3205,22 +3186,13 @@ class _Connection:
     failed = None               # what the transaction can't go on after, whoever caught it
     seconds = ANSWER_SECONDS    # that an answer may take
 
-    def start(self):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.ends_at = time.monotonic() + CONNECTION_SECONDS * random.uniform(0.8, 1)
         # It puts parameters into the text: several statements travel as one message, nothing is
         # prepared, and a NULL needs no type. A sum is a float, as from SQLite.
         self.client = self.driver.ClientCursor(self)
         self.client.adapters.register_loader('numeric', self.driver.types.numeric.FloatLoader)
-        self._ends_at = time.monotonic() + CONNECTION_SECONDS * random.uniform(0.8, 1)
-        self._poll = select.poll()
-        self._poll.register(self.fileno(), select.POLLIN)
-
-    @property
-    def is_idle(self):
-        return self.pgconn.transaction_status == 0
-
-    def is_good(self):
-        """Whether it can be used again. One that the server has ended has something to read."""
-        return self.is_idle and time.monotonic() < self._ends_at and not self._poll.poll(0)
 
     def transact(self, write, begin):
         """Call the function of a _Write in a transaction. BusyError: another run may succeed."""
@@ -3239,18 +3211,21 @@ class _Connection:
             write.finish()
         except BaseException as error:
             failure, self.later = self.failed or error, []
-            if not self.is_idle:
-                with contextlib.suppress(AppError):
+            with contextlib.suppress(AppError):
+                if self.pgconn.transaction_status:      # 0: nothing runs
                     self.send('ROLLBACK')
             raise failure
         finally:
             Database.current = None
+            if self.pgconn.transaction_status:
+                self.close()
 
     def send(self, *statements):
-        """The rows of the last of these statements, sent with those that are to travel with it."""
+        """The rows of the last of these statements, each text, or text and parameters."""
         statements, self.later = [*self.later, *statements], []
         try:
-            self.client.execute(';'.join(statements))
+            self.client.execute(';'.join(each if isinstance(each, str) else
+                                         self.client.mogrify(*each) for each in statements))
             while self.client.nextset():
                 pass
             return self.client.fetchall() if self.client.description else []
@@ -3278,12 +3253,10 @@ class _Connection:
         return getattr(sqlite3, kind.__name__)(text)
 
     def wait(self, steps, interval=None, timeout=None):
-        """Do the steps of psycopg's generator, each when the socket is ready. Others run
-        meanwhile, outside of our transaction."""
-        ours, Database.current = Database.current, None
-        silent = StorageError(f'the database did not answer for {self.seconds} seconds')
+        """Do the steps of psycopg's generator, each when the socket is ready."""
+        ours, Database.current = Database.current, None     # others run meanwhile
         try:
-            with gevent.Timeout(self.seconds, silent):
+            with gevent.Timeout(self.seconds, StorageError('the database does not answer')):
                 wanted = next(steps)
                 while True:
                     wait = gevent.socket.wait_read if wanted == 1 else gevent.socket.wait_readwrite
@@ -3291,19 +3264,18 @@ class _Connection:
                     wanted = steps.send(wanted)
         except StopIteration as end:
             return end.value
-        except self.driver.Error:
-            raise
-        except BaseException:
-            self.pgconn.finish()        # in the midst of a message: nobody can use it again
+        except BaseException as error:
+            if not isinstance(error, self.driver.Error):
+                self.close()            # in the midst of a message: nobody can use it again
             raise
         finally:
             Database.current = ours
 
 
 class _Schema:
-    """A schema of the server: what a Database uses of a connection of sqlite3, and the verbs that
-    it has in the place of its own."""
-    VERBS = ('open', 'open_read_only', 'lock', 'facts', '_migrate', '_slices')
+    """A schema of the server, in the place of sqlite3's connection and some verbs of a Database."""
+    VERBS = ('open', 'lock', 'facts', '_migrate')
+    in_transaction = True       # as far as the function of one can know
     total_changes = 0
 
     def __init__(self, server, database):
@@ -3311,41 +3283,29 @@ class _Schema:
         self.name = server.channel + ('' if database.name == 'app' else f'_{database.name}')
         self._use = f'SET LOCAL search_path = {self.name}'
 
-    @property
-    def in_transaction(self):
-        return Database.current is not None and Database.current.connection.failed is None
-
     def execute(self, statement, parameters=()):
-        """The rows."""
         reads = READS.match(statement)
         if Database.current is None:
             write = _Write(self._database, functools.partial(self.execute, statement, parameters))
             self._server.transact(write, '' if reads else BEGIN)
             return write.value
         connection = Database.current.connection
-        text = connection.client.mogrify(translated(statement), parameters)
         if statement in PREPARATIONS:
-            connection.later.append(text)
+            connection.later.append((translated(statement), parameters))
             return []
-        rows = connection.send(self._use, text)
+        rows = connection.send(self._use, (translated(statement), parameters))
         self.total_changes += 0 if reads else max(0, connection.client.rowcount)
         return rows
 
     def executemany(self, statement, rows):
-        connection, rows = Database.current.connection, iter(rows)
-        while some := list(itertools.islice(rows, COPIED_ROWS)):
-            connection.send(self._use, *(connection.client.mogrify(translated(statement), row)
-                                         for row in some))
+        rows = iter(rows)
+        while some := [(translated(statement), row) for row in itertools.islice(rows, COPIED_ROWS)]:
+            Database.current.connection.send(self._use, *some)
             self.total_changes += len(some)
 
     def open(self, path=None):
         if self._database._pending():
             self._database.transact(self._migrate)
-
-    def open_read_only(self, path=None):
-        if self._database._pending():
-            raise StorageError(f'the schema {self.name} is not there, or not up to date; the '
-                               f'command `migrate` makes it so')
 
     def lock(self, *names):
         Database.lock(self._database)
@@ -3359,11 +3319,9 @@ class _Schema:
                    count(*), coalesce(now_s() - date_part('epoch', min(xact_start)), 0)
             FROM pg_stat_activity
             WHERE backend_type = 'client backend' AND datname = current_database()''')
-        server = {'connections': connections, 'oldest_transaction_seconds': seconds,
-                  'bell_seconds': self._server.bell_seconds}
-        return {'place': self._database.path, 'bytes': int(size), 'wal_bytes': None,
-                'free_bytes': None, 'migrations': len(self._database.migrations),
-                'copied_at': None, 'server': server if self._database.name == 'app' else {}}
+        return {'bytes': int(size), 'migrations': len(self._database.migrations), 'server': {
+            'connections': connections, 'oldest_transaction_seconds': seconds,
+            'bell_seconds': self._server.bell_seconds}}
 
     def _migrate(self):
         Database.current.connection.seconds = None
@@ -3373,11 +3331,6 @@ class _Schema:
         if not self.execute('SELECT 1 FROM pg_namespace WHERE nspname = ?', (self.name,)):
             self.execute(f'CREATE SCHEMA {self.name}')
         Database._migrate(self._database)
-
-    def _slices(self, table, columns):
-        self.execute(f'DECLARE {table}_rows CURSOR FOR SELECT {columns} FROM {table}')
-        while rows := self.execute(f'FETCH {COPIED_ROWS} FROM {table}_rows'):
-            yield rows
 
 
 # === Sessions: who is asking, without a row for it =======================================
@@ -6464,10 +6417,12 @@ def run_checks():
             opened.callback(server.close)
         for database in databases.values():
             try:
-                if not settings.database_url:
-                    if not database.copied and not os.path.exists(database.default_path):
-                        continue        # as a restore leaves the cable: the next start makes it
-                    _refuse_damage(database, database.default_path)
+                if settings.database_url:
+                    _refuse_pending(database)
+                    continue
+                if not database.copied and not os.path.exists(database.default_path):
+                    continue            # as a restore leaves the cable: the next start makes it
+                _refuse_damage(database, database.default_path)
                 database.open_read_only()
                 opened.callback(database.close)
             except AppError as error:
@@ -6510,9 +6465,7 @@ def copy_to(target):
                 file.open_read_only(path)
             else:
                 file.open(path)
-            if file._pending():
-                raise BackupError(f'{path} is of an older version; the command `migrate` brings it '
-                                  f'up to date')
+            _refuse_pending(file)
         server = PostgreSQL()
         server.open()
         undo.callback(server.close)
@@ -6538,9 +6491,12 @@ def _copy_rows(files, to_server):
     """Copy every row, in a transaction of the server. Gives {table: number of rows}."""
     copied = {}
     for database in databases.values():
-        if to_server and database._columns():
+        if not to_server:
+            _refuse_pending(database)
+        elif database._columns():
             raise BackupError(f'there is a {database.path} already, so the target is not empty')
-        (database.open if to_server else database.open_read_only)()
+        else:
+            database.open()
     for file in files:
         file._roll_back()                       # of a run before, which lost its connection
         file._connection.execute('BEGIN')
@@ -6553,7 +6509,7 @@ def _copy_rows(files, to_server):
         for table, columns in tables.items():
             insert = (f'INSERT INTO {table} ({", ".join(columns)}) '
                       f'VALUES ({", ".join("?" * len(columns))})')
-            for rows in source._slices(table, ', '.join(columns)):
+            for rows in _slices(source, f'SELECT {", ".join(columns)} FROM {table}'):
                 target.executemany(insert, [[_clean(value) if isinstance(value, str) else value
                                              for value in row] for row in rows])
             there, here = (side.execute(f'SELECT count(*) FROM {table}')[0][0]
@@ -6569,16 +6525,40 @@ def _copy_rows(files, to_server):
     return copied
 
 
+def _slices(database, select):
+    """The rows of a SELECT, in lists."""
+    if database not in databases.values():
+        cursor = database._connection.execute(select)
+        while rows := cursor.fetchmany(COPIED_ROWS):
+            yield rows
+        return
+    name = f'slices{time.monotonic_ns()}'
+    database.execute(f'DECLARE {name} CURSOR FOR {select}')
+    while rows := database.execute(f'FETCH {COPIED_ROWS} FROM {name}'):
+        yield rows
+
+
 def _copy_last_ids(file, server, to_server):
     """Where an id is never given twice, it is not after a copy either."""
     kept = file.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'")
-    last = dict(file.execute(LAST_IDS)) if kept else {}
-    for table, given in server.execute(LAST_IDS):
+    last = dict(file.execute('SELECT name, seq FROM sqlite_sequence') if kept else ())
+    for name, given in server.execute('SELECT sequencename, coalesce(last_value, 0) FROM '
+                                      'pg_sequences WHERE schemaname = current_schema'):
+        table = name.removesuffix('_id_seq')
         if to_server:
-            (given,), = file.execute(f'SELECT coalesce(max(id), 0) FROM {table}')
-            given = max(given, last.get(table, 0))
-        if to_server or kept:
-            (server if to_server else file).execute(SET_LAST_ID, {'table': table, 'last': given})
+            (most,), = file.execute(f'SELECT coalesce(max(id), 0) FROM {table}')
+            server.execute('SELECT pg_catalog.setval(CAST(? AS regclass), ?)',
+                           (name, max(1, most, last.get(table, 0))))
+        elif kept:
+            file.execute('DELETE FROM sqlite_sequence WHERE name = ?', (table,))
+            file.execute('INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)', (table, given))
+
+
+def _refuse_pending(database):
+    """Raises BackupError unless it has seen all migrations."""
+    if database._pending():
+        raise BackupError(f'{database.path} is not there, or not up to date; the command `migrate` '
+                          f'makes it so')
 
 
 def sync(path):
