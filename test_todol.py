@@ -2701,13 +2701,11 @@ def count_transactions(database):
 
 
 @pytest.fixture
-def open_cache(cache_clock, open_database, server_of_databases):
+def open_cache(cache_clock, open_database):
     """open_cache() gives a cache on the file of the test; once more: what another process would have."""
     with contextlib.ExitStack() as opened:
         def open_(limit_bytes=todol.CACHE_LIMIT_BYTES):
             cache = todol.Cache(open_database('cache'))
-            if server_of_databases:
-                cache._size_bytes = functools.partial(server_of_databases._size_of, cache._db)
             cache.limit_bytes = limit_bytes
             cache.open()
             gevent.sleep(0)         # its loop waits now
