@@ -1030,8 +1030,7 @@ class Loop:
 
 class Processes:
     """This process among those that share its data directory."""
-    tell = None                     # a function that tells the others of changed slots of the cache
-                                    # None: they share a page of memory
+    tell = None                     # tells the others of changed slots of the cache, if it is set
 
     def __init__(self):
         self.name = None            # of this process, for ever its own: also its name as a worker
@@ -1219,6 +1218,7 @@ FLUSH_SECONDS = 0.02
 SLICE_ROWS = 200                    # are looked at, or changed, in one transaction
 FOREVER_SECONDS = 400 * 86400       # the time to live where none is given
 REST_SECONDS = 1.0                  # a file in trouble is left alone so long
+MISSED_SECONDS = 2.0                # so long a change of another process may not be heard of
 MAX_NOTED_USES = 20_000
 MAX_KEY_CHARS = 500
 
@@ -1288,17 +1288,14 @@ class VersionStamps:
     even one after it: a process that dies between leaves no false copy behind.
     """
     SLOTS = 4096
-    TRUST_SECONDS = 2.0         # how long a copy is believed where not every change is heard of
+    trust_seconds = math.inf        # how long a copy is believed, if no change is heard of
 
     def __init__(self, path, tell=None):
         """Raises OSError."""
         self._path, self._tell = path, tell
-        self.trust_seconds = self.TRUST_SECONDS if tell else math.inf
-        self._stamps = [0] * self.SLOTS
-        if not tell:
-            self._map(path)
-
-    def _map(self, path):
+        if tell:
+            self.trust_seconds, self._stamps = MISSED_SECONDS, [0] * self.SLOTS
+            return
         make_private(path)
         with open(path, 'a+b') as file:     # appended: two that start at once overwrite nothing
             # Written out: with a hole in it, a full disk would kill the process.
@@ -1369,7 +1366,7 @@ class Cache:
     def open(self):
         """Start serving; the database is open already, and the stamps lie beside it."""
         try:
-            self._new_stamps()
+            self._stamps = VersionStamps(self._db.path + '-stamps', processes.tell)
         except OSError as error:
             raise StorageError(f'{self._db.path}-stamps can not be written: '
                                f'{error.strerror}') from None
@@ -1381,9 +1378,6 @@ class Cache:
         self._loop.stop()
         self._flush()
         self._reset()
-
-    def _new_stamps(self):
-        self._stamps = VersionStamps(self._db.path + '-stamps', processes.tell)
 
     def get(self, key, default=None):
         """The value, or default if there is none or it has expired."""
@@ -1629,7 +1623,7 @@ class Cache:
     def _turn(self):
         self._dirty.clear()
         if self._stamps.deleted():
-            self._new_stamps()
+            self._stamps = VersionStamps(self._db.path + '-stamps')
             self._empty_front()
         return self._wait if self._flush() else functools.partial(gevent.sleep, REST_SECONDS)
 
@@ -3044,8 +3038,7 @@ class PostgreSQL:
         self._away_since, self._next_try_at = math.inf, 0       # monotonic; inf: it is not away
         self.name, self.channel = f'{os.getpid()}-{secrets.token_hex(8)}', f'{APP}_{settings.env}'
         self._rung, self._ringing = set(), gevent.event.Event()
-        self._listener = NO_CONNECTION  # that bells come by, ours too, after so many seconds
-        self.bell_seconds = None
+        self._listener, self.bell_seconds = NO_CONNECTION, None     # that our last bell took
         self._bound, self._schema = [], _Schema(self, app_db)
         self._set_clock()
         for database in databases.values():
@@ -3125,6 +3118,7 @@ class PostgreSQL:
             self._away_since = min(self._away_since, at)
             raise BusyError(f'the database is not reachable: {error}') from None
         self._away_since, self._next_try_at = math.inf, 0
+        connection.ends_at = at + CONNECTION_SECONDS * random.uniform(0.8, 1)
         return connection
 
     def _ring(self, byte=b'*', slots=()):
@@ -3184,13 +3178,13 @@ class _Connection:
     failed = None               # what the transaction can't go on after, whoever caught it
     seconds = ANSWER_SECONDS    # that an answer may take
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.ends_at = time.monotonic() + CONNECTION_SECONDS * random.uniform(0.8, 1)
+    @functools.cached_property
+    def client(self):
         # It puts parameters into the text: several statements travel as one message, nothing is
         # prepared, and a NULL needs no type. A sum is a float, as from SQLite.
-        self.client = self.driver.ClientCursor(self)
-        self.client.adapters.register_loader('numeric', self.driver.types.numeric.FloatLoader)
+        cursor = self.driver.ClientCursor(self)
+        cursor.adapters.register_loader('numeric', self.driver.types.numeric.FloatLoader)
+        return cursor
 
     def transact(self, write, begin):
         """Call the function of a _Write in a transaction. BusyError: another run may succeed."""
@@ -6439,8 +6433,8 @@ def copy_to(target):
     target = os.path.abspath(target.removeprefix('sqlite:')) if not to_server else target
     with _sentences(target), contextlib.ExitStack() as undo:
         if to_server:
-            directory, settings.database_url, settings.direct_database_url = \
-                settings.data, target, ''
+            settings.database_url, settings.direct_database_url = target, ''
+            directory = settings.data
             if not lock_directory(directory, fcntl.LOCK_EX, undo):
                 raise BackupError(f'an app runs on {directory}; stop it first')
         else:
@@ -6465,12 +6459,10 @@ def copy_to(target):
         server = PostgreSQL()
         server.open()
         undo.callback(server.close)
-        deadline = time.monotonic() + BUSY_SECONDS
-        while processes.others():               # one that stopped just now is there for a moment
-            if time.monotonic() > deadline:
-                raise BackupError('an app runs on the database server; stop all of its processes '
-                                  'first')
-            gevent.sleep(0.05)
+        with gevent.Timeout(BUSY_SECONDS, BackupError(
+                'an app runs on the database server; stop all of its processes first')):
+            while processes.others():           # one that stopped just now is there for a moment
+                gevent.sleep(0.05)
         for database in (*databases.values(), *files):
             database.joined = app_db            # one transaction for all
         copied = app_db.transact(_copy_rows, files, to_server)
@@ -6505,7 +6497,7 @@ def _copy_rows(files, to_server):
         for table, columns in tables.items():
             insert = (f'INSERT INTO {table} ({", ".join(columns)}) '
                       f'VALUES ({", ".join("?" * len(columns))})')
-            for rows in _slices(source, f'SELECT {", ".join(columns)} FROM {table}'):
+            for rows in _slices(source, table, columns):
                 target.executemany(insert, [[_clean(value) if isinstance(value, str) else value
                                              for value in row] for row in rows])
             there, here = (side.execute(f'SELECT count(*) FROM {table}')[0][0]
@@ -6521,17 +6513,15 @@ def _copy_rows(files, to_server):
     return copied
 
 
-def _slices(database, select):
-    """The rows of a SELECT, in lists."""
-    if database not in databases.values():
-        cursor = database._connection.execute(select)
-        while rows := cursor.fetchmany(COPIED_ROWS):
-            yield rows
-        return
-    name = f'slices{time.monotonic_ns()}'
-    database.execute(f'DECLARE {name} CURSOR FOR {select}')
-    while rows := database.execute(f'FETCH {COPIED_ROWS} FROM {name}'):
-        yield rows
+def _slices(database, table, columns):
+    """The rows of a table, in lists."""
+    select = f'SELECT {", ".join(columns)} FROM {table}'
+    if database in databases.values():
+        database.execute(f'DECLARE {table}_slices CURSOR FOR {select}')
+        fetch = functools.partial(database.execute, f'FETCH {COPIED_ROWS} FROM {table}_slices')
+    else:
+        fetch = functools.partial(database._connection.execute(select).fetchmany, COPIED_ROWS)
+    return iter(fetch, [])
 
 
 def _copy_last_ids(file, server, to_server):
