@@ -6276,6 +6276,7 @@ def serve(reload=False):
         server.drain()
         if settings.litestream:
             gevent.sleep(max(0, started_at + LITESTREAM_SECONDS - time.monotonic()))
+    signal.setitimer(signal.ITIMER_REAL, 0)         # of StallWatch: it would outlive its handler
     log.info('stopped')
     if reload and reloading.value:
         os.environ['PORT'] = str(server.server_port)
