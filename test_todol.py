@@ -7484,6 +7484,7 @@ def test_each_number_tells_of_what_was_done_on_purpose(operator, handle, monkeyp
         todol.cache.get(key)
         todol.cache.set(key, 1)
     assert (operator.metric('cache_hits_total'), operator.metric('cache_misses_total')) == (1, 2)
+    assert '<td data-label="hit ratio">33%</td>' in operator.get('/stack').text
     todol.cable.broadcast_all([('s', n) for n in range(5)])
     assert 5 <= operator.metric('cable_messages_total') <= 8, 'some may tell open pages of all this'
     changed = operator.metric('database_changed_rows_total', database='app')

@@ -331,6 +331,7 @@ METRICS = {             # name, whose end is the unit: (type, help, names of its
     'cache_limit_bytes': ('gauge', 'The size at which some are evicted', ()),
     'cache_hits_total': ('counter', 'Keys that were found', ()),
     'cache_misses_total': ('counter', 'Keys that were not found', ()),
+    'cache_hit_ratio': ('gauge', 'Share of the keys that were found, in an hour', ()),
     'cache_evictions_total': ('counter', 'Entries evicted', ()),
     'cable_sockets': ('gauge', 'WebSockets that are open', ()),
     'cable_subscriptions': ('gauge', 'Subscriptions of these', ()),
@@ -5824,6 +5825,8 @@ def _lists(query, nodes):
 def _panels(nodes, counts):
     """PANELS: how it is now, and what was counted in the last hour."""
     hour = sum((counted for _, counted in counts), collections.Counter())
+    gets = hour['cache_hits_total'] + hour['cache_misses_total']
+    hour['cache_hit_ratio'] = hour['cache_hits_total'] / gets if gets else None
     found, paused = families(measured(nodes, hour)), jobs.paused()
     acts = {('Cache', ''): ['clear'],
             **{('Tasks', name): ['start'] for name, *_ in jobs.recurring()},
@@ -5900,7 +5903,7 @@ def _quantile(buckets, share):
 
 
 def _figure(name, number):
-    """A number as people read it, by the unit at the end of its name."""
+    """A number as people read it, by the unit at the end of its name; a counter's of an hour."""
     if number is None:
         return '0' if name.endswith('_total') else 'not copied' if 'copied' in name else '–'
     if name.endswith(('timestamp_seconds', 'time_seconds')):
@@ -5909,7 +5912,10 @@ def _figure(name, number):
         return f'{number * 1000:.3g} ms' if number < 1 else f'{number:,.4g} s'
     if name.endswith('bytes'):
         return f'{number / 1000:,.0f} kB' if number < 10**7 else f'{number / 10**6:,.0f} MB'
-    return f'{number:,.0f}'
+    if name.endswith('ratio'):
+        return f'{number:.0%}'
+    return f'{number / 3600:,.3g}/s' if name.endswith('_total') and number >= 3600 else \
+        f'{number:,.0f}'
 
 
 def _at(at):
@@ -5996,7 +6002,7 @@ h2 { margin-top: 2.5rem; font-size: 1.125rem; font-weight: 500; }
 h1 span, th, .soft, tbody::before { color: var(--soft); font-weight: inherit; }
 #notice { color: var(--accent); }
 .bad { color: var(--danger); }
-button, select { min-height: 2.25rem; background: var(--paper); }
+select { background: var(--paper); }
 summary { cursor: pointer; }
 .charts {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1.5rem;
@@ -6017,8 +6023,8 @@ tbody:not(:has(tr))::before { content: 'None.'; }
   td { padding: 0; }
   td:first-child { flex-basis: 100%; }
   td + [data-label]::before { content: attr(data-label) ' '; color: var(--soft); }
-  button, select { min-height: 44px; }
 }
+@media (width >= 44rem) { button, select { min-height: 2.25rem; } }
 ''', 'text/css; charset=UTF-8')
 
 
