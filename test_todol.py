@@ -11586,18 +11586,20 @@ def test_offline_the_list_opens_as_it_was_last_seen_and_filters_and_counts_follo
         becomes(page, shown_titles, ['one', 'two'])
         becomes(page, rows, [('one', True), ('two', False)])
     rename(page, 'two', 'zwei')
-    add(page, 'three')
+    long = ' '.join(['long'] * 20)
+    add(page, 'three', long)
     page.set_viewport_size({'width': 360, 'height': 740})
     remove(page, 'one')
-    becomes(page, connection, 'No connection. 4 changes will be sent.')
+    remove(page, long)
+    becomes(page, connection, 'No connection. 6 changes will be sent.')
     for size in ((360, 740), (1280, 800)):
         page.set_viewport_size(dict(zip(('width', 'height'), size)))
         assert page.is_visible('#undo button') and page.is_visible('#connection') and page.evaluate('''() => {
             const [undo, words, clear, filters] = ['.undo', '.connection', '.clear', '.filters'].map(
                 each => document.querySelector(each).getBoundingClientRect());
             return filters.bottom < undo.top + 1 && clear.top <= undo.top && undo.right <= words.left
-                && words.right <= innerWidth && words.bottom <= innerHeight; }'''), size
-    assert visitor.create('elsewhere') and page.text_content('.undo-said') == 'Removed “one”.'
+                && words.right <= innerWidth && words.bottom <= innerHeight && words.height < 45; }'''), size
+    visitor.create('elsewhere')
     page.click('.toggle-all')           # what is seen, whatever there is by the time that it is sent
     becomes(page, counter, '0 items left')
     line.mend()

@@ -8402,10 +8402,7 @@ h1 {
 
 /* Rows */
 .all { grid-template-columns: 48px 1fr auto; }
-.todo-list li {
-  border-top: 1px solid var(--line); transition: var(--quick);
-  transition-property: opacity, translate;
-}
+.todo-list li { border-top: 1px solid var(--line); }
 .todo-list form { grid-area: 1 / 1; overflow: clip; }
 .view { grid-template-columns: 48px 1fr auto 40px 40px; }
 .view label, .edit { padding: .65rem 0; overflow-wrap: anywhere; text-align: start; }
@@ -8441,15 +8438,7 @@ h1 {
 /* A row on its way looks like any other for half a second. */
 [data-pending] { --box: dashed; color: var(--done); animation: fresh 1ms .5s backwards; }
 :has([data-state="offline"]) [data-pending] { animation: none; }
-[data-flash] { animation: flash 1.2s; }
 @keyframes fresh { from { --box: solid; color: var(--ink); } }
-@keyframes flash { 0%, 20% { background: var(--tint); } }
-/* Not the rows of the page. They have their place at once, so that what is scrolled to stays. */
-@starting-style {
-  :has([data-state="live"]) .todo-list li:not(.editing, [data-pending]) {
-    translate: 0 -.5rem; opacity: 0;
-  }
-}
 
 /* Small print: the counts and filters, and below them one line with what there is to say now */
 .footer, .status {
@@ -8477,11 +8466,11 @@ strong { color: var(--ink); }
 .connection::before { content: "● " / ""; color: var(--danger); }
 .info {
   display: flex; flex-wrap: wrap; align-items: center; justify-content: center;
-  gap: 0 1.5rem; padding-block: 1rem 2rem; text-align: center;
+  gap: 0 1.5rem; padding-block: 1rem 2rem; text-align: center; text-wrap: balance;
 }
 .lives { flex-basis: 100%; }
 
-.quiet { padding: 2.5rem 1rem; text-align: center; }
+.quiet { padding: 2.5rem 1rem; text-align: center; text-wrap: balance; }
 .todoapp {
   display: flex; flex-direction: column;
   --list: block; --bar: flex; --beside: -44px 8rem 0 0; --empty: none; --none: none; --hint: block;
@@ -8512,6 +8501,7 @@ html:not(.scripted) .hint,
     .footer, .status { position: sticky; bottom: 0; }
     .footer { bottom: var(--below); }
     .status { flex-wrap: nowrap; }
+    .undo:not([hidden]) + .connection { flex: none; max-width: 50%; }
   }
 }
 @container (20rem <= width < 33rem) {
@@ -8556,6 +8546,16 @@ html:not(.scripted) .hint,
 # What a list that was just opened does not need: the script fetches it with more.js. Pages that
 # have a form for the editor, or say one thing, load it themselves.
 add_asset('more.css', compact(r'''
+/* Rows that came from elsewhere. They have their place at once, so that what is scrolled to stays. */
+.todo-list li { transition: var(--quick); transition-property: opacity, translate; }
+@starting-style {
+  :has([data-state="live"]) .todo-list li:not(.editing, [data-pending]) {
+    translate: 0 -.5rem; opacity: 0;
+  }
+}
+[data-flash] { animation: flash 1.2s; }
+@keyframes flash { 0%, 20% { background: var(--tint); } }
+
 /* The editor lies on the row, text upon text. */
 .editing {
   border-radius: 10px; background: var(--field); outline: 2px solid var(--accent);
@@ -8848,6 +8848,7 @@ function arrange() {
 function recount() {
   const element = byId('todo-count'), all = todos().length, done = todos().filter(isDone).length;
   const active = all - done, now = `${active}, ${done}`;
+  if (all) later();
   byId('toggle-all').checked = all && !active;
   if (now === `${element.dataset.active}, ${element.dataset.completed}` && now === counted) return;
   Object.assign(element.dataset, { active, completed: done });
@@ -8891,7 +8892,6 @@ show();
 recount();
 live.list = { todos, titleOf, isDone, naming, stateOf, find, send, draw, leave, add, land, tick,
   announce };
-if (todos().length) later();
 document.documentElement.classList.add('scripted');     // last: what it replaces may go
 ''', SCRIPT_MARKS), 'text/javascript; charset=UTF-8')
 add_asset('more.js', compact(r'''
