@@ -5583,8 +5583,6 @@ class StallWatch:
     """Times each turn of the event loop. A timer of the kernel goes off in one that takes too long,
     and looks what it is at: in C, when that is over. For the main thread of a server."""
 
-    _watchers = ()
-
     def open(self):
         self._limit, self._began, self._where = settings.stall_ms / 1000, time.perf_counter(), ''
         if self._limit:
@@ -5594,11 +5592,6 @@ class StallWatch:
             self._watchers = loop.check(ref=False, priority=2), loop.prepare(ref=False, priority=-2)
             for watcher, act in zip(self._watchers, (self._begin, self._end)):
                 watcher.start(act)
-
-    def close(self):
-        for watcher in self._watchers:
-            watcher.close()
-        signal.setitimer(signal.ITIMER_REAL, 0)         # or it would kill who ends, or what follows
 
     def _begin(self):
         self._began, self._where = time.perf_counter(), ''
@@ -6266,7 +6259,7 @@ def serve(reload=False):
         gevent.spawn(end_with_parent)
     elif settings.web_concurrency > 1 and not reload:
         return Parent(listener or listen(), stopping).run()
-    with open_services(run_jobs=True), contextlib.closing(stalls):
+    with open_services(run_jobs=True):
         server = Server(listener or listen())
         stalls.open()
         if reload:
