@@ -3196,7 +3196,7 @@ class _Connection:
             write.value = write.call()
             if self.failed:
                 raise self.failed
-            if begin:
+            if begin and begin not in self.later:       # else nothing was sent
                 self.send('COMMIT')
                 if self.client.statusmessage != 'COMMIT':       # but ROLLBACK, without an error
                     raise StorageError('a statement failed, so the transaction was rolled back')
