@@ -2295,16 +2295,14 @@ class Jobs:
             self._free_leases()
         claims, times = [], [self._tick_recurring()]
         queues = sorted(QUEUES, key=lambda name: random.expovariate(QUEUES[name]))
-        while True:
+        while free := self._free(queues, claims):       # else whoever ends rings the bell
             first = dict(zip(QUEUES, *self._db.execute(FIRST_DUE)))
-            first = {queue: first[queue] for queue in queues    # else whoever ends rings the bell
-                     if first[queue] is not None and self._free(queue, claims) > 0}
-            due = [queue for queue in first if first[queue] <= now()]
+            due = [queue for queue in free if first[queue] is not None and first[queue] <= now()]
             if not due or len(claims) >= CLAIM_ROWS:
-                times += first.values()
+                times += [first[queue] for queue in free]
                 break
             rows = self._db.execute(CLAIM_JOBS, {
-                'queue': due[0], 'limit': self._free(due[0], claims), 'worker': processes.name,
+                'queue': due[0], 'limit': free[due[0]], 'worker': processes.name,
                 'lease': LEASE_SECONDS})
             claims += [Claim(*row) for row in sorted(rows)]
             if not rows:                # another process takes them just now
@@ -2313,11 +2311,12 @@ class Jobs:
         self._db.after_commit(functools.partial(self._start, self._together(claims)))
         return min((at for at in times if at is not None), default=None), inserted == OUTBOX_ROWS
 
-    def _free(self, queue, claims):
-        """How many workers are left for a queue; the last one is for the first queue alone. A batch
-        takes one, however long it is."""
-        return (self._workers - len(self._running) - len(self._together(claims))
-                - (queue != next(iter(QUEUES))))
+    def _free(self, queues, claims):
+        """{queue: how many workers are left for it}, if any; the last one is for the first queue
+        alone. A batch takes one, however long it is."""
+        left = self._workers - len(self._running) - len(self._together(claims))
+        free = {queue: left - (queue != next(iter(QUEUES))) for queue in queues}
+        return {queue: number for queue, number in free.items() if number > 0}
 
     def _together(self, claims):
         """Claims in lists of those that run together: one that was tried before runs alone, as it
