@@ -12375,12 +12375,17 @@ def test_a_row_can_be_ticked_renamed_and_removed_before_the_server_knows_of_it(o
 def test_undo_takes_back_several_steps_in_every_tab_and_says_so(open_tab, visitor):
     page, other = open_tab('milk', 'tea', 'beer', expected=STATUS + '404'), open_tab()
     line = page.locator('#undo')
+    page.evaluate('''() => {
+        window.heard = '';
+        const announcer = document.getElementById('announcer');
+        new MutationObserver(() => { heard += announcer.textContent; }).observe(announcer, {childList: true}); }''')
     page.click('h1')
     page.keyboard.press('Control+z')
     becomes(page, text_of('#notice'), 'There is nothing to undo.')
     remove(page, 'tea')
     assert line.is_visible() and page.locator('.undo-said').text_content() == 'Removed “tea”.'
-    becomes(page, announced, 'Removed “tea”. 2 to do')         # and not that anything was undone
+    becomes(page, announced, 'Removed “tea”. 2 to do')
+    assert 'Undone' not in page.evaluate('heard')
     becomes(other, titles, ['milk', 'beer'])
     other.click('h1')
     other.keyboard.press('Control+z')
