@@ -11993,7 +11993,7 @@ def test_the_list_can_be_used_by_keyboard_alone(open_window, line, visitor):
     page.evaluate('document.activeElement.blur()')
     page.keys('?')                                  # the first key, before what it asks for is there
     becomes(page, number_of('[data-late]'), 1)
-    page.evaluate('() => { live.hooks.settled({}, {ok: true}); }')      # asks for it too
+    page.evaluate('() => { live.hooks.settled({asked: true}, {ok: true}); }')      # asks for it too
     id = visitor.create('seen meanwhile')
     becomes(page, titles, ['seen meanwhile'])
     becomes(page, lambda page: page.is_visible('dialog'), True)

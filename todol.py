@@ -8735,7 +8735,8 @@ function tick(row, completed) {
   send(`/todos/${naming(row).ref}`, { _method: 'PATCH', completed: Number(completed) },
     [{ ...naming(row), completed }]);
 }
-hooks.settled = (...all) => later('settled', ...all);
+hooks.settled = (entry, answer) =>
+  answer.ok && !entry.asked || later('settled', entry, answer);
 hooks.submitting = (form, button) => {
   const row = form.closest('#todos > li'), field = $('.new-todo');
   if (form.matches('.editor')) later('save', form, true);
