@@ -45,7 +45,6 @@ import os
 import random
 import re
 import secrets
-import select
 import shutil
 import signal
 import socket
