@@ -5032,7 +5032,7 @@ def test_who_is_killed_in_a_query_ends_at_once_and_nothing_is_done(served, swall
     gevent.killall(greenlets, timeout=5)
     with pytest.raises(gevent.Timeout), gevent.Timeout(0.2):
         todol.app_db.transact(sleepy)
-    assert time.monotonic() - started < 5 and all(greenlet.dead for greenlet in greenlets)
+    assert time.monotonic() - started < 5 and all(isinstance(greenlet.value, gevent.GreenletExit) for greenlet in greenlets)
     todol.app_db.transact(note, 'fine')
     assert notes_of(served) == ['fine'] and not todol.Database.current
 
