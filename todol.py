@@ -8492,7 +8492,7 @@ html:not(.scripted) .hint,
     .footer, .status { position: sticky; bottom: 0; }
     .footer { bottom: var(--below); }
     .status { flex-wrap: nowrap; }
-    .undo:not([hidden]) + .connection { flex: none; max-width: 50%; }
+    .undo:not([hidden]) + .connection { flex: none; max-width: 55%; }
   }
 }
 @container (20rem <= width < 33rem) {
