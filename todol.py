@@ -3172,7 +3172,7 @@ class PostgreSQL:
 
 
 class _Connection:
-    """A connection of psycopg, whose class stands behind it, that waits as gevent does."""
+    """A connection of psycopg, with whose class it is mixed, that waits as gevent does."""
     later = ()                  # statements that travel with the next
     failed = None               # what the transaction can't go on after, whoever caught it
     seconds = ANSWER_SECONDS    # that an answer may take
@@ -3265,7 +3265,7 @@ class _Connection:
 class _Schema:
     """A schema of the server, in the place of sqlite3's connection and some verbs of a Database."""
     VERBS = ('open', 'lock', 'facts', '_migrate')
-    in_transaction, total_changes = True, 0
+    in_transaction, total_changes = True, 0         # as sqlite3 has them
 
     def __init__(self, server, database):
         self._server, self._database = server, database
