@@ -55,8 +55,7 @@ class Steps:
 
             def execute(self, statement, *parameters):
                 def run():
-                    cursor = super(Connection, self).execute(statement, *parameters)
-                    return types.SimpleNamespace(fetchall=lambda rows=cursor.fetchall(): rows)
+                    return list(super(Connection, self).execute(statement, *parameters))
                 return steps.around(self.named(statement), run, self)
 
             def executemany(self, statement, rows):
