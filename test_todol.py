@@ -12599,7 +12599,9 @@ def test_keys_walk_the_rows_and_act_on_the_one_in_focus(open_tab, visitor):
     page.click('h1')
     press('?')
     page.locator('dialog', has_text='these keys').wait_for()
-    press('x', 'Escape', '/')
+    press('x', 'Escape')
+    page.locator('dialog').wait_for(state='hidden')
+    press('/')
     becomes(page, focused, 'new-todo')
     assert page.locator('dialog').count() == 0
     becomes(page, lambda _: visitor.todos(), [('one', False), ('two!', True)])

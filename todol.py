@@ -5135,18 +5135,20 @@ async function deliver() {
   if (delivering) return;
   delivering = true;
   const { locks } = navigator;          // not on every address; without, the keys must do
-  for (let pause = 500; changes.length;) {
-    const asked = Date.now();
-    const inTurn = async () => {
-      // What another tab has just sent is news for a moment.
-      if (Date.now() - asked > 20) await wait(200);
-      while (changes.length) {
-        const later = await attempt();
-        if (later !== undefined) return later;
-        pause = 500;
-      }
-    };
-    const later = await (locks?.request('deliver', inTurn).catch(inTurn) ?? inTurn());
+  let pause = 500;
+  const send = async () => {
+    while (changes.length) {
+      const later = await attempt();
+      if (later !== undefined) return later;
+      pause = 500;
+    }
+  };
+  // What another tab has sent in its turn is known here a moment later.
+  const inTurn = lock =>
+    lock ? send() : locks.request('deliver', () => wait(200).then(send));
+  while (changes.length) {
+    const later = await (
+      locks?.request('deliver', { ifAvailable: true }, inTurn).catch(send) ?? send());
     if (later === undefined) continue;
     const at = clocks();
     const woken = new Promise(resolve => {
