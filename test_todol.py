@@ -5156,6 +5156,7 @@ def test_all_is_copied_to_a_server_and_back_and_a_target_that_is_not_empty_is_re
         busy = run('copy-to', f'sqlite:{tmp_path}/back', **here, DATABASE_URL=url)
         assert busy.returncode == 1 and 'an app runs on the database server' in busy.stderr
         todol.delete_todo('new', 1201)
+    eventually(lambda: not postgres.execute("SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'todol_%'"))
     back = run('copy-to', f'sqlite:{tmp_path}/back', **here, DATABASE_URL=url)
     assert back.returncode == 0 and 'todos: 1199\n' in back.stdout, back.stderr
     with todol.open_stack(environment_of(tmp_path, TODOL_DATA=tmp_path / 'back')):
