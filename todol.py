@@ -2092,14 +2092,16 @@ class Jobs:
             return row['uid']
         if not self._outbox.in_transaction:
             refuse_in_transaction('a job that is enqueued')
-            if order_key is not None:
-                self._relay()           # what was committed before comes first
+            if order_key is None:
+                return self._insert(row)        # one statement, which needs no lock
+            self._relay()           # what was committed before comes first
         return self._db.transact(self._insert, row)
 
     def _insert(self, row):
         """Insert a row, under the lock of its order key: who deletes the one before it at the same
         time, elsewhere, would not see it. Gives the id of the job."""
-        self._lock_order(row['order_key'])
+        if row['order_key'] is not None:
+            self._lock_order(row['order_key'])
         inserted = self._db.execute(INSERT_JOB, row)
         self._db.after_commit(self._wake)
         return inserted[0][0] if inserted else row['uid']
