@@ -5127,6 +5127,8 @@ addEventListener('storage', ({ key: name, newValue }) => {
     wait(3000).then(deliver);
   } else forget(name.split(':')[2]);
   if (entry?.refused) visit();
+  // Its news may have come, and been drawn over, while it still waited here.
+  wait(2000).then(() => $('[data-pending]') && !changes.length && visit());
 });
 addEventListener('beforeunload', event => {
   if (changes.every(({ kept }) => kept)) return;
