@@ -4772,6 +4772,29 @@ def served(open_stack, postgres):
     return types.SimpleNamespace(postgres=postgres, execute=lambda text: postgres.execute(text, name))
 
 
+def test_a_connection_that_is_still_being_made_when_the_stack_closes_does_not_stay_open(tmp_path, postgres, monkeypatch):
+    url, connect, made, go = postgres.new_database('migrated'), psycopg.Connection.connect.__func__, [], threading.Event()
+
+    @classmethod
+    def connect_late(*arguments, **options):
+        connection = connect(*arguments, **options)
+        made.append(connection)
+        if connection is made[0]:
+            go.wait(10)
+        return connection
+
+    try:
+        with todol.open_stack(environment_of(tmp_path, DATABASE_URL=url)):
+            monkeypatch.setattr(psycopg.Connection, 'connect', connect_late)
+            waiting = [gevent.spawn(todol.app_db.execute, 'SELECT pg_sleep(0.3)') for _ in range(4)]
+            eventually(lambda: made, what='a new connection')
+        gevent.killall(waiting)
+        assert not made[0].closed
+    finally:
+        go.set()
+    eventually(lambda: all(connection.closed for connection in made))
+
+
 def table_of_notes():
     """A table of the app for a test, and a function that notes something in a transaction."""
     todol.app_db.execute(f'CREATE TABLE {todol.app_db.path.split()[-1]}.notes (note TEXT UNIQUE)')
@@ -5156,8 +5179,8 @@ def test_all_is_copied_to_a_server_and_back_and_a_target_that_is_not_empty_is_re
         busy = run('copy-to', f'sqlite:{tmp_path}/back', **here, DATABASE_URL=url)
         assert busy.returncode == 1 and 'an app runs on the database server' in busy.stderr
         todol.delete_todo('new', 1201)
-    eventually(lambda: not postgres.execute("SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'todol_%'"))
-    back = run('copy-to', f'sqlite:{tmp_path}/back', **here, DATABASE_URL=url)
+    with todol.open_stack(environment_of(tmp_path, DATABASE_URL=postgres.new_database())):      # of the same name there
+        back = run('copy-to', f'sqlite:{tmp_path}/back', **here, DATABASE_URL=url)
     assert back.returncode == 0 and 'todos: 1199\n' in back.stdout, back.stderr
     with todol.open_stack(environment_of(tmp_path, TODOL_DATA=tmp_path / 'back')):
         assert seen() == expected and todol.create_todo('new', 'x').id == 1202

@@ -59,6 +59,7 @@ import traceback
 import types
 import typing
 import urllib.parse
+import weakref
 import zipfile
 import zlib
 import zoneinfo
@@ -3036,6 +3037,7 @@ class PostgreSQL:
                                f'{sys.executable} -m pip install "psycopg[binary]"') from None
         self._class = type('Connection', (_Connection, psycopg.Connection), {'driver': psycopg})
         self._pool = gevent.queue.LifoQueue(items=[NO_CONNECTION] * settings.database_pool)
+        self._connections, self._closing = weakref.WeakSet(), False
         self._away_since, self._next_try_at = math.inf, 0       # monotonic; inf: it is not away
         self.name, self.channel = f'{os.getpid()}-{secrets.token_hex(8)}', f'{APP}_{settings.env}'
         self._rung, self._ringing = set(), gevent.event.Event()
@@ -3060,8 +3062,10 @@ class PostgreSQL:
         with contextlib.suppress(AppError):
             if self._rung:
                 self._send_bells()
-        for connection in (self._listener, *self._pool.queue):
-            connection.close()
+        self._closing = True
+        for connection in tuple(self._connections):
+            if not connection.pgconn.transaction_status:    # 0: nobody waits for it
+                connection.close()
         for bound, state in self._bound:
             vars(bound).clear()
             vars(bound).update(state)
@@ -3098,28 +3102,39 @@ class PostgreSQL:
                         raise
                     gevent.sleep(random.uniform(0.01, 0.1))
         finally:
-            if connection.closed:
+            if self._closing:
+                connection.close()
+            elif connection.closed:
                 for other in self._pool.queue:      # it may be as dead
                     other.close()
             self._pool.put(connection)
 
     def _connect(self, url):
         """A new connection, made in a thread, since names and TLS block. When the server has been
-        away for long, one tries now and then, and the others fail at once. Raises BusyError."""
+        away for long, one tries now and then, and the others fail at once. Raises StorageError."""
         at = time.monotonic()
+        if self._closing:
+            raise StorageError('the stack is closed')
         if at < self._next_try_at:
             raise BusyError('the database is not reachable')
         if at > self._away_since + BUSY_SECONDS:
             self._next_try_at = at + 1
         try:
-            connection = in_thread(self._class.connect, url, autocommit=True,
-                                   client_encoding='utf8', connect_timeout=BUSY_SECONDS,
-                                   application_name=f'{self.channel} {self.name}')
+            connection = in_thread(self._make, url)
         except self._class.driver.Error as error:
             self._away_since = min(self._away_since, at)
             raise BusyError(f'the database is not reachable: {error}') from None
         self._away_since, self._next_try_at = math.inf, 0
         connection.ends_at = at + CONNECTION_SECONDS * random.uniform(0.8, 1)
+        return connection
+
+    def _make(self, url):
+        connection = self._class.connect(url, autocommit=True, client_encoding='utf8',
+                                         connect_timeout=BUSY_SECONDS,
+                                         application_name=f'{self.channel} {self.name}')
+        self._connections.add(connection)
+        if self._closing:           # meanwhile: nobody waits for it any more
+            connection.close()
         return connection
 
     def _ring(self, byte=b'*', slots=()):
@@ -3168,8 +3183,9 @@ class PostgreSQL:
 
     def _others(self):
         """The names of the other processes of the app that have a connection."""
-        rows = self._schema.execute('SELECT application_name FROM pg_stat_activity WHERE '
-                                    'starts_with(application_name, ?)', (f'{self.channel} ',))
+        rows = self._schema.execute(
+            'SELECT application_name FROM pg_stat_activity WHERE datname = current_database() '
+            'AND starts_with(application_name, ?)', (f'{self.channel} ',))
         return {name.split()[1] for name, in rows} - {self.name}
 
 
@@ -6469,10 +6485,12 @@ def copy_to(target):
         server = PostgreSQL()
         server.open()
         undo.callback(server.close)
-        with gevent.Timeout(BUSY_SECONDS, BackupError(
-                'an app runs on the database server; stop all of its processes first')):
-            while processes.others():           # one that stopped just now is there for a moment
-                gevent.sleep(0.05)
+        until = time.monotonic() + BUSY_SECONDS
+        while others := processes.others():     # one that stopped just now is there for a moment
+            if time.monotonic() > until:
+                raise BackupError(f'an app runs on the database server, as {" ".join(others)}; '
+                                  f'stop all of its processes first')
+            gevent.sleep(0.05)
         for database in (*databases.values(), *files):
             database.joined = app_db            # one transaction for all
         copied = app_db.transact(_copy_rows, files, to_server)
