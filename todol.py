@@ -45,6 +45,7 @@ import os
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -576,7 +577,8 @@ class Database:
         return self._run(statement, parameters)
 
     def executemany(self, statement, rows):
-        """Run one statement for each of rows; only inside a transaction, which makes it whole."""
+        """Run one statement for each of rows; only inside a transaction, which makes it whole. On
+        PostgreSQL it may run with the next statement, which raises what it raises."""
         self._check()
         if not self.in_transaction:
             raise MisuseError(f'executemany() outside a transaction of the {self.name} database '
@@ -1768,7 +1770,7 @@ STOP_SECONDS = 3.5          # running jobs may go on so long when the process st
 KEEP_FAILED_SECONDS = 10 * 86400
 OUTBOX_ROWS = 200           # are moved in one transaction
 CLAIM_ROWS = 200            # are claimed in one, at least
-SKIPPED_SECONDS = 0.1       # after which one looks again at jobs that another process was taking
+SKIPPED_SECONDS = 0.1       # after which one looks again at a queue that one has taken jobs from
 MAX_BACKOFF_SECONDS = 3600
 UNKNOWN_SECONDS = 300       # a job that is unknown here is left so long to a newer version,
 UNKNOWN_PAUSE_SECONDS = 5   # which another process may have already
@@ -1870,12 +1872,12 @@ CLAIM_JOBS = '''
     WHERE id IN (SELECT id FROM due)
     RETURNING id, worker, attempt, run_at, name, arguments, order_key, request,
         queue'''
-# Of each queue
-FIRST_DUE = 'SELECT ' + ', '.join(
+# What recurs, and of each queue
+FIRST_DUE = ', '.join(['SELECT (SELECT min(due_at) FROM recurring)', *(
     f'''(SELECT min(due_at) FROM jobs
          WHERE worker IS NULL AND queue = '{queue}' AND due_at IS NOT NULL
              AND NOT EXISTS (SELECT 1 FROM paused_queues WHERE queue = '{queue}'))'''
-    for queue in QUEUES)
+    for queue in QUEUES)])
 OF_LEASE = 'WHERE id = ? AND worker = ? AND attempt = ? AND run_at = ?'
 FINISH_JOB = f'DELETE FROM jobs {OF_LEASE}'
 FAIL_JOB = f'''
@@ -2087,15 +2089,18 @@ class Jobs:
                'order_key': _check_key('order_key', order_key),
                'enqueued_at': now(), 'request': request_id.get()}
         row['run_at'] = row['enqueued_at'] + _check_seconds('delay_seconds', delay_seconds)
-        if self._outbox.in_transaction and not self._db.in_transaction:
-            self._outbox.execute(INSERT_OUTBOX, (to_json(row),))
+        if self._outbox.in_transaction:
+            if self._db.in_transaction:     # both are on one server
+                self._lock_order(order_key)
+                self._db.executemany(INSERT_JOB, [row])
+            else:
+                self._outbox.execute(INSERT_OUTBOX, (to_json(row),))
             self._outbox.after_commit(self._wake)
             return row['uid']
-        if not self._outbox.in_transaction:
-            refuse_in_transaction('a job that is enqueued')
-            if order_key is None:
-                return self._insert(row)        # one statement, which needs no lock
-            self._relay()           # what was committed before comes first
+        refuse_in_transaction('a job that is enqueued')
+        if order_key is None:
+            return self._insert(row)        # one statement, which needs no lock
+        self._relay()           # what was committed before comes first
         return self._db.transact(self._insert, row)
 
     def _insert(self, row):
@@ -2295,30 +2300,37 @@ class Jobs:
             self._back_at = min(self._back_at, self._looked_at)
             self._renew_leases()
             self._free_leases()
-        claims, times = [], [self._tick_recurring()]
-        queues = sorted(QUEUES, key=lambda name: random.expovariate(QUEUES[name]))
-        while free := self._free(queues, claims):       # else whoever ends rings the bell
-            first = dict(zip(QUEUES, *self._db.execute(FIRST_DUE)))
-            due = [queue for queue in free if first[queue] is not None and first[queue] <= now()]
-            if not due or len(claims) >= CLAIM_ROWS:
-                times += [first[queue] for queue in free]
-                break
-            rows = self._db.execute(CLAIM_JOBS, {
-                'queue': due[0], 'limit': free[due[0]], 'worker': processes.name,
-                'lease': LEASE_SECONDS})
-            claims += [Claim(*row) for row in sorted(rows)]
-            if not rows:                # another process takes them just now
-                queues.remove(due[0])
-                times.append(now() + SKIPPED_SECONDS)
+        recurs_at, *first = self._db.execute(FIRST_DUE)[0]
+        if recurs_at is not None and recurs_at <= now():
+            recurs_at = self._tick_recurring()
+            _, *first = self._db.execute(FIRST_DUE)[0]
+        first, times, claims = dict(zip(QUEUES, first)), [recurs_at], []
+        for queue in sorted(QUEUES, key=lambda name: random.expovariate(QUEUES[name])):
+            if first[queue] is None or first[queue] > now():
+                times.append(first[queue])
+            elif self._free(queue, claims):         # else whoever ends rings the bell
+                claims += self._claim(queue, claims)
+                # More of them may be due, or be taken by another process just now.
+                times.append(now() + (len(claims) < CLAIM_ROWS) * SKIPPED_SECONDS)
         self._db.after_commit(functools.partial(self._start, self._together(claims)))
         return min((at for at in times if at is not None), default=None), inserted == OUTBOX_ROWS
 
-    def _free(self, queues, claims):
-        """{queue: how many workers are left for it}, if any; the last one is for the first queue
-        alone. A batch takes one, however long it is."""
-        left = self._workers - len(self._running) - len(self._together(claims))
-        free = {queue: left - (queue != next(iter(QUEUES))) for queue in queues}
-        return {queue: number for queue, number in free.items() if number > 0}
+    def _claim(self, queue, claims):
+        """Take what is due in a queue, for the workers that are left beside those claims."""
+        taken = []
+        while free := self._free(queue, claims + taken):
+            rows = self._db.execute(CLAIM_JOBS, {'queue': queue, 'limit': free, 'worker': processes.name,
+                                                 'lease': LEASE_SECONDS})
+            taken += [Claim(*row) for row in sorted(rows)]
+            if len(rows) < free or len(claims) + len(taken) >= CLAIM_ROWS:
+                break
+        return taken
+
+    def _free(self, queue, claims):
+        """How many workers are left for a queue; the last one is for the first queue alone. A batch
+        takes one, however long it is."""
+        busy = len(self._running) + len(self._together(claims))
+        return max(0, self._workers - busy - (queue != next(iter(QUEUES))))
 
     def _together(self, claims):
         """Claims in lists of those that run together: one that was tried before runs alone, as it
@@ -2753,6 +2765,9 @@ TRIM_MESSAGES = '''
     WHERE id <= :end - :keep
         OR id < coalesce((SELECT id FROM messages WHERE created_at >= now_s() - :seconds
                           ORDER BY id LIMIT 1), :end)'''
+APPEND_MESSAGE = '''
+    INSERT INTO messages (id, stream, payload, created_at)
+    SELECT coalesce(max(id), 0) + 1, ?, ?, now_s() FROM messages'''
 NEXT_MESSAGES = '''
     SELECT epoch, id, stream, payload, created_at FROM epochs LEFT JOIN messages ON id > ?
     ORDER BY id LIMIT ?'''
@@ -2882,11 +2897,10 @@ class Cable:
         self._db.lock(*(stream for stream, message in messages if callable(message)))
         rendered = [(stream, _payload(message()) if callable(message) else message)
                     for stream, message in messages]
-        _, end = self._begin()
-        ids = [end + 1 + index for index in range(len(messages))]
-        self._db.executemany('INSERT INTO messages (id, stream, payload, created_at) '
-                             'VALUES (?, ?, ?, now_s())',
-                             [(id, *message) for id, message in zip(ids, rendered)])
+        self._db.lock('the log')
+        self._db.executemany(APPEND_MESSAGE, rendered)
+        end = self._end()
+        ids = list(range(end - len(rendered) + 1, end + 1))
         if any(id % TRIM_EVERY == 0 for id in ids):
             self.prune()
         return ids
@@ -3093,7 +3107,8 @@ class PostgreSQL:
         try:
             while not write.done:
                 try:
-                    if connection.closed or time.monotonic() > connection.ends_at:
+                    if (connection.closed or time.monotonic() > connection.ends_at
+                            or connection.hung_up()):
                         connection.close()
                         connection = self._connect(settings.database_url)
                     connection.transact(write, begin)
@@ -3192,6 +3207,7 @@ class PostgreSQL:
 class _Connection:
     """A connection of psycopg, with whose class it is mixed, that waits as gevent does."""
     later = ()                  # statements that travel with the next
+    used = alone = False        # something was to be done; it is one message, without a BEGIN
     failed = None               # what the transaction can't go on after, whoever caught it
     seconds = ANSWER_SECONDS    # that an answer may take
 
@@ -3203,16 +3219,23 @@ class _Connection:
         cursor.adapters.register_loader('numeric', self.driver.types.numeric.FloatLoader)
         return cursor
 
+    def hung_up(self):
+        """Whether the server says something though nothing was asked: that it ends."""
+        poll = select.poll()
+        poll.register(self.pgconn.socket, select.POLLIN)
+        return bool(poll.poll(0))
+
     def transact(self, write, begin):
         """Call the function of a _Write in a transaction. BusyError: another run may succeed."""
-        self.later, self.failed, self.seconds = [begin] if begin else [], None, ANSWER_SECONDS
+        self.later, self.used, self.alone = [begin] if begin else [], False, not begin
+        self.failed, self.seconds = None, ANSWER_SECONDS
         write.connection, write.after = self, []
         Database.current, gevent.getcurrent().switch_out = write, _refuse_to_switch
         try:
             write.value = write.call()
             if self.failed:
                 raise self.failed
-            if begin and begin not in self.later:       # else nothing was sent
+            if begin and self.used:
                 self.send('COMMIT')
                 if self.client.statusmessage != 'COMMIT':       # but ROLLBACK, without an error
                     raise StorageError('a statement failed, so the transaction was rolled back')
@@ -3230,7 +3253,7 @@ class _Connection:
 
     def send(self, *statements):
         """The rows of the last of these statements, each text, or text and parameters."""
-        statements, self.later = [*self.later, *statements], []
+        statements, self.later, self.used = [*self.later, *statements], [], True
         try:
             self.client.execute(';'.join(each if isinstance(each, str) else
                                          self.client.mogrify(*each) for each in statements))
@@ -3250,7 +3273,7 @@ class _Connection:
         state, text = error.sqlstate or '', ' '.join(str(error).split())
         if state.startswith(('57P', '08')):         # the server, or the line, has hung up
             self.close()
-        if self.closed and statement == 'COMMIT':
+        if self.closed and (statement == 'COMMIT' or self.alone and not READS.match(statement[0])):
             return StorageError(f'the change may have been made, or not: {text}')
         if self.closed or state in ('40001', '40P01'):      # serialization failure, deadlock
             return BusyError(f'the database did not do it: {text}')
@@ -3292,9 +3315,9 @@ class _Schema:
 
     def execute(self, statement, parameters=()):
         reads = READS.match(statement)
-        if Database.current is None:
+        if Database.current is None:        # one message, and so a transaction without a BEGIN
             write = _Write(self._database, functools.partial(self.execute, statement, parameters))
-            self._server.transact(write, '' if reads else BEGIN)
+            self._server.transact(write, begin='')
             return write.value
         connection = Database.current.connection
         if statement in PREPARATIONS:
@@ -3305,9 +3328,12 @@ class _Schema:
         return rows
 
     def executemany(self, statement, rows):
-        rows = iter(rows)
+        rows, connection = iter(rows), Database.current.connection
         while some := [(translated(statement), row) for row in itertools.islice(rows, COPIED_ROWS)]:
-            Database.current.connection.send(self._use, *some)
+            if len(connection.later) > COPIED_ROWS:
+                connection.send()
+            connection.later += [self._use, *some]
+            connection.used = True
             self.total_changes += len(some)
 
     def open(self, path=None):
