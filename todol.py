@@ -2811,12 +2811,11 @@ class Cable:
         self._loop.stop()
         self.__init__(self._db)
 
-    def begin_anew(self, reloads=False):
-        """Let no position be valid any more: who comes with one is told to look again. reloads: to
-        load the page as a whole."""
-        self.reloads = reloads
+    def begin_anew(self):
+        """Let no position be valid any more: who has one is told to look again."""
         self._db.execute('UPDATE epochs SET epoch = ?', (secrets.token_hex(4),))
-        self.epoch, self._last = self._db.transact(self._begin)
+        processes.ring(b'c')
+        self._bell.set()
 
     def broadcast(self, stream, message):
         """Append a message to the log, and have it delivered. Gives its id when it is in the log.
@@ -6075,7 +6074,7 @@ tbody:not(:has(tr))::before { content: 'None.'; }
 #
 # With WEB_CONCURRENCY a parent binds the port and opens no file. Its children are this program
 # again, and find each other as any processes on one directory do. Who has died is replaced; at
-# SIGHUP each in turn is, by what the file of the program has become.
+# SIGHUP each in turn is, by what the file of the program has become; with --reload at once.
 
 READY_SECONDS = 60          # a child that takes longer does not replace another
 CHILD_STOP_SECONDS = 9      # then it is killed: longer than its longest stop, shorter than Docker's
@@ -6241,14 +6240,17 @@ class Parent:
         self._hung_up = gevent.event.Event()
         self._children = [Child(listener) for _ in range(settings.web_concurrency)]
         self._status = 0
+        self._changed_at = _program_changed_at()
 
-    def run(self):
-        """Gives the exit status; it is 1 if one of the first children does not get ready."""
+    def run(self, reload):
+        """Gives the exit status; it is 1 if one of the first children does not get ready. reload:
+        replace them when the file of the program has changed."""
         gevent.signal_handler(signal.SIGHUP, self._hung_up.set)
         gevent.spawn(self._begin)
         work = [Loop('replacing', self._replace)]
         work += [Loop(f'child {index}', functools.partial(self._keep, index))
                  for index in range(len(self._children))]
+        work += [Loop('watching', self._watch)] if reload else []
         self._stopping.wait()
         log.info('stopping')
         for loop in work:
@@ -6291,10 +6293,23 @@ class Parent:
             log.info('child %s takes the place of %s', new.pid, old.pid)
             old.stop()
 
+    def _watch(self):
+        gevent.sleep(RELOAD_SECONDS)
+        changed_at = _program_changed_at()
+        if changed_at not in (self._changed_at, None):
+            self._changed_at = changed_at
+            self._hung_up.set()
+
+
+def _program_changed_at():
+    """None while an editor puts a new file in its place."""
+    with contextlib.suppress(OSError):
+        return [os.stat(path).st_mtime_ns for path in (__file__, sys.argv[0])]
+
 
 def serve(reload=False):
-    """Run until SIGTERM or SIGINT. Gives the exit status. reload: start anew when the program's
-    file has changed, and have open tabs load their page again; it is one process then."""
+    """Run until SIGTERM or SIGINT. Gives the exit status. reload: when the file of the program has
+    changed, that is served, and open tabs load their page again."""
     started_at = time.monotonic()
     stopping = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -6303,14 +6318,12 @@ def serve(reload=False):
     listener, has_parent = inherit(os.environ)
     if has_parent:
         gevent.spawn(end_with_parent)
-    elif settings.web_concurrency > 1 and not reload:
-        return Parent(listener or listen(), stopping).run()
+    elif settings.web_concurrency > 1 or reload:
+        return Parent(listener or listen(), stopping).run(reload)
     with open_services(run_jobs=True):
         server = Server(listener or listen())
         stalls.open()
-        if reload:
-            cable.begin_anew(reloads=True)
-            reloading = gevent.spawn(_watch_program, stopping)
+        cable.reloads = reload
         server.start()
         if has_parent:
             os.write(PARENT_FD, b'!')           # ready
@@ -6319,13 +6332,12 @@ def serve(reload=False):
         stopping.wait()
         log.info('stopping')
         server.drain()
+        if reload:
+            cable.begin_anew()      # now that nobody can get the page from here
         if settings.litestream:
             gevent.sleep(max(0, started_at + LITESTREAM_SECONDS - time.monotonic()))
     signal.setitimer(signal.ITIMER_REAL, 0)         # of StallWatch: it would outlive its handler
     log.info('stopped')
-    if reload and reloading.value:
-        os.environ['PORT'] = str(server.server_port)
-        os.execv(sys.executable, sys.orig_argv)
     return 0
 
 
@@ -6341,25 +6353,6 @@ def end_with_parent():
     more now, and would not see what is acknowledged later."""
     gevent.socket.wait_read(PARENT_FD)
     os._exit(1)
-
-
-def _watch_program(stopping):
-    """Set the event, and give True, when the program's file has changed and can be loaded."""
-    def changed_at():
-        with contextlib.suppress(OSError):      # while an editor puts a new one in its place
-            return [os.stat(path).st_mtime_ns for path in (__file__, sys.argv[0])]
-
-    known = changed_at()
-    while True:
-        gevent.sleep(RELOAD_SECONDS)
-        if changed_at() not in (known, None):
-            known = changed_at()
-            tried = in_thread(subprocess.run, [sys.executable, sys.argv[0], '--version'],
-                              capture_output=True, text=True)
-            if tried.returncode == 0:
-                stopping.set()
-                return True
-            log.error('the changed file can not be loaded: %s', tried.stderr.strip())
 
 
 # === Backups: copies, restores, checks, for those without Litestream =====================
