@@ -6704,6 +6704,7 @@ def _unpack(path, kind, directory):
 
 
 # === Command line ========================================================================
+# The function of a command gives the lines to print, or the exit status.
 
 BORDER = re.compile('^# === The app', re.MULTILINE)
 
@@ -6729,16 +6730,14 @@ def command_new(path):
             target.write('"""'.join((head, docstring, code)) + SMALL_APP)
     except OSError as error:
         raise SettingError(f'{path} can not be written: {error.strerror}') from None
-    print(f'{path} is your app: everything below "The app" is yours to change.\n'
-          f'Run: {os.path.basename(sys.executable)} {path}')
-    return 0
+    yield f'{path} is your app: everything below "The app" is yours to change.'
+    yield f'Run: {os.path.basename(sys.executable)} {path}'
 
 
 def command_migrate():
     with open_stack():
         for database in databases.values():
-            print(f'{database.path}: {len(database.migrations)} migrations')
-    return 0
+            yield f'{database.path}: {len(database.migrations)} migrations'
 
 
 def command_settings():
@@ -6751,35 +6750,26 @@ def command_settings():
             value = 'on' if value else 'off'
         elif isinstance(value, list):
             value = ','.join(value)
-        print(f'{setting.variable:24} {value!s:12} {"environment" if given else "default":12} '
-              f'{setting.meaning}')
-    return 0
-
-
-def command_secret():
-    print(new_secret())
-    return 0
+        yield (f'{setting.variable:24} {value!s:12} {"environment" if given else "default":12} '
+               f'{setting.meaning}')
 
 
 def command_backup(path):
     load_settings(os.environ)
     backup(path)
-    print(f'{path}: a backup of {settings.data}')
-    return 0
+    yield f'{path}: a backup of {settings.data}'
 
 
 def command_restore(path, force=False):
     load_settings(os.environ)
     restore(path, force)
-    print(f'{path} is restored to {settings.data}')
-    return 0
+    yield f'{path} is restored to {settings.data}'
 
 
 def command_copy_to(target):
     load_settings(os.environ)
     for table, rows in copy_to(target).items():
-        print(f'{table}: {rows}')
-    return 0
+        yield f'{table}: {rows}'
 
 
 def command_check():
@@ -6808,16 +6798,15 @@ def command_jobs(act='', id='', **options):
         if not act:
             for job in map(without_secrets, jobs.list(1000, **which)):
                 last = (job.error or '').rstrip().rpartition('\n')[2]
-                print(to_json(job._asdict()) if 'json' in options else
-                      f'{job.id} {job.name} {job.state} {job.queue} {job.attempts} {last}'.rstrip())
-            return 0
+                yield (to_json(job._asdict()) if 'json' in options else
+                       f'{job.id} {job.name} {job.state} {job.queue} {job.attempts} {last}'.rstrip())
+            return
         if act not in CHANGE_JOBS:
             raise JobError(f'jobs takes {", ".join(CHANGE_JOBS)} and an id or all, not {act!r}')
         done = jobs.change(act, **which)
         if not done and id != 'all':
             raise JobError(f'there is no job {id!r} to {act}')
-        print(f'{act}: {done} jobs')
-    return 0
+        yield f'{act}: {done} jobs'
 
 
 def command_stats(json=False):
@@ -6825,21 +6814,17 @@ def command_stats(json=False):
     with open_existing():
         nodes = recorder.nodes()
         del nodes[processes.name]
-        samples = (line.rpartition(' ') for line in exposition(nodes)
-                   if not re.match('#|[^{]*_bucket{', line))
-        stats = {name: float(number) for name, _, number in samples}
-        print(to_json(stats) if json else
-              '\n'.join(f'{name} {number:g}' for name, number in sorted(stats.items())))
-    return 0
+        lines = sorted(line for line in exposition(nodes) if not re.match('#|[^{]*_bucket{', line))
+        samples = (line.rpartition(' ') for line in lines)
+        yield from [to_json({name: float(number) for name, _, number in samples})] if json else lines
 
 
 def command_errors():
     """What nobody expected, the last first, with the last traceback of each."""
     with open_existing():
         for place, at, error in recorder.errors():
-            print(f'{place}: {error["count"]} times, last {_at(at)} UTC, request '
-                  f'{error["request"] or "unknown"}\n{error["traceback"]}')
-    return 0
+            yield (f'{place}: {error["count"]} times, last {_at(at)} UTC, request '
+                   f'{error["request"] or "unknown"}\n{error["traceback"]}')
 
 
 def command_console():
@@ -6857,6 +6842,18 @@ def command_console():
     return 0
 
 
+def usage():
+    """The lines of --help."""
+    yield from (f'{APP} {__version__}', '', f'usage: python {APP}.py [command]', '')
+    for name, (_, synopsis, meaning) in COMMANDS.items():
+        form = f'{name} {synopsis}'
+        if len(form) > 24:
+            yield f'  {form}'
+            form = ''
+        yield f'  {form:24} {meaning}'
+    yield f'\nSettings are environment variables: `python {APP}.py settings` lists them.'
+
+
 COMMANDS = {        # name: (function, its arguments, what it does)
     'serve': (serve, '[--reload]', 'serve the app (also without a command); anew when the file '
               'changes'),
@@ -6872,21 +6869,10 @@ COMMANDS = {        # name: (function, its arguments, what it does)
     'errors': (command_errors, '', 'what nobody expected, with tracebacks'),
     'console': (command_console, '', 'a prompt with the services, beside a running server'),
     'settings': (command_settings, '', 'show every setting: value, where from, meaning'),
-    'secret': (command_secret, '', f'print a new value for {PREFIX}SECRET'),
+    'secret': (lambda: [new_secret()], '', f'print a new value for {PREFIX}SECRET'),
+    '--help': (usage, '', 'show this'),
+    '--version': (lambda: [f'{APP} {__version__}'], '', 'show the version'),
 }
-
-
-def usage():
-    lines = [f'{APP} {__version__}', '', f'usage: python {APP}.py [command]', '']
-    for name, (_, synopsis, meaning) in COMMANDS.items():
-        form = f'{name} {synopsis}'
-        if len(form) > 24:
-            lines.append(f'  {form}')
-            form = ''
-        lines.append(f'  {form:24} {meaning}')
-    lines += [f'  {"--help":24} show this', f'  {"--version":24} show the version', '',
-              f'Settings are environment variables: `python {APP}.py settings` lists them.']
-    return '\n'.join(lines)
 
 
 def _parsed(synopsis, given):
@@ -6908,21 +6894,21 @@ def main(arguments=None):
     """Run a command; gives the exit status: 0, 1 after an error, 2 for a wrong command."""
     name, *given = (sys.argv[1:] if arguments is None else arguments) or ['serve']
     sys.stdout.reconfigure(errors='backslashreplace')   # a terminal may know less than a path has
-    if name in ('--help', '-h', 'help'):
-        print(usage())
-        return 0
-    if name in ('--version', '-V'):
-        print(f'{APP} {__version__}')
-        return 0
+    name = {'help': '--help', '-h': '--help', '-V': '--version'}.get(name, name)
     function, synopsis, _ = COMMANDS.get(name, (None, '', ''))
     values, options = _parsed(synopsis, given)
     if function is None or values is None:
-        print(f'Error: there is no command {" ".join([name, *given])!r}\n\n{usage()}',
+        print(f'Error: there is no command {" ".join([name, *given])!r}', '', *usage(), sep='\n',
               file=sys.stderr)
         return 2
     try:
         start_logging(os.environ.get(f'{PREFIX}LOG', '').lower())
-        return function(*values, **options)
+        result = function(*values, **options)
+        if isinstance(result, int):
+            return result
+        for line in result:
+            print(line)
+        return 0
     except AppError as error:
         print(f'Error: {error}', file=sys.stderr)
         return 1
