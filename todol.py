@@ -300,7 +300,6 @@ BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 
 BUCKETS = (*map(str, BOUNDS), '+Inf')
 SLOW_SECONDS = 0.005        # what took less is not among the slowest
 SLOWEST = 30                # are kept, for an hour
-MAX_SERIES = 20_000         # numbers by name and labels; what comes later is not counted
 MAX_PLACES = 100            # where errors came from
 MAX_TRACEBACK_CHARS = 8000
 LIBRARIES = re.compile('(site|dist)-packages|/lib/python3')     # files whose lines are not ours
@@ -364,18 +363,14 @@ class Metrics:
         self.bell = gevent.event.Event()        # set when somebody wants to see all this
 
     def count(self, *key, by=1):
-        """Add to a counter. key: its name and labels."""
-        key = '\t'.join(key)
-        if key in self.counts or len(self.counts) < MAX_SERIES:
-            self.counts[key] += by
+        """Add to a counter. key: its name and labels, of which there must not be many."""
+        self.counts['\t'.join(key)] += by
 
     def time(self, seconds, *key):
         """Add a duration to a histogram."""
         key = '\t'.join(key)
-        bucket = f'{key}\t{BUCKETS[bisect.bisect_left(BOUNDS, seconds)]}'
-        if bucket in self.counts or len(self.counts) < MAX_SERIES:
-            self.counts[bucket] += 1
-            self.counts[f'{key}\tsum'] += seconds
+        self.counts[f'{key}\t{BUCKETS[bisect.bisect_left(BOUNDS, seconds)]}'] += 1
+        self.counts[f'{key}\tsum'] += seconds
 
     def slow(self, what, seconds):
         """Note what took longer than SLOW_SECONDS, if it is among the slowest."""
@@ -3496,7 +3491,7 @@ app.uninstall(bottle.JSONPlugin)
 app.install(bottle.JSONPlugin(to_json))     # of returned dicts; bottle's own would send NaN
 
 TURBO_STREAM = 'text/vnd.turbo-stream.html'
-UNMEASURED = {'/up'}                # routes that machines ask: an idle app stays idle
+NO_ROUTE = bottle.Route(app, 'none', '-', None)     # of a request that nobody answers
 COMPRESS_BYTES = 1000               # a smaller answer fits a packet as it is
 COMPRESSIBLE = re.compile(r'text/|application/(json|javascript|manifest\+json)|image/svg')
 MAX_FIELDS = 20_000                 # of a form
@@ -3772,7 +3767,7 @@ def asset(digest, name):
     return _asset_bytes(name)
 
 
-@app.get('/up')
+@app.get('/up', unmeasured=True)        # what machines ask: an idle app stays idle
 def up():
     """Health: 200 if the databases answer and every loop lives, else 503 and what is wrong."""
     wrong = [f'loop {name}' for name, loop in loops.items() if not loop.alive]
@@ -3822,7 +3817,6 @@ def answer_errors(function):
             body = function(*arguments, **options)
         except AppError as error:
             if error.status >= 500:
-                metrics.failed('request', _route_name(), error, _private_of(bottle.request.environ))
                 log.error('request failed path=%s error=%s', bottle.request.path, error)
             later = {'Retry_After': '1'} if error.status == 503 else {}
             return bottle.HTTPError(error.status, str(error), error, **later)
@@ -3840,9 +3834,12 @@ def error_answer(error):
     """The answer to an HTTPError: an AppError, abort(), bottle's own, or what nobody expected."""
     expected = error.exception if isinstance(error.exception, AppError) else AppError
     message, details = str(error.body or ''), ''
+    if error.exception and error.status_code >= 500:
+        environ = bottle.request.environ
+        route = environ.get('bottle.route', NO_ROUTE)
+        metrics.failed('request', f'{route.method} {route.rule}', error.exception,
+                       _private_of(environ))
     if error.exception and expected is AppError:
-        metrics.failed('request', _route_name(), error.exception,
-                       _private_of(bottle.request.environ))
         message = 'Something went wrong here. It is in the log.'
         details = error.traceback if settings.env == 'development' else ''
     elif not message or message.startswith(BOTTLES_TEXTS):
@@ -3861,11 +3858,6 @@ def error_answer(error):
 
 
 app.default_error_handler = error_answer
-
-
-def _route_name():
-    route = bottle.request.environ.get('bottle.route')
-    return f'{route.method} {route.rule}' if route else 'no route'
 
 
 def _private_of(environ):
@@ -3925,9 +3917,9 @@ def _request_id(environ):
 
 
 def _measure(environ, status, seconds):
-    route = environ.get('bottle.route')
-    method, rule = (route.method, route.rule) if route else ('-', 'none')
-    if rule not in UNMEASURED:
+    route = environ.get('bottle.route', NO_ROUTE)
+    method, rule = route.method, route.rule
+    if 'unmeasured' not in route.config:
         metrics.time(seconds, 'http_request_duration_seconds', method, rule, f'{status[0]}xx')
         if seconds > SLOW_SECONDS:
             metrics.slow(f'{method} {rule}', seconds)
@@ -3937,7 +3929,7 @@ def _measure(environ, status, seconds):
     if settings.access_log:
         # Of a route its rule: a path may hold what is nobody's business.
         log.info('%s %s %s %s %.1f ms', client_address(environ), environ['REQUEST_METHOD'],
-                 rule if route else environ['PATH_INFO'], status[:3], seconds * 1000)
+                 environ['PATH_INFO'] if route is NO_ROUTE else rule, status[:3], seconds * 1000)
 
 
 def session_of(environ):
@@ -5485,7 +5477,6 @@ STACK_STREAM = shared_stream('stack')
 LOOK_SECONDS = 2.0          # between two refreshes of open pages, until LOOKING_SECONDS after the
 LOOKING_SECONDS = 600       # last look at one; from then on a minute
 
-UNMEASURED.update(['/stack', '/stack/<act>', '/metrics'])       # or to look would be to change
 cache_db.migrations += [
     ('006 create notes', '''
         CREATE TABLE notes (
@@ -5695,7 +5686,7 @@ def _is_at_the_machine(environ):
             and host in LOOPBACK and environ.get('REMOTE_ADDR') in LOOPBACK)
 
 
-@app.get('/metrics')
+@app.get('/metrics', unmeasured=True)       # or to look would be to change
 def show_metrics():
     """For Prometheus, under the password or a bearer token of its own."""
     admit(settings.metrics_token)
@@ -5799,7 +5790,7 @@ class Row(typing.NamedTuple):
     text: str = ''      # shown when asked for
 
 
-@app.get('/stack')
+@app.get('/stack', unmeasured=True)
 def show_stack():
     """The page. Parameters: state, name and queue of the jobs to list; chart=day."""
     admit()
@@ -5816,7 +5807,7 @@ def show_stack():
         panels=[*_lists(query, nodes), *_panels(nodes, hour)])
 
 
-@app.post('/stack/<act>')
+@app.post('/stack/<act>', unmeasured=True)
 def act_on_stack(act):
     """Do one of ACTS, to what the form names, or to all jobs that the page shows."""
     admit()
