@@ -5061,6 +5061,24 @@ def test_who_is_killed_in_a_query_ends_at_once_and_nothing_is_done(served, swall
 
 
 @on_postgres
+def test_of_a_lone_write_whose_connection_is_lost_nobody_knows_and_a_lone_read_is_run_again(served):
+    table_of_notes()
+
+    def cut(statement):
+        running = gevent.spawn(todol.app_db.execute, statement)
+        eventually(lambda: served.execute('''
+            SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+            WHERE query LIKE '%pg_sleep(1)%' AND state = 'active' AND pid <> pg_backend_pid()'''))
+        return running.get()
+
+    with pytest.raises(todol.StorageError, match='may have been made, or not'):
+        cut("INSERT INTO todol_test.notes SELECT 'late' FROM (SELECT pg_sleep(1)) AS nap")
+    assert cut('SELECT 7 FROM (SELECT pg_sleep(1)) AS nap') == [(7,)] and notes_of(served) == []
+    todol.app_db.execute("INSERT INTO todol_test.notes (note) VALUES ('fine')")
+    assert notes_of(served) == ['fine']
+
+
+@on_postgres
 def test_a_transaction_whose_connection_is_lost_is_run_again_and_one_whose_server_restarts_waits(served):
     table_of_notes()
     calls = []

@@ -45,7 +45,6 @@ import os
 import random
 import re
 import secrets
-import select
 import shutil
 import signal
 import socket
@@ -60,7 +59,6 @@ import traceback
 import types
 import typing
 import urllib.parse
-import weakref
 import zipfile
 import zlib
 import zoneinfo
@@ -617,8 +615,9 @@ class Database:
           changes nothing but the database.
         * After a statement that fails nothing more is done, unless that stood in a transact() of
           its own, inside.
-        * A connection that is lost in the commit raises StorageError, and the change may have been
-          made: what a client repeats has an idempotency key.
+        * A connection that is lost in the commit, or in a write outside of a transaction, raises
+          StorageError, and the change may have been made: what a client repeats has an idempotency
+          key.
 
         SQL is written for SQLite, and translated: ?, :name, now_s(), INTEGER, REAL, BLOB, triggers
         with AFTER … FOR EACH ROW WHEN (…), CAST(value AS INTEGER) FROM json_each(:ids). What only
@@ -2314,8 +2313,8 @@ class Jobs:
         """Take what is due in a queue, for the workers that are left beside those claims."""
         taken = []
         while free := self._free(queue, claims + taken):
-            rows = self._db.execute(CLAIM_JOBS, {'queue': queue, 'limit': free, 'worker': processes.name,
-                                                 'lease': LEASE_SECONDS})
+            rows = self._db.execute(CLAIM_JOBS, {
+                'queue': queue, 'limit': free, 'worker': processes.name, 'lease': LEASE_SECONDS})
             taken += [Claim(*row) for row in sorted(rows)]
             if len(rows) < free or len(claims) + len(taken) >= CLAIM_ROWS:
                 break
@@ -3045,8 +3044,8 @@ class PostgreSQL:
                                f'{sys.executable} -m pip install "psycopg[binary]"') from None
         self._class = type('Connection', (_Connection, psycopg.Connection), {'driver': psycopg})
         self._pool = gevent.queue.LifoQueue(items=[NO_CONNECTION] * settings.database_pool)
-        self._connections, self._closing = weakref.WeakSet(), False
         self._away_since, self._next_try_at = math.inf, 0       # monotonic; inf: it is not away
+        self._closing = False
         self.name, self.channel = f'{os.getpid()}-{secrets.token_hex(8)}', f'{APP}_{settings.env}'
         self._rung, self._ringing = set(), gevent.event.Event()
         self._listener, self.bell_seconds = NO_CONNECTION, None     # that our last bell took
@@ -3071,9 +3070,8 @@ class PostgreSQL:
             if self._rung:
                 self._send_bells()
         self._closing = True
-        for connection in tuple(self._connections):
-            if not connection.pgconn.transaction_status:    # 0: nobody waits for it
-                connection.close()
+        for connection in (self._listener, *self._pool.queue):
+            connection.close()
         for bound, state in self._bound:
             vars(bound).clear()
             vars(bound).update(state)
@@ -3094,15 +3092,14 @@ class PostgreSQL:
 
     def transact(self, write, begin=BEGIN):
         """Call the function of a _Write in a transaction; again, for BUSY_SECONDS, after what may
-        pass. begin: '' if it only reads. Raises StorageError."""
+        pass. begin: '' if it is one statement. Raises StorageError."""
         with gevent.Timeout(BUSY_SECONDS, BusyError('no connection to the database was free')):
             connection = self._pool.get()
         began = time.monotonic()
         try:
             while not write.done:
                 try:
-                    if (connection.closed or time.monotonic() > connection.ends_at
-                            or connection.hung_up()):
+                    if connection.closed or time.monotonic() > connection.ends_at:
                         connection.close()
                         connection = self._connect(settings.database_url)
                     connection.transact(write, begin)
@@ -3111,38 +3108,32 @@ class PostgreSQL:
                         raise
                     gevent.sleep(random.uniform(0.01, 0.1))
         finally:
-            if self._closing:
-                connection.close()
-            elif connection.closed:
+            if connection.closed:
                 for other in self._pool.queue:      # it may be as dead
                     other.close()
             self._pool.put(connection)
 
     def _connect(self, url):
         """A new connection, made in a thread, since names and TLS block. When the server has been
-        away for long, one tries now and then, and the others fail at once. Raises StorageError."""
+        away for long, one tries now and then, and the others fail at once. Raises BusyError."""
         at = time.monotonic()
-        if self._closing:
-            raise StorageError('the stack is closed')
-        if at < self._next_try_at:
+        if self._closing or at < self._next_try_at:
             raise BusyError('the database is not reachable')
         if at > self._away_since + BUSY_SECONDS:
             self._next_try_at = at + 1
         try:
-            connection = in_thread(self._make, url)
+            return in_thread(self._make, url)
         except self._class.driver.Error as error:
             self._away_since = min(self._away_since, at)
             raise BusyError(f'the database is not reachable: {error}') from None
-        self._away_since, self._next_try_at = math.inf, 0
-        connection.ends_at = at + CONNECTION_SECONDS * random.uniform(0.8, 1)
-        return connection
 
     def _make(self, url):
         connection = self._class.connect(url, autocommit=True, client_encoding='utf8',
                                          connect_timeout=BUSY_SECONDS,
                                          application_name=f'{self.channel} {self.name}')
-        self._connections.add(connection)
-        if self._closing:           # meanwhile: nobody waits for it any more
+        self._away_since, self._next_try_at = math.inf, 0
+        connection.ends_at = time.monotonic() + CONNECTION_SECONDS * random.uniform(0.8, 1)
+        if self._closing:           # nobody waits for it any more
             connection.close()
         return connection
 
@@ -3200,8 +3191,8 @@ class PostgreSQL:
 
 class _Connection:
     """A connection of psycopg, with whose class it is mixed, that waits as gevent does."""
+    begin = BEGIN               # '': one statement, without a transaction around it
     later = ()                  # statements that travel with the next
-    used = alone = False        # something was to be done; it is one message, without a BEGIN
     failed = None               # what the transaction can't go on after, whoever caught it
     seconds = ANSWER_SECONDS    # that an answer may take
 
@@ -3213,15 +3204,9 @@ class _Connection:
         cursor.adapters.register_loader('numeric', self.driver.types.numeric.FloatLoader)
         return cursor
 
-    def hung_up(self):
-        """Whether the server says something though nothing was asked: that it ends."""
-        poll = select.poll()
-        poll.register(self.pgconn.socket, select.POLLIN)
-        return bool(poll.poll(0))
-
     def transact(self, write, begin):
         """Call the function of a _Write in a transaction. BusyError: another run may succeed."""
-        self.later, self.used, self.alone = [begin] if begin else [], False, not begin
+        self.begin, self.later = begin, [begin] if begin else []
         self.failed, self.seconds = None, ANSWER_SECONDS
         write.connection, write.after = self, []
         Database.current, gevent.getcurrent().switch_out = write, _refuse_to_switch
@@ -3229,7 +3214,7 @@ class _Connection:
             write.value = write.call()
             if self.failed:
                 raise self.failed
-            if begin and self.used:
+            if begin and self.later != [begin]:
                 self.send('COMMIT')
                 if self.client.statusmessage != 'COMMIT':       # but ROLLBACK, without an error
                     raise StorageError('a statement failed, so the transaction was rolled back')
@@ -3247,7 +3232,7 @@ class _Connection:
 
     def send(self, *statements):
         """The rows of the last of these statements, each text, or text and parameters."""
-        statements, self.later, self.used = [*self.later, *statements], [], True
+        statements, self.later = [*self.later, *statements], []
         try:
             self.client.execute(';'.join(each if isinstance(each, str) else
                                          self.client.mogrify(*each) for each in statements))
@@ -3267,7 +3252,7 @@ class _Connection:
         state, text = error.sqlstate or '', ' '.join(str(error).split())
         if state.startswith(('57P', '08')):         # the server, or the line, has hung up
             self.close()
-        if self.closed and (statement == 'COMMIT' or self.alone and not READS.match(statement[0])):
+        if self.closed and (statement == 'COMMIT' or not (self.begin or READS.match(statement[0]))):
             return StorageError(f'the change may have been made, or not: {text}')
         if self.closed or state in ('40001', '40P01'):      # serialization failure, deadlock
             return BusyError(f'the database did not do it: {text}')
@@ -3322,13 +3307,11 @@ class _Schema:
         return rows
 
     def executemany(self, statement, rows):
-        rows, connection = iter(rows), Database.current.connection
-        while some := [(translated(statement), row) for row in itertools.islice(rows, COPIED_ROWS)]:
-            if len(connection.later) > COPIED_ROWS:
-                connection.send()
-            connection.later += [self._use, *some]
-            connection.used = True
-            self.total_changes += len(some)
+        connection, rows = Database.current.connection, list(rows)
+        if len(connection.later) > COPIED_ROWS:
+            connection.send()
+        connection.later += [self._use, *((translated(statement), row) for row in rows)]
+        self.total_changes += len(rows)
 
     def open(self, path=None):
         if self._database._pending():
