@@ -10163,6 +10163,10 @@ def test_the_page_has_the_markup_of_the_todomvc_template(listed):
         ('All', '/'), ('Active', '/active'), ('Completed', '/completed')]
 
 
+def test_a_page_is_ascii_but_for_its_titles_so_that_it_is_encoded_in_no_time(listed):
+    assert all(listed.get(path).body.isascii() for path in todol.PATHS.values())
+
+
 def test_a_filter_is_done_on_the_server(listed):
     todos = [{'id': id, 'title': title, 'completed': title == 'second'}
              for id, title in zip(listed.ids, ('first', 'second'), strict=True)]

@@ -3411,13 +3411,18 @@ def find_session(cookies, secure):
     """verify_session() of the first good cookie of a Cookie header, and whether it has the name
     that it should have. secure: the request came by https, where a __Host- cookie comes first: no
     other host can have set it. The name without digits is that of version 1."""
-    given = [cookie.strip().partition('=')[::2] for cookie in cookies.split(';')]
+    given = cookies_of(cookies)
     for name in [f'__Host-{keys.cookie}'] * secure + [keys.cookie, f'{APP}_session']:
         for given_name, value in given:
             session = verify_session(value) if given_name == name else None
             if session:
                 return session, name == cookie_name(secure)
     return None, False
+
+
+def cookies_of(header):
+    """The names and values in a Cookie header, in its order."""
+    return [cookie.strip().partition('=')[::2] for cookie in header.split(';')]
 
 
 def cookie_name(secure):
@@ -7605,7 +7610,8 @@ def join_list(token, user, bring):
 # === Templates ===========================================================================
 # The element names, class names and texts are those of the TodoMVC app template, so that anyone's
 # tests and styles for it fit: the text of a row is its title alone, its class is always there and
-# holds nothing but completed and editing, the field for a new todo has no id.
+# holds nothing but completed and editing, the field for a new todo has no id. What is not ASCII is
+# written as a reference, for one such character makes a page ten times as long to encode.
 
 PATHS = {'all': '/', 'active': '/active', 'completed': '/completed'}        # of the filters
 DESCRIPTION = 'A todo list that is live, works offline, and forgets nothing.'
@@ -7618,7 +7624,7 @@ TEMPLATES.update({
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
-<title>{{title}}</title>
+<title>{{!title}}</title>
 % if live:
 <meta name="owner" content="{{owner}}">
 % end
@@ -7787,7 +7793,7 @@ targets="[data-showing~={{state}}] > #todo_{{id}}"><template>{{!row}}</template>
 data-version="{{version}}"></turbo-stream>
 ''',
     'devices': '''\
-% rebase('layout', title='Devices · todol', live=False)
+% rebase('layout', title='Devices &middot; todol', live=False)
 <main><section class="todoapp message devices">
 <h1>Your devices</h1>
 % if link:
@@ -7810,7 +7816,7 @@ after one of these:</p>
 </section></main>
 ''',
     'join': '''\
-% rebase('layout', title='Open a list · todol', live=False)
+% rebase('layout', title='Open a list &middot; todol', live=False)
 <main><section class="todoapp message join">
 <h1>Open a list</h1>
 <form action="/join" method="post">
@@ -7841,7 +7847,7 @@ leave them: then only a device that also has them open shows them again.</p>
 </section></main>
 ''',
     'error': '''\
-% rebase('layout', title=f'{status} · todol', live=False)
+% rebase('layout', title=f'{status} &middot; todol', live=False)
 <main><section class="todoapp message">
 <h1>{{status}}</h1>
 <p>{{message}}</p>
@@ -7855,7 +7861,7 @@ leave them: then only a device that also has them open shows them again.</p>
 Template.defaults.update(colors=THEME_COLORS, description=DESCRIPTION)
 
 
-BLANK_TODO = Todo(0, '\u2026', False, 0)     # of which the script makes a row before the answer
+BLANK_TODO = Todo(0, '...', False, 0)        # of which the script makes a row before the answer
 
 
 def render_page(user, showing, todos, totals, editing=None, text='', error='', undo=''):
@@ -7877,13 +7883,15 @@ def render_page(user, showing, todos, totals, editing=None, text='', error='', u
                   count=render_count(totals), toggle_all=render_toggle_all(totals),
                   filters=render_filters(showing), blank=render_todo(BLANK_TODO),
                   first=is_new_session())
-    before, between, after = layout(f'{totals.active} left · todol' if totals.active else 'todol')
+    title = f'{totals.active} left &middot; todol' if totals.active else 'todol'
+    before, between, after = layout(title)
     return f'{before}{user}{between}{body}{after}'
 
 
 @functools.lru_cache(256)
 def layout(title):
-    """What stands before, between and after the owner's id and the body of a live page."""
+    """What stands before, between and after the owner's id and the body of a live page. title: as
+    HTML."""
     return render('layout', title=title, owner='\0', live=True, base='\0').split('\0')
 
 
@@ -8197,7 +8205,8 @@ def render_join(user, token):
 def offered_undo(user):
     """The key of the change that this browser has made without script a moment ago, and what it
     was, if it can be undone; else ''."""
-    key = bottle.request.get_cookie(UNDO_COOKIE, '')
+    cookies = dict(cookies_of(bottle.request.environ.get('HTTP_COOKIE', '')))
+    key = cookies.get(UNDO_COOKIE, '')
     said = what_was_done(user, key) if CHANGE_KEY.fullmatch(key) else None
     return (key, said) if said else ''
 
