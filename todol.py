@@ -2762,8 +2762,10 @@ TRIM_MESSAGES = '''
 APPEND_MESSAGE = '''
     INSERT INTO messages (id, stream, payload, created_at)
     SELECT coalesce(max(id), 0) + 1, ?, ?, now_s() FROM messages'''
+# The LIMIT of one says what no statistics say: else PostgreSQL plans for thousands of rows.
 NEXT_MESSAGES = '''
-    SELECT epoch, id, stream, payload, created_at FROM epochs LEFT JOIN messages ON id > ?
+    SELECT epoch, id, stream, payload, created_at
+    FROM (SELECT epoch FROM epochs LIMIT 1) AS log LEFT JOIN messages ON id > ?
     ORDER BY id LIMIT ?'''
 
 
