@@ -192,10 +192,11 @@ def open_database(tmp_path, server_of_databases):
     with contextlib.ExitStack() as opened:
         def open_(name, path=None):
             known = todol.databases[name]
-            database = todol.Database(name, known.migrations, known.disposable, known.copied, declared=False)
+            database = todol.Database(name, known.migrations, known.disposable, known.copied,
+                                      str(path or tmp_path / f'{name}.sqlite3'))
             if server_of_databases:
                 server_of_databases.bind(database)
-            database.open(str(path or tmp_path / f'{name}.sqlite3'))
+            database.open()
             opened.callback(database.close)
             return database
         yield open_
@@ -1683,8 +1684,8 @@ RELEASED = {
 
 def older_file(role, seen, path):
     """A file that has the first steps, in the order of their numbers, as version 1 went; the caller closes it."""
-    database = todol.Database(role, sorted(todol.databases[role].migrations)[:seen], declared=False)
-    database.open(str(path))
+    database = todol.Database(role, sorted(todol.databases[role].migrations)[:seen], path=str(path))
+    database.open()
     return database
 
 
@@ -2046,8 +2047,8 @@ def plain_file(*scripts):
 
 def own_file(*scripts, of=None):
     def make(path, role):
-        database = todol.Database(role, todol.databases[of or role].migrations, declared=False)
-        database.open(str(path))
+        database = todol.Database(role, todol.databases[of or role].migrations, path=str(path))
+        database.open()
         for statement in scripts:
             database.execute(statement)
         database.close()
@@ -2100,7 +2101,7 @@ def check_set_aside(database, before):
     """A new file is there, and the damaged one beside it."""
     assert steps(database) and contents(pathlib.Path(f'{database.path}.damaged')) == before
     database.close()
-    database.open(database.path)
+    database.open()
     assert steps(database)
 
 
@@ -2144,8 +2145,8 @@ def test_every_file_is_synced_and_in_wal_mode_and_checkpoints_are_left_to_litest
 
 def test_a_file_that_is_open_for_reading_can_not_be_changed_or_made(database, tmp_path):
     keep(database, 'a')
-    reader = todol.Database('app', declared=False)
-    reader.open_read_only(database.path)
+    reader = todol.Database('app', path=database.path)
+    reader.open_read_only()
     assert kept(reader) == ['a']
     for write in (lambda: keep(reader, 'b'), lambda: reader.transact(keep, reader, 'c')):
         with pytest.raises(todol.StorageError, match='read-only'):
@@ -2153,7 +2154,7 @@ def test_a_file_that_is_open_for_reading_can_not_be_changed_or_made(database, tm
     reader.close()
     for path, said in ((tmp_path / 'nowhere', 'does not exist'), (tmp_path, 'can not be')):
         with pytest.raises(todol.StorageError, match=said):
-            reader.open_read_only(str(path))
+            todol.Database('app', path=str(path)).open_read_only()
     assert kept(database) == ['a'] and not (tmp_path / 'nowhere').exists()
 
 
@@ -2211,7 +2212,8 @@ def reads():
         'lower case': lambda: todol.job_db.execute('\n with a as\n (select 1) select * from a'), 'cache.get': lambda: cache.get('a'),
         'cache.get of the front': lambda: cache.get('front'), 'cache.get_many': lambda: cache.get_many(['a', 'b']),
         'in cache': lambda: 'a' in cache, 'cache.stats': cache.stats, 'jobs.find': lambda: jobs.find('1'),
-        'jobs.failed': jobs.failed, 'jobs.stats': jobs.stats, 'cable.since': lambda: cable.since('s', cable.position()),
+        'jobs.failed': jobs.failed, 'jobs.counts': jobs.counts,
+        'cable.since': lambda: cable.since('s', cable.position()),
         'cable.since_time': lambda: cable.since_time('s', time.time()),
         'cable.subscribe': lambda: cable.subscribe('s', print),
     }
@@ -2256,7 +2258,7 @@ def test_a_write_to_another_database_is_refused_in_a_transaction_and_a_read_is_f
         with pytest.raises(todol.MisuseError, match=f'a transaction of the {other.name} database'):
             other.transact(todol.jobs.enqueue, 'tidy_up')
         assert other.transact(lambda: todol.app_db.execute('SELECT 1')) == [(1,)]
-    assert contents_of(*others) == before and 'bad' not in kept(database) and todol.jobs.stats()['waiting'] == 0
+    assert contents_of(*others) == before and 'bad' not in kept(database) and numbers_of(todol.jobs)['waiting'] == 0
     assert todol.cable.broadcast('s', 1) and todol.cache.incr('n') == 1, 'and outside they are as before'
     assert todol.jobs.find(database.transact(todol.jobs.enqueue, 'tidy_up')).state == 'ready'
 
@@ -2343,7 +2345,7 @@ def test_where_root_may_not_give_a_file_away_it_keeps_it_and_says_so(open_stack,
     def refuse(*arguments):
         raise PermissionError(errno.EPERM, 'Operation not permitted')
     monkeypatch.setattr(todol.os, 'geteuid', lambda: 0)
-    monkeypatch.setattr(todol.os, 'chown', refuse)
+    monkeypatch.setattr(todol.os, 'lchown', refuse)
     open_stack()
     assert todol.create_todo('user', 'x') and 'sqlite3 stays with root: Operation not permitted' in logged.text
 
@@ -3099,7 +3101,7 @@ def test_a_damaged_cache_is_a_miss_and_the_next_start_makes_it_anew(open_cache, 
     fill_cache(cache, cache_clock, some('old', 200))
     cache.close()
     cache._db.close()
-    cache._db.open(str(path))
+    cache._db.open()
     path.write_bytes(path.read_bytes()[:4096].ljust(path.stat().st_size, b'\xff'))
     cache.open()
     assert cache.get('old 7') is None and cache.incr('n') == 1 and cache.add('key', 1) and not cache.touch('key')
@@ -3130,8 +3132,8 @@ def test_no_copy_is_kept_while_a_write_is_under_way_elsewhere(both):
 
 OPEN_CACHE = '''
 import mmap, os, random, signal, sys, time, gevent, todol
-database = todol.Database('cache', todol.cache_db.migrations, disposable=True)
-database.open(sys.argv[1])
+database = todol.Database('cache', todol.cache_db.migrations, disposable=True, path=sys.argv[1])
+database.open()
 cache = todol.Cache(database)
 cache.open()
 '''
@@ -3329,8 +3331,8 @@ def new_jobs(tmp_path, server_of_databases):
     made = []
 
     def new():
-        app = todol.Database('app', todol.app_db.migrations, declared=False)
-        job = todol.Database('job', todol.job_db.migrations, declared=False, part_of=app)
+        app = todol.Database('app', todol.app_db.migrations, path=todol.app_db.path)
+        job = todol.Database('job', todol.job_db.migrations, path=todol.job_db.path, part_of=app)
         for database in (app, job):
             if server_of_databases:
                 server_of_databases.bind(database)
@@ -3406,6 +3408,14 @@ def pass_time(jobs, job_clock, seconds):
     jobs._bell.set()
 
 
+def numbers_of(jobs):
+    """How many jobs wait, run and have failed."""
+    numbers = dict.fromkeys(['waiting', 'running', 'failed'], 0)
+    for (_, state), number in jobs.counts().items():
+        numbers[state if state in numbers else 'waiting'] += number
+    return numbers
+
+
 def settled(jobs, attempt):
     """Wait until the job that failed so often waits for its next time, and give when that is."""
     query = 'SELECT due_at FROM jobs WHERE attempt = ? AND worker IS NULL AND failed_at IS NULL'
@@ -3465,7 +3475,7 @@ def test_a_job_runs_once_with_its_arguments_and_leaves_nothing_behind(running_jo
         assert isinstance(id, str) and re.fullmatch('[0-9a-f]{23}', id)
         all_done(jobs, 2)           # a delayed one wakes the dispatcher by itself
         assert notes[-1] == arguments and jobs.find(id) is None
-    assert jobs.stats() == {'waiting': 0, 'running': 0, 'failed': 0} and len(notes) == 3 * 3 * 4
+    assert numbers_of(jobs) == {'waiting': 0, 'running': 0, 'failed': 0} and len(notes) == 3 * 3 * 4
 
 
 @both_engines
@@ -3484,7 +3494,7 @@ def test_a_task_is_called_as_its_function_is_and_run_later_by_itself_or_by_its_n
     all_done(jobs)
     assert len(ids) == 5 and sorted(notes[2:]) == [(1, 2, 3), (2, 2, 4), (3, 2, 3), (4, 2, 3), (5, 2, 3)]
     bare = jobs.task(need)
-    assert jobs.names() == {'work', 'need'} and bare.queue == 'default' and bare(True, '') is True
+    assert set(jobs.tasks) == {'work', 'need'} and bare.queue == 'default' and bare(True, '') is True
 
 
 @both_engines
@@ -3535,13 +3545,16 @@ def test_an_outbox_row_that_can_not_be_deleted_runs_once_and_one_that_was_rolled
     monkeypatch.setattr(todol, 'RESTART_SECONDS', 0.02)
     failures = []
 
-    def fail(statement, rows):
-        failures.append(rows)
+    def fail(statement, parameters=()):
+        if not statement.startswith('DELETE'):
+            return execute(statement, parameters)
+        failures.append(parameters)
         raise todol.StorageError('the app database is locked')
 
     with pytest.raises(ZeroDivisionError):
         jobs._outbox.transact(lambda: (jobs.enqueue('note', {'n': 1}), 1 / 0))
-    monkeypatch.setattr(jobs._outbox, 'executemany', fail)
+    execute = jobs._outbox.execute
+    monkeypatch.setattr(jobs._outbox, 'execute', fail)
     in_transaction(jobs, 'note')
     eventually(lambda: len(failures) > 3)
     monkeypatch.undo()
@@ -3691,7 +3704,7 @@ def test_the_last_worker_is_kept_for_the_first_queue(jobs):
     jobs.enqueue('hold', queue='urgent')
     eventually(lambda: len(numbers) == 3)
     gevent.sleep(0.02)
-    assert jobs.stats() == {'waiting': 2, 'running': 3, 'failed': 0}
+    assert numbers_of(jobs) == {'waiting': 2, 'running': 3, 'failed': 0}
     goes_on.set()
     all_done(jobs)
 
@@ -3719,7 +3732,7 @@ def test_a_failed_job_is_tried_again_with_growing_pauses_and_then_kept_with_its_
     assert job == jobs.find(id) and len(runs) == 5
     assert job[:6] == (id, 'fail', {'n': 1}, 'default', 'failed', 42) and job.failed_at == job_clock.now
     assert job.error.startswith('Traceback') and 'ZeroDivisionError: run 5' in job.error
-    assert jobs.stats() == {'waiting': 0, 'running': 0, 'failed': 1}
+    assert numbers_of(jobs) == {'waiting': 0, 'running': 0, 'failed': 1}
     assert any('failed for good' in line for line in log_lines)
     jobs.retry(id)
     settled(jobs, 1)
@@ -3802,7 +3815,7 @@ def test_what_can_not_run_is_refused_at_the_call_and_an_ordinary_job_runs_after_
     jobs.task()(named('strict', lambda a, b: None))
     for arguments, options in REFUSED_JOBS:
         assert job_refused(enqueue, jobs, *arguments, **options), (arguments, options)
-    assert jobs.stats()['waiting'] == 0 and not jobs._outbox.execute('SELECT 1 FROM outbox')
+    assert numbers_of(jobs)['waiting'] == 0 and not jobs._outbox.execute('SELECT 1 FROM outbox')
     assert works(jobs, notes) and notes == [{}] and not jobs.failed()
 
 
@@ -3829,7 +3842,7 @@ def test_what_can_not_be_a_task_is_refused_when_it_is_registered_and_leaves_noth
         assert 'arguments of work' in job_refused(decorator(), named('work', lambda user: None)), 'nobody gives them'
     for seconds in (0, 0.5, -60, *NO_SECONDS, None):
         assert job_refused(jobs.every, seconds)
-    assert jobs.names() == set() and not jobs._recurring
+    assert not jobs.tasks and not jobs._recurring
     notes = noted(jobs)
     for decorator in decorators:
         assert 'two tasks note' in job_refused(decorator(), named('note', lambda **arguments: notes.append('second')))
@@ -3886,7 +3899,7 @@ def test_a_job_is_found_in_each_of_its_states(jobs, job_clock):
                                              job_clock.now, None, None, job_clock.now + 60, None, None, None)
     jobs.open(5)
     eventually(lambda: states(jobs, *ids) == ['scheduled', 'running', 'running', 'blocked', 'failed'])
-    assert jobs.stats() == {'waiting': 2, 'running': 2, 'failed': 1} and jobs.find(running).attempts == 1
+    assert numbers_of(jobs) == {'waiting': 2, 'running': 2, 'failed': 1} and jobs.find(running).attempts == 1
     assert [job.id for job in jobs.failed()] == [failed]
     for refuse in (jobs.retry, jobs.discard):
         for id in (scheduled, running, blocked):
@@ -3967,8 +3980,8 @@ def test_a_recurring_job_never_runs_twice_at_once_and_goes_on_after_a_failure(jo
         pass_time(jobs, job_clock, 60)
         eventually(lambda: numbers)
         gevent.sleep(0.02)
-        assert len(numbers) == 1 and jobs.stats()['running'] == 1
-    assert jobs.stats()['waiting'] == 1
+        assert len(numbers) == 1 and numbers_of(jobs)['running'] == 1
+    assert numbers_of(jobs)['waiting'] == 1
     goes_on.set()
     eventually(lambda: len(jobs.failed()) == 2)
     assert runs_after(jobs, job_clock, numbers, 60) == 1 and len(jobs.failed()) == 3
@@ -4158,7 +4171,7 @@ with todol.open_stack(settings, run_jobs=True):
         todol.app_db.transact(todol.jobs.enqueue, 'work')
         die()
     if 'die before the outbox is emptied' in todo:
-        todol.jobs._empty_outbox = lambda: todol.jobs._relayed and die()
+        todol.jobs._empty_outbox = lambda: todol.jobs._moved and die()
         todol.app_db.transact(todol.jobs.enqueue, 'work')
         gevent.sleep(1.5)
         die()       # the neighbour was faster
@@ -4188,7 +4201,7 @@ def job_process(start_script, tmp_path):
 @pytest.fixture
 def onlooker(open_stack, monkeypatch):
     """The stack in this process, on the files of job_process, running no jobs; it knows the task `work` too."""
-    monkeypatch.setattr(todol.jobs, '_tasks', dict(todol.jobs._tasks))
+    monkeypatch.setattr(todol.jobs, 'tasks', dict(todol.jobs.tasks))
     todol.jobs.task(attempts=2)(named('work', lambda kind='short', n=0: None))
     open_stack(run_jobs=False)
     return todol.jobs
@@ -4272,7 +4285,7 @@ def test_who_finishes_after_its_lease_went_to_another_changes_nothing(jobs, fenc
     goes_on.set()
     eventually(lambda: not jobs._running and not jobs._settled)
     for name in ('hold', 'gone'):
-        jobs._db.transact(jobs._settle, [(claim._replace(name=name), 'failed', 'too late')])
+        jobs._db.transact(jobs._settle, [(claim._replace(name=name), 'too late')])
     assert jobs._db.execute(row) == before
 
 
@@ -4329,7 +4342,7 @@ def test_a_stop_lets_a_running_job_end_gives_back_one_that_does_not_and_takes_no
     stopping.open(2)
     for seconds in (0.1, 60, 0.01):
         stopping.enqueue('work', {'seconds': seconds})
-    eventually(lambda: stopping.stats() == {'waiting': 1, 'running': 2, 'failed': 0})
+    eventually(lambda: numbers_of(stopping) == {'waiting': 1, 'running': 2, 'failed': 0})
     started = time.monotonic()
     stopping.close(stop_seconds=0.5)
     assert ended == [0.1] and 0.4 < time.monotonic() - started < 10
@@ -4357,7 +4370,7 @@ def test_a_job_that_minds_its_end_does_not_hold_a_stop_up(new_jobs, job):
     notes = noted(going, 'work')
     stopping.open(2)
     stopping.enqueue('work')
-    eventually(lambda: stopping.stats()['running'])
+    eventually(lambda: numbers_of(stopping)['running'])
     started = time.monotonic()
     stopping.close(stop_seconds=0)
     assert time.monotonic() - started < 8
@@ -4408,7 +4421,7 @@ def test_a_batch_task_is_called_once_for_all_that_start_together_and_takes_one_w
     jobs._outbox.transact(enqueue_many, jobs, 'batch', range(5))
     eventually(lambda: [n for note in notes for n in note] == list(range(5)))
     assert len(notes) <= 3 and len(notes[0]) > 1
-    assert jobs.stats()['running'] == 5
+    assert numbers_of(jobs)['running'] == 5
 
 
 @both_engines
@@ -4418,7 +4431,7 @@ def test_each_job_of_a_failed_batch_and_one_that_was_tried_before_run_alone(jobs
     jobs._db.execute('UPDATE jobs SET attempt = id')
     enqueue_many(jobs, 'batch', [1, 'bad', 2])
     jobs.open(10)
-    eventually(lambda: jobs.stats() == {'waiting': 1, 'running': 0, 'failed': 1})
+    eventually(lambda: numbers_of(jobs) == {'waiting': 1, 'running': 0, 'failed': 1})
     assert settled(jobs, 1) > job_clock.now
     assert notes == [['old'], [1, 'bad', 2], [1], ['bad'], [2]] and not jobs._running
     dead, = jobs.failed()
@@ -4585,7 +4598,7 @@ def test_who_comes_back_with_a_position_gets_what_was_missed_in_order(cable):
     assert payloads(cable.since('b', position)) == [1, 4] and cable.since('a', cable.position()) == []
     assert todol.offset_of(position) + 5 == ids[-1] == todol.offset_of(cable.position())
     with pytest.raises(todol.MisuseError, match='open_stack'):
-        todol.Cable(todol.Database('cable', declared=False)).position()
+        todol.Cable(todol.Database('cable', path='none')).position()
     for text in ('', ':', '1', 'x' * 10**6, f'{cable.epoch}x:1', f'{cable.epoch}', f':{cable.epoch}:1', 'deadbeef:1'):
         assert_lost('is not a position', cable.since, 'a', text)
     for id in ('7', '-1', '1.0', '', ' 1', '\u0661', '9' * 18, '9' * 30):
@@ -5177,7 +5190,7 @@ def test_all_is_copied_to_a_server_and_back_and_a_target_that_is_not_empty_is_re
     def seen():
         jobs = todol.jobs
         return ([todol.list_todos(f'user {n}') for n in range(7)], todol.app_db.execute(todol.KEPT_SECRET),
-                [todol.cache.get(key) for key in ('count', 'bytes', 'json')], jobs.stats()['failed'],
+                [todol.cache.get(key) for key in ('count', 'bytes', 'json')], numbers_of(jobs)['failed'],
                 [(job.error, job.arguments) for job in jobs.failed()],
                 todol.job_db.execute("SELECT name, order_key, run_at, due_at IS NULL FROM jobs WHERE name = 'tidy_up' "
                                      "ORDER BY id"), list(todol.miscounted_lists()))
@@ -7430,7 +7443,7 @@ class Operator(WSGIClient):
 @pytest.fixture
 def operator(open_stack, monkeypatch):
     """An Operator of a stack of this test, whose tasks and counts are its own."""
-    monkeypatch.setattr(todol.jobs, '_tasks', dict(todol.jobs._tasks))
+    monkeypatch.setattr(todol.jobs, 'tasks', dict(todol.jobs.tasks))
     monkeypatch.setattr(todol.jobs, '_recurring', dict(todol.jobs._recurring))
     for name, value in vars(todol.Metrics()).items():       # nothing counted
         monkeypatch.setattr(todol.metrics, name, value)
@@ -7730,7 +7743,7 @@ def test_each_button_does_what_it_says_to_one_job_or_to_all_that_match(operator,
     asked = contextvars.copy_context()
     asked.run(todol.request_id.set, 'of a request')
     failed = [asked.run(jobs.enqueue, 'fail', {'n': n}) for n in range(4)]
-    eventually(lambda: jobs.stats()['failed'] == 4)
+    eventually(lambda: numbers_of(jobs)['failed'] == 4)
     operator.act('pause', queue='default')
     assert operator.act('retry', id=failed[0]) == 'retry: 1 jobs'
     again = jobs.find(failed[0])
@@ -7741,7 +7754,7 @@ def test_each_button_does_what_it_says_to_one_job_or_to_all_that_match(operator,
     assert operator.act('discard', id=failed[1]) == 'discard: 1 jobs' and jobs.find(failed[1]) is None
     assert operator.act('retry', name='other') == 'retry: 0 jobs' == operator.act('retry', name='fail', queue='low')
     assert operator.act('retry', name='fail') == 'retry: 2 jobs'
-    eventually(lambda: jobs.stats() == {'waiting': 0, 'running': 0, 'failed': 0})
+    eventually(lambda: numbers_of(jobs) == {'waiting': 0, 'running': 0, 'failed': 0})
     assert len(runs) == 7
     later = [jobs.enqueue('hold', {'n': n}, delay_seconds=600) for n in range(4)]
     assert operator.act('cancel', id=later[0]) == 'cancel: 1 jobs' and jobs.find(later[0]) is None
@@ -7771,7 +7784,7 @@ def test_the_page_lists_the_jobs_that_match_with_all_that_is_known_of_them(opera
     failed, running = todol.jobs.enqueue('fail', {'text': 'x' * 2000}), todol.jobs.enqueue('hold', {'n': 5})
     scheduled = todol.jobs.enqueue('hold', {'n': 6}, delay_seconds=9000)
     todol.job_db.execute("UPDATE jobs SET queue = 'left over' WHERE uid = ?", (scheduled,))
-    eventually(lambda: todol.jobs.stats()['failed'] and numbers)
+    eventually(lambda: numbers_of(todol.jobs)['failed'] and numbers)
     all_jobs = Page(operator.get('/stack').text)
     cells = [each.text for each in all_jobs.all('td', **{'data-label': 'state'})]
     assert sorted(cells) == ['failed', 'running', 'scheduled']
@@ -8916,7 +8929,7 @@ def test_the_jobs_of_version_1_run_in_their_order_and_failed_ones_are_kept(versi
     def note(text):
         ran.append(text)
 
-    monkeypatch.setattr(todol.jobs, '_tasks', dict(todol.jobs._tasks))
+    monkeypatch.setattr(todol.jobs, 'tasks', dict(todol.jobs.tasks))
     todol.jobs.task()(note)
     open_stack()
     for user in (ADA, BOB):
@@ -9525,7 +9538,7 @@ REFUSALS = (todol.JobError, todol.CacheError, todol.CableError, todol.TitleError
 def working_stack(open_stack, monkeypatch):
     """A stack for all examples, with a task `work`; gives a function that makes an ordinary change of every kind, and
     says after how many seconds it was seen."""
-    monkeypatch.setattr(todol.jobs, '_tasks', dict(todol.jobs._tasks))
+    monkeypatch.setattr(todol.jobs, 'tasks', dict(todol.jobs.tasks))
     open_stack(TODOL_WRITES_PER_MINUTE=10**6)
     task = todol.jobs.task(queue='urgent', attempts=1)(work)
     heard, client, numbers = set(), WSGIClient(), itertools.count()

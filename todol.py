@@ -388,13 +388,13 @@ class Metrics:
             text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
             noted = self.errors.setdefault(place, {'count': 0, 'first_at': now()})
             noted.update(count=noted['count'] + 1, last_at=now(), request=request_id.get(),
-                         traceback=without(text, private)[-MAX_TRACEBACK_CHARS:])
+                         traceback=cleaned(text, private)[-MAX_TRACEBACK_CHARS:])
         self.bell.set()
 
 
-def without(text, private):
-    """A text without these, as they are or as Python and JSON write them. Short ones stay: they
-    could be anything."""
+def cleaned(text, private=()):
+    """A text that every database takes: a traceback may hold anything. Without private ones, as
+    they are or as Python and JSON write them; short ones stay: they could be anything."""
     for value in sorted({str(each) for each in private}, key=len, reverse=True):
         for form in (value, repr(value)[1:-1], json.dumps(value)[1:-1]):
             text = text.replace(form, '…') if len(form) > 2 else text
@@ -464,12 +464,13 @@ class MisuseError(RuntimeError):
 
 
 class Database:
-    """A file <data>/<environment>[_<name>].sqlite3.
+    """A file <data>/<environment>[_<name>].sqlite3, which open_stack() opens.
 
     name: 'app' is the one without a suffix. migrations: a list of (name, SQL statement) that only
     grows; sections and apps add to it before it is opened. disposable: a damaged one is set aside
     and made anew. copied: backups and Litestream take it along. part_of: another one, whose
-    transactions write this one too where one server keeps both.
+    transactions write this one too where one server keeps both. path: of another file, which its
+    maker opens.
 
     Rows are tuples, and a statement outside transact() is a transaction of its own. SQL has
     now_s() for the time. Every verb raises StorageError when the file can't be used, MisuseError
@@ -477,9 +478,8 @@ class Database:
     """
     current = None          # the _Write that is running, of any Database; nothing switches in one
     joined = None           # part_of, while both are on one server
-    path = None             # of the file
 
-    def __init__(self, name, migrations=(), disposable=False, copied=True, declared=True,
+    def __init__(self, name, migrations=(), disposable=False, copied=True, path=None,
                  part_of=None):
         self.name = name
         self.migrations = list(migrations)
@@ -487,23 +487,22 @@ class Database:
         self.copied = copied
         self.part_of = part_of
         self.damage = None
+        self._path = path
         self._connection = self._hub = None     # each OS thread has its own hub
         self._queue = collections.deque()       # writes that wait for the next transaction
         self._leading = None        # an Event while a greenlet is about to run the queue
         self._shares_commits = True
-        if declared:
+        if path is None:
             databases[name] = self
 
     @property
-    def default_path(self):
-        """Where the settings put the file."""
+    def path(self):
         suffix = '' if self.name == 'app' else f'_{self.name}'
-        return os.path.join(settings.data, f'{settings.env}{suffix}.sqlite3')
+        return self._path or os.path.join(settings.data, f'{settings.env}{suffix}.sqlite3')
 
-    def open(self, path=None):
-        """Open or create the file (path, or where the settings put it), and migrate it. Raises
-        MigrationError and StorageError, and leaves the file as it is then."""
-        self.path = path or self.default_path
+    def open(self):
+        """Open or create the file, and migrate it. Raises MigrationError and StorageError, and
+        leaves the file as it is then."""
         try:
             self._open()
         except BaseException as error:
@@ -514,7 +513,7 @@ class Database:
 
     def _open(self):
         try:
-            pending = self.examine(self.path)
+            pending = self.examine()
             make_private(self.path)
         except OSError as error:
             raise StorageError(f'{error.filename or self.path} can not be used: '
@@ -534,17 +533,12 @@ class Database:
         self._shares_commits = not self._run(
             "SELECT 1 FROM sqlite_master WHERE sql LIKE '%INITIALLY%DEFERRED%'")
 
-    def open_read_only(self, path=None):
-        """Open the file without the right to change it. Raises StorageError."""
-        self.path = path or self.default_path
+    def open_read_only(self):
+        """Open the file without the right to change it. Raises StorageError; close it then too."""
         if not os.path.exists(self.path):
             raise StorageError(f'{self.path} does not exist')
-        try:
-            self._connect('ro')
-            self._run('SELECT count(*) FROM sqlite_master')
-        except StorageError:
-            self._disconnect()
-            raise
+        self._connect('ro')
+        self._run('SELECT count(*) FROM sqlite_master')
 
     def close(self):
         """Close the file; the last process that does so folds the write-ahead log into it. One that
@@ -760,14 +754,12 @@ class Database:
                 gevent.sleep(random.uniform(0.0005, 0.005))
                 started = time.perf_counter()
         finally:
+            seconds = time.perf_counter() - started
             if started > began:
                 metrics.count('database_lock_wait_seconds_total', self.name, by=started - began)
-            self._note_time(statement, time.perf_counter() - started)
-
-    def _note_time(self, statement, seconds):
-        if seconds > SLOW_SECONDS:
-            text = re.sub("'[^']*'", "'…'", ' '.join(statement.split()))[:300]
-            metrics.slow(f'{self.name}: {text}', seconds)
+            if seconds > SLOW_SECONDS:
+                text = re.sub("'[^']*'", "'…'", ' '.join(statement.split()))[:300]
+                metrics.slow(f'{self.name}: {text}', seconds)
 
     def _explained(self, error):
         """What an error of sqlite3 means here; itself, if it is one of the program."""
@@ -795,24 +787,20 @@ class Database:
         return self._connection.total_changes
 
     def facts(self):
-        """What the operator may want to know: place, bytes, bytes of the log before the file (WAL),
-        free bytes, migrations, when Litestream last copied it, and the server's own, if any."""
-        def status(path):
+        """What the operator may want to know: bytes, bytes of the log before the file (WAL), free
+        bytes, migrations, when Litestream last copied it, and the server's own, if any."""
+        def ask(function, path):
             with contextlib.suppress(OSError):
-                return os.stat(path)
+                return function(path)
 
-        def pragma(name):
-            return self.execute(f'PRAGMA {name}')[0][0]
-
-        file, wal = status(self.path), status(self.path + '-wal')
         folder, name = os.path.split(self.path)
-        copied = status(os.path.join(folder, f'.{name}-litestream', 'ltx', '0'))
-        return {'place': self.path, 'bytes': file.st_size if file else 0,
-                'wal_bytes': wal.st_size if wal else 0,
-                'free_bytes': pragma('freelist_count') * pragma('page_size'),
-                'migrations': len(self.migrations),
-                'copied_timestamp_seconds': copied and copied.st_mtime,
-                'server': {}}
+        copied = os.path.join(folder, f'.{name}-litestream', 'ltx', '0')
+        (free,), = self.execute('SELECT freelist_count * page_size '
+                                'FROM pragma_freelist_count, pragma_page_size')
+        return {'bytes': ask(os.path.getsize, self.path), 'free_bytes': free,
+                'wal_bytes': ask(os.path.getsize, self.path + '-wal'),
+                'copied_timestamp_seconds': ask(os.path.getmtime, copied),
+                'migrations': len(self.migrations), 'server': {}}
 
     def _connect(self, mode):
         address = f'file:{urllib.parse.quote(os.fsencode(self.path))}?mode={mode}'
@@ -831,16 +819,16 @@ class Database:
             connection, self._connection = self._connection, None
             connection.close()
 
-    def examine(self, path):
-        """Look at a file without changing it, and give the migrations that it has not seen. Raises
-        MigrationError, StorageError or OSError if it is not one of ours."""
-        if not os.path.exists(path):
+    def examine(self):
+        """Look at the file without changing it, and give the migrations that it has not seen.
+        Raises MigrationError, StorageError or OSError if it is not one of ours."""
+        if not os.path.exists(self.path):
             return self.migrations
-        with open(path, 'rb') as file:
+        with open(self.path, 'rb') as file:
             if file.read(16) not in (b'', SQLITE_HEADER):   # SQLite takes a short one for empty
                 raise self._explained(sqlite3.DatabaseError(STORAGE_ERRORS[26][0]))
         try:
-            self.open_read_only(path)
+            self.open_read_only()
             return self._pending()
         finally:
             self._disconnect()
@@ -943,19 +931,16 @@ def in_thread(function, /, *arguments, **options):
 def make_private(path):
     """Create a file, if there is none, that only its owner can read: who owns the directory."""
     with contextlib.suppress(FileExistsError):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            give_to_owner(fd, path)
-        finally:
-            os.close(fd)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+        give_to_owner(path)
 
 
-def give_to_owner(file, path):
-    """What root makes in the directory of another user belongs to that user. file: path or fd."""
+def give_to_owner(path):
+    """What root makes in the directory of another user belongs to that user."""
     if os.geteuid() == 0:
         owner = os.stat(os.path.dirname(path))
-        try:
-            os.chown(file, owner.st_uid, owner.st_gid)
+        try:        # who may write there may have put a link in its place
+            os.lchown(path, owner.st_uid, owner.st_gid)
         except OSError as error:            # a container without the right to
             log.warning('%s stays with root: %s', path, error.strerror)
 
@@ -1125,7 +1110,7 @@ class Processes:
     def _open_bell(self, path, files):
         os.mkfifo(path, 0o600)
         files.callback(remove, path)
-        give_to_owner(path, path)
+        give_to_owner(path)
         fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
         files.callback(os.close, fd)
         watcher = gevent.get_hub().loop.io(fd, 1)
@@ -1235,9 +1220,9 @@ CACHE_MIGRATIONS = [
     ('004 drop index by expiry', 'DROP INDEX entries_by_expiry'),
     ('005 drop index by use', 'DROP INDEX entries_by_use'),
 ]
-UPSERT_ENTRY = '''
-    INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
-    VALUES (:key, :number, :value, :is_json, :expires_at, 0)
+INSERT_ENTRY = '''INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
+                  VALUES (?, ?, ?, ?, ?, 0)'''
+UPSERT_ENTRY = INSERT_ENTRY + '''
     ON CONFLICT (key) DO UPDATE SET
         number = excluded.number, value = excluded.value, is_json = excluded.is_json,
         expires_at = excluded.expires_at, used_at = now_s()'''
@@ -1254,7 +1239,7 @@ INCREMENT_ENTRY = '''
         value = NULL, is_json = 0, used_at = now_s()
     WHERE entries.expires_at <= now_s() OR entries.number BETWEEN :least AND :most
     RETURNING number'''
-GET_ENTRY = 'SELECT number, value, is_json, expires_at FROM entries WHERE key = ?'
+GET_ENTRY = 'SELECT key, number, value, is_json, expires_at FROM entries WHERE key = ?'
 TOUCH_ENTRY = '''UPDATE entries SET expires_at = ?, used_at = now_s()
                  WHERE key = ? AND expires_at > now_s() RETURNING id'''
 PRUNE_ENTRIES = '''DELETE FROM entries WHERE id > ? AND id <= ? AND expires_at <= now_s()
@@ -1265,8 +1250,6 @@ CACHE_BYTES = '''SELECT (page_count - freelist_count) * page_size
                  FROM pragma_page_count, pragma_freelist_count, pragma_page_size'''
 DELETE_ENTRY = '''DELETE FROM entries WHERE id = ?
                   RETURNING key, number, value, is_json, expires_at'''
-INSERT_ENTRY = '''INSERT INTO entries (key, number, value, is_json, expires_at, used_at)
-                  VALUES (?, ?, ?, ?, ?, 0)'''
 
 _MISSING = object()
 
@@ -1349,8 +1332,7 @@ class Cache:
     def _reset(self):
         self._front = {}            # key -> _Entry
         self._front_bytes = 0       # that came since it was emptied
-        self._pending = {}          # key -> what _row() gave; an expired one is to be deleted,
-                                    # one with a stamp gives way to what was changed since
+        self._pending = {}          # key -> _Row to be written; an expired one is to be deleted
         self._pending_bytes = 0     # that came since the last flush
         self._used = set()          # keys that were read since they came
         self._computing = {}        # key -> (AsyncResult, greenlet), for fetch()
@@ -1358,7 +1340,7 @@ class Cache:
         self._flushing = gevent.lock.BoundedSemaphore(1)
         self._stamps = self._loop = None
         self._resting_until = self._measure_at = 0
-        self._hits = self._misses = self._evicted = 0
+        self.hits = self.misses = self.evictions = 0        # since the start
 
     def open(self):
         """Start serving; the database is open already, and the stamps lie beside it."""
@@ -1383,9 +1365,9 @@ class Cache:
         if not entry or entry.expires_at <= now() or self._stamps.get(entry.slot) != entry.stamp:
             entry = self._read(key)
         if entry is None:
-            self._misses += 1
+            self.misses += 1
             return default
-        self._hits += 1
+        self.hits += 1
         self._used.add(key)
         return json.loads(entry.value) if entry.is_json else entry.value
 
@@ -1415,7 +1397,7 @@ class Cache:
         """Keep a value if the key has none, and say whether it was kept. Atomic between processes.
         Raises CacheError."""
         row = self._row(key, value, ttl)
-        return bool(self._through(key, ADD_ENTRY, _stored(row), otherwise=[True]))
+        return bool(self._through(key, ADD_ENTRY, row[:5], otherwise=[True]))
 
     def incr(self, key, by=1, ttl=FOREVER_SECONDS):
         """Add to a whole number and give the sum. A missing or expired one starts at 0 with a new
@@ -1452,9 +1434,9 @@ class Cache:
             result, greenlet = self._computing[key]
             if greenlet is gevent.getcurrent():
                 raise CacheError(f'the function that computes {key!r} asks for it')
-            body = result.get()
-            if body is not None:
-                return _decoded(body)
+            row = result.get()
+            if row is not None:
+                return row.decoded()
 
     def memoize(self, ttl):
         """A decorator: results are kept by the function's name and arguments, which JSON has."""
@@ -1496,7 +1478,7 @@ class Cache:
     def stats(self):
         """Counts since the start, and what the file holds now."""
         (entries,), = self._forgiving([(None,)], self._db.execute, 'SELECT count(*) FROM entries')
-        return {'hits': self._hits, 'misses': self._misses, 'evicted': self._evicted,
+        return {'hits': self.hits, 'misses': self.misses, 'evicted': self.evictions,
                 'entries': entries, 'bytes': self._forgiving(None, self._size_bytes),
                 'limit_bytes': self.limit_bytes, 'front_entries': len(self._front),
                 'front_bytes': self._front_bytes}
@@ -1506,9 +1488,6 @@ class Cache:
         if self._stamps:
             self._stamps.outdate(slots)
 
-    def counts(self):
-        """Hits, misses and evictions since the start."""
-        return self._hits, self._misses, self._evicted
 
     def _slot(self, key):
         self._db._check()
@@ -1527,39 +1506,38 @@ class Cache:
         return now() + ttl
 
     def _row(self, key, value, ttl):
-        """An entry to be kept. Its body is an int, bytes, or text: the JSON of anything else.
-        Raises CacheError."""
-        expires_at, body = self._expiry(key, ttl), value
-        if not isinstance(value, bytes) and not _fits_64_bits(value):
-            try:
-                body = to_json(value)
-            except JSON_ERRORS as error:
-                raise CacheError(f'the value of {key!r} must be bytes or what JSON has: '
-                                 f'{error}') from None
-        if _size(body) > self.limit_bytes // 4:
-            raise CacheError(f'the value of {key!r} has {_size(body):,} bytes, and the cache holds '
-                             f'{self.limit_bytes // 4:,} of one')
-        return {'key': key, 'body': body, 'expires_at': expires_at}
+        """An entry to be kept. Raises CacheError."""
+        expires_at = self._expiry(key, ttl)
+        if _fits_64_bits(value):
+            return _Row(key, value, None, 0, expires_at)
+        is_json = not isinstance(value, bytes)
+        try:
+            row = _Row(key, None, to_json(value).encode() if is_json else value, int(is_json),
+                       expires_at)
+        except JSON_ERRORS as error:
+            raise CacheError(f'the value of {key!r} must be bytes or what JSON has: '
+                             f'{error}') from None
+        if len(row.value) > self.limit_bytes // 4:
+            raise CacheError(f'the value of {key!r} has {len(row.value):,} bytes, and the cache '
+                             f'holds {self.limit_bytes // 4:,} of one')
+        return row
 
     def _read(self, key):
         """The entry from what waits to be written or from the file; None if there is none."""
         slot = self._slot(key)
         stamp = self._stamps.get(slot)      # before the read: what changes after it is noticed
         waiting = self._pending.get(key)
-        if waiting:
-            rows = [(waiting['body'], waiting['expires_at'])]
-        else:
-            rows = [(_body(*columns), expires_at) for *columns, expires_at in
-                    self._forgiving((), self._db.execute, GET_ENTRY, (key,),
-                                    reads=True)]
-        if not rows or rows[0][1] <= now():
+        found = [waiting] if waiting else [_Row(*columns) for columns in self._forgiving(
+            (), self._db.execute, GET_ENTRY, (key,), reads=True)]
+        if not found or found[0].expires_at <= now():
             return None
-        body, expires_at = rows[0]
-        expires_at = min(expires_at, now() + self._stamps.trust_seconds)
-        is_json = isinstance(body, str) and body[0] in '[{'
-        entry = _Entry(body if is_json else _decoded(body), is_json, expires_at, slot, stamp)
+        row, = found
+        expires_at = min(row.expires_at, now() + self._stamps.trust_seconds)
+        is_json = row.is_json and row.value[:1] in b'[{'
+        entry = _Entry(row.value.decode() if is_json else row.decoded(), is_json, expires_at, slot,
+                       stamp)
         if not waiting and not stamp & 1:
-            self._front_bytes += ENTRY_BYTES + _size(body)
+            self._front_bytes += ENTRY_BYTES + row.size
             if self._front_bytes > FRONT_LIMIT_BYTES:
                 self._empty_front()
             self._front[key] = entry
@@ -1582,9 +1560,9 @@ class Cache:
             stamp = self._stamps.get(slot)
             row = self._row(key, function(), ttl)
             if self._computing.get(key) is computing and self._stamps.get(slot) == stamp:
-                self._put({**row, 'stamp': stamp})
-            result.set(row['body'])
-            return _decoded(row['body'])
+                self._put(row._replace(stamp=stamp))
+            result.set(row)
+            return row.decoded()
         except Exception as error:
             result.set_exception(error)
             raise
@@ -1607,11 +1585,10 @@ class Cache:
     def _put(self, row):
         """Remember a change, to be written behind."""
         refuse_in_transaction('a change of the cache')
-        key = row['key']
-        self._computing.pop(key, None)      # who asks from now on does not wait for the old value
-        self._front.pop(key, None)
-        self._pending[key] = row
-        self._pending_bytes += ENTRY_BYTES + _size(row['body'])
+        self._computing.pop(row.key, None)  # who asks from now on does not wait for the old value
+        self._front.pop(row.key, None)
+        self._pending[row.key] = row
+        self._pending_bytes += ENTRY_BYTES + row.size
         self._dirty.set()
         if self._pending_bytes > PENDING_LIMIT_BYTES and not self._flush():
             self._pending.clear()           # the file can't be written
@@ -1633,33 +1610,33 @@ class Cache:
         with self._flushing:            # one at a time: what is written twice would count as used
             while self._pending:
                 batch = list(itertools.islice(self._pending.values(), SLICE_ROWS))
-                with self._stamps.changing({self._stamps.slot(row['key']) for row in batch}):
+                with self._stamps.changing({self._stamps.slot(row.key) for row in batch}):
                     if not self._forgiving(False, self._db.transact, self._write, batch):
                         return False
                 for row in filter(self._waits, batch):
-                    del self._pending[row['key']]
+                    del self._pending[row.key]
             self._pending_bytes = 0
             self._forgiving(None, self._make_room)
             return True
 
     def _waits(self, row):
         """Whether a row was neither written, nor cleared or set again since."""
-        return self._pending.get(row['key']) is row
+        return self._pending.get(row.key) is row
 
     def _write(self, batch):
         """Write what waits; what can't be written is dropped alone."""
         for row in filter(self._waits, batch):
-            key, stamp = row['key'], row.get('stamp')
             try:
-                if row['expires_at'] <= now():
-                    self._db.execute('DELETE FROM entries WHERE key = ?', (key,))
-                elif stamp is None or stamp | 1 == self._stamps.get(self._stamps.slot(key)) | 1:
-                    self._db.execute(UPSERT_ENTRY, _stored(row))
+                if row.expires_at <= now():
+                    self._db.execute('DELETE FROM entries WHERE key = ?', (row.key,))
+                elif row.stamp is None or \
+                        row.stamp | 1 == self._stamps.get(self._stamps.slot(row.key)) | 1:
+                    self._db.execute(UPSERT_ENTRY, row[:5])
             except StorageError:
                 raise
             except Exception as error:
                 log.error('a cache entry can not be written, and is dropped key=%.100r error=%r',
-                          key, error)
+                          row.key, error)
         return True
 
     def _make_room(self):
@@ -1671,7 +1648,7 @@ class Cache:
         self._measure_at = began + self.rest_of_measuring * (time.monotonic() - began)
         while full:
             gone = self._db.transact(self._evict)
-            self._evicted += gone
+            self.evictions += gone
             full = gone > 0
             gevent.sleep(0)
 
@@ -1721,30 +1698,27 @@ class _Entry(typing.NamedTuple):
     stamp: int              # of the slot before the value was read
 
 
-def _stored(row):
-    """What _row() gave as parameters of UPSERT_ENTRY."""
-    body = row['body']
-    return {'key': row['key'], 'number': body if isinstance(body, int) else None,
-            'value': body.encode() if isinstance(body, str) else
-                     body if isinstance(body, bytes) else None,
-            'is_json': int(isinstance(body, str)), 'expires_at': row['expires_at']}
+class _Row(typing.NamedTuple):
+    """An entry as the file has it; the first five are the parameters of INSERT_ENTRY."""
+    key: str
+    number: int | None
+    value: bytes | None
+    is_json: int
+    expires_at: float
+    stamp: int | None = None    # it gives way to what was changed since its slot had this one
 
+    @property
+    def size(self):
+        return 8 if self.value is None else len(self.value)
 
-def _body(number, value, is_json):
-    """The body of an entry, of its columns."""
-    return number if value is None else value.decode() if is_json else value
+    def decoded(self):
+        if self.value is None:
+            return self.number
+        return json.loads(self.value) if self.is_json else self.value
 
 
 def _fits_64_bits(value):
     return type(value) is int and -2**63 <= value < 2**63
-
-
-def _decoded(body):
-    return json.loads(body) if isinstance(body, str) else body
-
-
-def _size(body):
-    return len(body) if isinstance(body, (bytes, str)) else 8
 
 
 cache_db = Database('cache', CACHE_MIGRATIONS, disposable=True)
@@ -1763,7 +1737,7 @@ LEASE_SECONDS = 15          # counts where nobody knows whether the worker is al
 STOP_SECONDS = 3.5          # running jobs may go on so long when the process stops
 KEEP_FAILED_SECONDS = 10 * 86400
 OUTBOX_ROWS = 200           # are moved in one transaction
-CLAIM_ROWS = 200            # are claimed in one, at least
+CLAIM_ROWS = 200            # are claimed, or changed by hand, in one
 SKIPPED_SECONDS = 0.1       # after which one looks again at a queue that one has taken jobs from
 MAX_BACKOFF_SECONDS = 3600
 UNKNOWN_SECONDS = 300       # a job that is unknown here is left so long to a newer version,
@@ -1838,6 +1812,7 @@ JOB_MIGRATIONS = [
     ('018 add last time', 'ALTER TABLE recurring ADD COLUMN last_at REAL'),
 ]
 INSERT_OUTBOX = 'INSERT INTO outbox (job) VALUES (?)'
+EMPTY_OUTBOX = 'DELETE FROM outbox WHERE id <= ?'
 # A job behind another of its order key is not due until that one is gone. One with the unique key
 # of another that waits is dropped; gives the id of the one that is there.
 INSERT_JOB = '''
@@ -1864,8 +1839,7 @@ CLAIM_JOBS = '''
     UPDATE jobs SET due_at = now_s() + :lease, worker = :worker, attempt = attempt + 1,
                     unique_key = NULL, started_at = now_s()
     WHERE id IN (SELECT id FROM due)
-    RETURNING id, worker, attempt, run_at, name, arguments, order_key, request,
-        queue'''
+    RETURNING id, worker, attempt, run_at, name, arguments, order_key, request, queue'''
 # What recurs, and of each queue
 FIRST_DUE = ', '.join(['SELECT (SELECT min(due_at) FROM recurring)', *(
     f'''(SELECT min(due_at) FROM jobs
@@ -1881,6 +1855,9 @@ FAIL_JOB = f'''
 LEAVE_JOB = f'''UPDATE jobs SET worker = NULL, due_at = now_s() + ?, attempt = attempt - 1
                 {OF_LEASE}'''
 RENEW_LEASES = 'UPDATE jobs SET due_at = now_s() + ? WHERE worker = ? AND due_at IS NOT NULL'
+GIVE_BACK = '''UPDATE jobs SET due_at = now_s(), worker = NULL, attempt = attempt - 1
+               WHERE worker = ? AND due_at IS NOT NULL
+                   AND id NOT IN (SELECT CAST(value AS INTEGER) FROM json_each(?))'''
 # Whether one has run out, or ends later than one can.
 LEASES = '''SELECT worker, min(due_at) <= now_s() OR max(due_at) > now_s() + ? FROM jobs
             WHERE worker IS NOT NULL AND due_at IS NOT NULL AND worker <> ? GROUP BY worker'''
@@ -1898,9 +1875,6 @@ START_RECURRING = '''
                  ELSE :next END'''
 TICK_RECURRING = '''UPDATE recurring SET due_at = ?, last_at = ?
                     WHERE name = ? AND due_at = ? RETURNING name'''
-OF_FAILED = 'uid', 'name', 'arguments', 'queue', 'order_key', 'enqueued_at', 'request'
-DELETE_FAILED = f'''DELETE FROM jobs WHERE uid = ? AND failed_at IS NOT NULL
-                    RETURNING {', '.join(OF_FAILED)}'''
 STATES = {      # of a job
     'failed': 'failed_at IS NOT NULL',
     'running': 'worker IS NOT NULL AND due_at IS NOT NULL',
@@ -1914,14 +1888,12 @@ SELECT_JOB = f'''
            CASE WHEN worker IS NULL THEN due_at END, started_at, worker, request
     FROM jobs'''
 CHANGE_JOBS = {         # what can be done to a job by hand: (in which states, statement)
-    'retry': (('failed',), DELETE_FAILED),      # and then it comes anew
-    'discard': (('failed',), DELETE_FAILED),
-    'run': (('scheduled',), '''
-        UPDATE jobs SET run_at = now_s(), due_at = now_s()
-        WHERE uid = ? AND worker IS NULL AND due_at > now_s() RETURNING id'''),
-    'cancel': (('blocked', 'ready', 'scheduled'), '''
-        DELETE FROM jobs WHERE uid = ? AND worker IS NULL AND failed_at IS NULL RETURNING id'''),
+    'retry': (('failed',), 'DELETE FROM jobs'),     # and then it comes anew
+    'discard': (('failed',), 'DELETE FROM jobs'),
+    'run': (('scheduled',), 'UPDATE jobs SET run_at = now_s(), due_at = now_s()'),
+    'cancel': (('blocked', 'ready', 'scheduled'), 'DELETE FROM jobs'),
 }
+RETRIED = 'uid', 'name', 'arguments', 'queue', 'order_key', 'enqueued_at', 'request'
 
 
 class JobError(AppError):
@@ -1985,7 +1957,7 @@ class Jobs:
     def __init__(self, database, outbox):
         self._db = database
         self._outbox = outbox           # the database whose transactions may enqueue
-        self._tasks = {}                # name -> Task
+        self.tasks = {}                 # name -> Task
         self._recurring = {}            # name -> (function of a time that gives the next, catch_up)
         self._reset()
 
@@ -1994,25 +1966,25 @@ class Jobs:
         self._bell = gevent.event.Event()
         self._claimed = gevent.queue.Queue()    # lists of claims that run together
         self._running = {}              # id of the first of such a list -> the list, till its end
-        self._settled = []              # (Claim, outcome, error) since the last exchange
-        self._relayed = set()           # ids of outbox rows that are in the job database
+        self._greenlets = []
+        self._settled = []              # (Claim, error or None) since the last exchange
+        self._moved = 0                 # outbox rows up to this id are in the job database
         self._looked_at = -math.inf     # at the leases
         self._back_at = -math.inf       # when the database could be used again; inf: not yet
         self._clock_offset = None       # of the wall clock to the monotonic one, when last seen
-        self._greenlets = []
         self._loop = None
 
     # Registering
 
     def task(self, function=None, /, *, queue='default', attempts=5, retry_seconds=2.0,
-             timeout_seconds=300.0, batch=False):
+             timeout_seconds=300.0, batch=False, recurs=None):
         """A decorator, bare or with options: register the function under its name; gives a Task.
 
         It is called with the job's arguments as keywords, possibly more than once. A failure is
         tried again after retry_seconds, twice that, and so on, with some jitter; after so many
         attempts the job has failed. batch: it is called once for all its jobs that start together,
-        with a list of their arguments (dicts); if that fails, each of them runs alone. Raises
-        JobError.
+        with a list of their arguments (dicts); if that fails, each of them runs alone. recurs: see
+        every() and cron(). Raises JobError.
         """
         _check_queue(queue)
         if type(attempts) is not int or attempts < 1:
@@ -2029,9 +2001,12 @@ class Jobs:
                                f'{_shown(function)} is none')
             task = Task(function, self, function.__name__, queue, attempts, retry_seconds,
                         timeout_seconds, batch, None if batch else inspect.signature(function))
-            if task.name in self._tasks:
+            if task.name in self.tasks:
                 raise JobError(f'there are two tasks {task.name}')
-            self._tasks[task.name] = task
+            if recurs:
+                _check_arguments(task, {})
+                self._recurring[task.name] = recurs
+            self.tasks[task.name] = task
             return task
         return register if function is None else register(function)
 
@@ -2040,25 +2015,14 @@ class Jobs:
         seconds, in one process of all, never two at once. catch_up: a time that passed while
         nobody ran is made up for, once. options: of task(). Raises JobError."""
         _check_seconds('every()', seconds, least=1)
-        return self._recur(lambda at: (math.floor(at / seconds) + 1) * seconds, catch_up, options)
+        return self.task(**options, recurs=(
+            lambda at: (math.floor(at / seconds) + 1) * seconds, catch_up))
 
     def cron(self, fields, timezone='UTC', catch_up=True, **options):
         """every() at the times of a crontab: minute, hour, day of month, month, day of week, with
         lists, ranges, steps and names ('*/15 8-18 * * mon-fri'). A time that the clocks skip runs
         right after, one that comes twice runs once. Source: crontab(5). Raises JobError."""
-        return self._recur(Cron(fields, timezone).after, catch_up, options)
-
-    def _recur(self, after, catch_up, options):
-        def register(function):
-            task = self.task(**options)(function)
-            try:
-                _check_arguments(task, {})
-            except JobError:
-                del self._tasks[task.name]
-                raise
-            self._recurring[task.name] = after, catch_up
-            return task
-        return register
+        return self.task(**options, recurs=(Cron(fields, timezone).after, catch_up))
 
     # Enqueueing
 
@@ -2072,10 +2036,10 @@ class Jobs:
         most MAX_JOB_KEY_CHARS. queue: instead of the task's own. Raises JobError.
         """
         name = task.name if isinstance(task, Task) else task
-        known = self._tasks.get(name) if isinstance(name, str) else None
+        known = self.tasks.get(name) if isinstance(name, str) else None
         if known is None:
             raise JobError(f'no task is registered as {_shown(name)}; there are '
-                           f'{", ".join(sorted(self._tasks)) or "none"}')
+                           f'{", ".join(sorted(self.tasks)) or "none"}')
         row = {'uid': _new_id(), 'name': name,
                'arguments': _check_arguments(known, {} if arguments is None else arguments),
                'queue': known.queue if queue is None else _check_queue(queue),
@@ -2114,8 +2078,7 @@ class Jobs:
     def find(self, id):
         """A job by its id; None when it is done, or was never there."""
         self._relay()
-        rows = self._db.execute(f'{SELECT_JOB} WHERE uid = ?', (_check_id(id),))
-        return _job(rows[0]) if rows else None
+        return next(iter(self.list(id=_check_id(id))), None)
 
     def failed(self, limit=100):
         """The failed jobs, the last first."""
@@ -2143,21 +2106,22 @@ class Jobs:
         refuse_in_transaction('a change of a job')
         self._relay()
         where, values = _matching(id, state, name, queue)
-        fit = ' OR '.join(STATES[each] for each in CHANGE_JOBS[verb][0])
-        rows = self._db.execute(f'SELECT uid FROM jobs WHERE {where} AND ({fit}) ORDER BY id',
-                                values)
-        ids = [id for id, in rows]
-        return sum(self._db.transact(self._change, verb, ids[start:start + CLAIM_ROWS])
+        states, statement = CHANGE_JOBS[verb]
+        fit = ' OR '.join(STATES[each] for each in states)
+        statement += f" WHERE uid = ? AND ({fit}) RETURNING {', '.join(RETRIED)}"
+        ids = [id for id, in self._db.execute(
+            f'SELECT uid FROM jobs WHERE {where} AND ({fit}) ORDER BY id', values)]
+        return sum(self._db.transact(self._change, verb, statement, ids[start:start + CLAIM_ROWS])
                    for start in range(0, len(ids), CLAIM_ROWS))
 
-    def _change(self, verb, ids):
+    def _change(self, verb, statement, ids):
         self._lock_order(*(key for key, in self._db.execute(
             'SELECT order_key FROM jobs WHERE uid IN (SELECT value FROM json_each(?))',
             (to_json(ids),))))
         self._db.after_commit(self._wake)       # the next of their order keys may be due
-        changed = [row for id in ids for row in self._db.execute(CHANGE_JOBS[verb][1], (id,))]
+        changed = [row for id in ids for row in self._db.execute(statement, (id,))]
         for row in changed if verb == 'retry' else ():
-            self._insert({**dict(zip(OF_FAILED, row)), 'unique_key': None, 'run_at': now()})
+            self._insert({**dict(zip(RETRIED, row)), 'unique_key': None, 'run_at': now()})
         return len(changed)
 
     def list(self, limit=100, id=None, state=None, name=None, queue=None):
@@ -2198,21 +2162,6 @@ class Jobs:
             raise JobError(f'no recurring task is registered as {_shown(name)}')
         return self.enqueue(name, unique_key=f'every {name}', order_key=f'every {name}')
 
-    def attempts_of(self, name):
-        """How many attempts a task has; None: it is not registered."""
-        return self._tasks[name].attempts if name in self._tasks else None
-
-    def stats(self):
-        """How many jobs wait, run and have failed."""
-        (waiting, running, failed), = self._db.execute('''
-            SELECT count(*) FILTER (WHERE worker IS NULL AND failed_at IS NULL),
-                   count(*) FILTER (WHERE worker IS NOT NULL),
-                   count(*) FILTER (WHERE failed_at IS NOT NULL) FROM jobs''')
-        return {'waiting': waiting, 'running': running, 'failed': failed}
-
-    def names(self):
-        """The names of the tasks."""
-        return set(self._tasks)
 
     def prune(self):
         """Delete the jobs that failed more than KEEP_FAILED_SECONDS ago, and give the number."""
@@ -2245,8 +2194,7 @@ class Jobs:
 
     def _give_back(self):
         self._settle(self._settled)
-        self._db.execute('UPDATE jobs SET due_at = now_s(), worker = NULL, attempt = attempt - 1 '
-                         'WHERE worker = ? AND due_at IS NOT NULL', (processes.name,))
+        self._db.execute(GIVE_BACK, (processes.name, '[]'))
 
     def _wake(self):
         """Have the dispatcher look: ours, or else every other process's."""
@@ -2287,7 +2235,7 @@ class Jobs:
         already.
         """
         self._settle(settled)
-        inserted = 0 if self._db.joined else self._insert_outbox()
+        moved = () if self._db.joined else self._insert_outbox()
         self._mind_the_clock()
         if time.monotonic() - self._looked_at > LEASE_SECONDS / 10:
             self._looked_at = time.monotonic()
@@ -2307,7 +2255,7 @@ class Jobs:
                 # More of them may be due, or be taken by another process just now.
                 times.append(now() + (len(claims) < CLAIM_ROWS) * SKIPPED_SECONDS)
         self._db.after_commit(functools.partial(self._start, self._together(claims)))
-        return min((at for at in times if at is not None), default=None), inserted == OUTBOX_ROWS
+        return min((at for at in times if at is not None), default=None), len(moved) == OUTBOX_ROWS
 
     def _claim(self, queue, claims):
         """Take what is due in a queue, for the workers that are left beside those claims."""
@@ -2331,20 +2279,19 @@ class Jobs:
         may be what ends the others."""
         lists = {}
         for claim in claims:
-            task = self._tasks.get(claim.name)
+            task = self.tasks.get(claim.name)
             joins = task and task.batch and claim.attempt == 1
             lists.setdefault(claim.name if joins else claim.id, []).append(claim)
         return list(lists.values())
 
     def _settle(self, settled):
         """Delete what is done, and have what failed tried again, or kept as failed."""
-        self._lock_order(*(claim.order_key for claim, *_ in settled))
-        self._db.executemany(FINISH_JOB, [claim[:4] for claim, outcome, _ in settled
-                                          if outcome == 'done'])
-        for claim, outcome, error in settled:
-            if outcome != 'failed':
+        self._lock_order(*(claim.order_key for claim, _ in settled))
+        self._db.executemany(FINISH_JOB, [claim[:4] for claim, error in settled if error is None])
+        for claim, error in settled:
+            if error is None:
                 continue
-            task, pause = self._tasks.get(claim.name), None
+            task, pause = self.tasks.get(claim.name), None
             if (task is None and processes.patience() < LONELY_POLL_SECONDS
                     and now() < claim.run_at + UNKNOWN_SECONDS):
                 self._db.execute(LEAVE_JOB, (UNKNOWN_PAUSE_SECONDS, *claim[:4]))
@@ -2359,7 +2306,7 @@ class Jobs:
                           claim.attempt)
 
     def _insert_outbox(self):
-        """Insert what the outbox holds, and give the number of its rows. What can't be inserted
+        """Insert what the outbox holds, and give the ids of its rows. What can't be inserted
         becomes a failed job."""
         rows = self._outbox.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?',
                                     (OUTBOX_ROWS,))
@@ -2381,23 +2328,22 @@ class Jobs:
                 log.error('a row of the outbox is no job: %r', error)
                 self._db.execute(INSERT_FAILED, (
                     _new_id(), 'outbox', to_json({'row': str(text)}),
-                    _clean(traceback.format_exc())))
-        self._db.after_commit(functools.partial(self._relayed.update, [id for id, _ in rows]))
-        return len(rows)
+                    cleaned(traceback.format_exc())))
+        ids = [id for id, _ in rows]
+        if ids:
+            self._db.after_commit(functools.partial(setattr, self, '_moved', ids[-1]))
+        return ids
 
     def adopt_outbox(self):
         """Make jobs of what the outbox holds, in a transaction of both databases."""
-        while self._insert_outbox():
-            self._outbox.execute('DELETE FROM outbox WHERE id IN (SELECT id FROM outbox '
-                                 'ORDER BY id LIMIT ?)', (OUTBOX_ROWS,))
+        while ids := self._insert_outbox():
+            self._outbox.execute(EMPTY_OUTBOX, (ids[-1],))
 
     def _empty_outbox(self):
-        """Delete what was moved from it."""
-        relayed = set(self._relayed)
-        if relayed:
-            self._outbox.transact(self._outbox.executemany, 'DELETE FROM outbox WHERE id = ?',
-                                  [(id,) for id in relayed])
-            self._relayed -= relayed
+        """Delete what was moved from it. Ids are in the order of the commits, and given once."""
+        if moved := self._moved:
+            self._outbox.transact(self._outbox.execute, EMPTY_OUTBOX, (moved,))
+            self._moved = 0 if self._moved == moved else self._moved
 
     def _relay(self):
         """Move what the outbox holds now; in a transaction it stays there. On one server a job is
@@ -2414,19 +2360,18 @@ class Jobs:
         offset = now() - time.monotonic()
         if self._clock_offset is None or abs(offset - self._clock_offset) > 1:
             self._db.execute(RUN_FROM_FUTURE)
-            self._start_recurring()
-            self._db.after_commit(lambda: setattr(self, '_clock_offset', offset))
+            for name, (after, catch_up) in self._recurring.items():
+                self._db.execute(START_RECURRING, {'name': name, 'next': after(now()),
+                                                   'catch_up': catch_up})
+            self._db.after_commit(functools.partial(setattr, self, '_clock_offset', offset))
 
     def _renew_leases(self):
         """Go on with what is leased here; give back what nobody here knows of, since the claim
         failed behind its commit."""
+        known = [claim.id for claims in self._running.values() for claim in claims]
+        known += [claim.id for claim, _ in self._settled]
         self._db.execute(RENEW_LEASES, (LEASE_SECONDS, processes.name))
-        known = {claim.id for claims in self._running.values() for claim in claims}
-        known.update(claim.id for claim, *_ in self._settled)
-        leased = self._db.execute('SELECT id FROM jobs WHERE worker = ? AND due_at IS NOT NULL',
-                                  (processes.name,))
-        self._db.executemany('UPDATE jobs SET due_at = now_s(), worker = NULL WHERE id = ?',
-                             [(id,) for id, in leased if id not in known])
+        self._db.execute(GIVE_BACK, (processes.name, to_json(known)))
 
     def _free_leases(self):
         """Free what a dead process had leased at once; where nobody knows whether it is dead, when
@@ -2442,11 +2387,6 @@ class Jobs:
                             len(freed))
         self._db.after_commit(functools.partial(processes.bury, dead))
 
-    def _start_recurring(self):
-        for name, (after, catch_up) in self._recurring.items():
-            self._db.execute(START_RECURRING, {'name': name, 'next': after(now()),
-                                               'catch_up': catch_up})
-
     def _tick_recurring(self):
         """Insert the recurring jobs that are due; gives the time of the next."""
         times, at = [], now()
@@ -2460,7 +2400,7 @@ class Jobs:
                 if self._db.execute(TICK_RECURRING, (due_at, at, name, was_due_at)):
                     self._insert({
                         'uid': _new_id(), 'name': name, 'arguments': '{}',
-                        'queue': self._tasks[name].queue, 'unique_key': f'every {name}',
+                        'queue': self.tasks[name].queue, 'unique_key': f'every {name}',
                         'order_key': f'every {name}', 'enqueued_at': at, 'run_at': at,
                         'request': None})
             times.append(due_at)
@@ -2481,30 +2421,29 @@ class Jobs:
     def _run(self, claims):
         """Run a job, or those of a batch together; if that fails, each of them alone."""
         started, began_at = time.perf_counter(), now()
-        outcome, error = self._perform(claims)
-        self._measure(claims, outcome, began_at, time.perf_counter() - started)
+        error = self._perform(claims)
+        seconds = time.perf_counter() - started
         self._running.pop(claims[0].id, None)
-        if outcome == 'failed' and len(claims) > 1:
+        if error and len(claims) > 1:
             self._start([[claim] for claim in claims])
         else:
-            self._settled += [(claim, outcome, error) for claim in claims]
+            self._settled += [(claim, error) for claim in claims]
+            self._measure(claims, error, began_at, seconds)
         self._bell.set()
 
-    def _measure(self, claims, outcome, began_at, seconds):
-        if outcome == 'released':
-            return
-        name = claims[0].name if claims[0].name in self._tasks else 'unknown'
-        for claim in claims if outcome == 'done' or len(claims) == 1 else ():   # else it runs again
+    def _measure(self, claims, error, began_at, seconds):
+        name = claims[0].name if claims[0].name in self.tasks else 'unknown'
+        for claim in claims:
             if claim.attempt == 1:
                 metrics.time(max(0.0, began_at - claim.run_at), 'job_wait_seconds', claim.queue)
-            metrics.time(seconds, 'job_duration_seconds', name, outcome)
+            metrics.time(seconds, 'job_duration_seconds', name, 'failed' if error else 'done')
         if settings.slow_job_ms and seconds * 1000 >= settings.slow_job_ms:
             log.warning('slow job id=%s name=%s seconds=%.3f', claims[0].id, name, seconds)
 
     def _perform(self, claims):
-        """Call the task; gives the outcome and the error. Whatever it raises is its own."""
+        """Call the task; gives the error, or None. Whatever it raises is its own."""
         name, attempt = claims[0].name, claims[0].attempt
-        task = self._tasks.get(name)
+        task = self.tasks.get(name)
         request_id.set(claims[0].request)
         try:
             if task is None:
@@ -2517,16 +2456,16 @@ class Jobs:
                     task.function(arguments)
                 else:
                     task.function(**arguments[0])
-            return 'done', None
+            return None
         except BaseException as failure:        # sys.exit() too: a job must not end the process
             if not self._workers and isinstance(failure, gevent.GreenletExit):
-                return 'released', None
-            error = _clean(traceback.format_exc())
+                raise                           # a stop, which gives it back
+            error = cleaned(traceback.format_exc())
             metrics.failed('job', name if task else 'unknown', failure, _hidden(claims))
             log.error('job failed ids=%s name=%s attempt=%s error=%s',
                       ','.join(str(claim.id) for claim in claims), name, attempt,
                       error.rstrip().rpartition('\n')[2])
-            return 'failed', error
+            return error
 
 
 CRON_ITEM = re.compile('(?:[*]|([0-9]+|[a-z]+)(?:-([0-9]+|[a-z]+))?)(?:/([0-9]{1,2}))?')
@@ -2548,8 +2487,9 @@ class Cron:
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, TypeError, OSError):
             raise JobError(f'there is no time zone {_shown(timezone)} here; names are like '
                            f'Europe/Berlin (the package tzdata has them)') from None
-        self._minutes, self._hours, self._days, self._months, weekdays = (
+        minutes, hours, self._days, self._months, weekdays = (
             self._values(part, *field) for part, field in zip(parts, self.FIELDS))
+        self._times = [datetime.time(hour, minute) for hour in hours for minute in minutes]
         self._weekdays = {day % 7 for day in weekdays}
         self._either = parts[2][0] != '*' and parts[4][0] != '*'    # then one of the two must fit
         if self.after(now()) is None:
@@ -2578,17 +2518,11 @@ class Cron:
     def after(self, at):
         """The first of the times after one, in Unix seconds; None if there is none in 8 years."""
         local = datetime.datetime.fromtimestamp(at, self._zone).replace(tzinfo=None)
-        for days in range(8 * 366):
-            day = local.date() + datetime.timedelta(days)
-            if not self._fits(day):
-                continue
-            for hour in self._hours:
-                if days == 0 and hour < local.hour:
-                    continue
-                for minute in self._minutes:
-                    wall = datetime.datetime(day.year, day.month, day.day, hour, minute)
-                    if wall > local and (instant := self._instant(wall)) > at:
-                        return instant
+        for day in (local.date() + datetime.timedelta(days) for days in range(8 * 366)):
+            for of_day in self._times if self._fits(day) else ():
+                wall = datetime.datetime.combine(day, of_day)
+                if wall > local and (instant := self._instant(wall)) > at:
+                    return instant
         return None
 
     def _fits(self, day):
@@ -2643,7 +2577,7 @@ def without_secrets(job):
     """A Job as it may be shown."""
     hidden = []
     arguments = masked(job.arguments, hidden)
-    return job._replace(arguments=arguments, error=job.error and without(job.error, hidden))
+    return job._replace(arguments=arguments, error=job.error and cleaned(job.error, hidden))
 
 
 def _matching(id, state, name, queue):
@@ -2659,7 +2593,7 @@ def _matching(id, state, name, queue):
 def _check_id(id):
     if not isinstance(id, str):
         raise JobError(f'the id of a job is text, not {_shown(id)}')
-    return _clean(id)
+    return cleaned(id)
 
 
 def _check_queue(queue):
@@ -2697,11 +2631,6 @@ def _check_arguments(task, arguments):
                        f'{error}') from None
 
 
-def _clean(text):
-    """Text that every database takes: a traceback may hold anything."""
-    return text.encode('utf-8', 'backslashreplace').decode().replace('\0', '\\0')
-
-
 job_db = Database('job', JOB_MIGRATIONS, part_of=app_db)
 jobs = Jobs(job_db, outbox=app_db)
 
@@ -2714,7 +2643,7 @@ def stuck_jobs():
             name = json.loads(row)['name']
         except (ValueError, KeyError, TypeError):
             name = None
-        if name not in jobs.names():
+        if name not in jobs.tasks:
             yield f'row {id} of the outbox is no job of this app'
     for queue, count in job_db.execute('SELECT queue, count(*) FROM jobs '
                                        'WHERE failed_at IS NULL GROUP BY queue'):
@@ -2756,9 +2685,9 @@ CABLE_MIGRATIONS = [
 # always stays, since its id is the position of who is up to date.
 TRIM_MESSAGES = '''
     DELETE FROM messages
-    WHERE id <= :end - :keep
+    WHERE id <= (SELECT max(id) FROM messages) - :keep
         OR id < coalesce((SELECT id FROM messages WHERE created_at >= now_s() - :seconds
-                          ORDER BY id LIMIT 1), :end)'''
+                          ORDER BY id LIMIT 1), (SELECT max(id) FROM messages))'''
 APPEND_MESSAGE = '''
     INSERT INTO messages (id, stream, payload, created_at)
     SELECT coalesce(max(id), 0) + 1, ?, ?, now_s() FROM messages'''
@@ -2856,8 +2785,8 @@ class Cable:
         """The messages of a stream after a position, up to what is delivered to subscribers: who
         has subscribed before, and skips what came with an id of these, misses nothing and gets
         nothing twice. Raises PositionLost."""
-        (first,), = self._db.execute('SELECT coalesce(min(id), 1) FROM messages')
-        end = self._end()
+        (first, end), = self._db.execute('SELECT (SELECT coalesce(min(id), 1) FROM messages), '
+                                         '(SELECT coalesce(max(id), 0) FROM messages)')
         epoch, _, id = position.rpartition(':')
         if epoch != self.epoch or not re.fullmatch('[0-9]{1,18}', id):
             raise PositionLost(f'{position[:100]!r} is not a position of this log')
@@ -2870,8 +2799,8 @@ class Cable:
         if not now() - KEEP_MESSAGES_SECONDS <= at:         # nor is it NaN
             raise PositionLost(f'the log is kept for {KEEP_MESSAGES_SECONDS} seconds')
         oldest_of_full = self._db.execute(
-            'SELECT created_at FROM messages WHERE id <= ? ORDER BY id LIMIT 1',
-            (self._end() - KEEP_MESSAGES + 1,))
+            'SELECT created_at FROM messages WHERE id <= (SELECT max(id) FROM messages) - ? '
+            'ORDER BY id LIMIT 1', (KEEP_MESSAGES - 1,))
         if oldest_of_full and oldest_of_full[0][0] > at:
             raise PositionLost('the log was cut short after that time')
         return self._read(stream, 0, at)
@@ -2883,8 +2812,7 @@ class Cable:
 
     def prune(self):
         """Delete what is older than KEEP_MESSAGES_SECONDS or beyond the last KEEP_MESSAGES."""
-        self._db.execute(TRIM_MESSAGES, {'end': self._end(), 'keep': KEEP_MESSAGES,
-                                         'seconds': KEEP_MESSAGES_SECONDS})
+        self._db.execute(TRIM_MESSAGES, {'keep': KEEP_MESSAGES, 'seconds': KEEP_MESSAGES_SECONDS})
 
     def _append(self, messages):
         # The order of the states comes from the first locks, that of the ids from the last: between
@@ -2894,7 +2822,7 @@ class Cable:
                     for stream, message in messages]
         self._db.lock('the log')
         self._db.executemany(APPEND_MESSAGE, rendered)
-        end = self._end()
+        (end,), = self._db.execute('SELECT coalesce(max(id), 0) FROM messages')
         ids = list(range(end - len(rendered) + 1, end + 1))
         if any(id % TRIM_EVERY == 0 for id in ids):
             self.prune()
@@ -2909,29 +2837,22 @@ class Cable:
         return rows[0] if rows else self._db.execute(
             'INSERT INTO epochs (epoch) VALUES (?) RETURNING epoch, 0', (secrets.token_hex(4),))[0]
 
-    def _end(self):
-        """The id of the last message that was ever appended."""
-        return self._db.execute('SELECT coalesce(max(id), 0) FROM messages')[0][0]
-
     def _turn(self):
+        """Hand out the next rows of the log."""
         self._bell.clear()
-        if self._deliver() < DELIVER_ROWS:
-            return functools.partial(self._bell.wait, processes.patience())
-
-    def _deliver(self):
-        """Hand out the next rows of the log, and give their number."""
         rows = self._db.execute(NEXT_MESSAGES, (self._last, DELIVER_ROWS))
         if not rows or rows[0][0] != self.epoch:
             self.epoch, self._last = self._db.transact(self._begin)
             log.warning('the log of messages began anew epoch=%s', self.epoch)
             for stream in tuple(self._subscribers):
                 self._hand_out(stream, None)
-            return len(rows)
-        for _, *row in rows if rows[0][1] is not None else ():
-            message = Message(*row)
-            self._last = message.id
-            self._hand_out(message.stream, message)
-        return len(rows)
+        elif rows[0][1] is not None:            # else there is none
+            for _, *row in rows:
+                message = Message(*row)
+                self._last = message.id
+                self._hand_out(message.stream, message)
+        if len(rows) < DELIVER_ROWS:
+            return functools.partial(self._bell.wait, processes.patience())
 
     def _hand_out(self, stream, message):
         for receive in tuple(self._subscribers.get(stream, ())):
@@ -3084,7 +3005,7 @@ class PostgreSQL:
         """Have a Database use a schema of the server."""
         schema = _Schema(self, database)
         self._bind(database, **{verb: getattr(schema, verb) for verb in schema.VERBS},
-                   _connection=schema, path=f'schema {schema.name}', joined=database.part_of,
+                   _connection=schema, _path=f'schema {schema.name}', joined=database.part_of,
                    _hub=gevent.get_hub(), _commit=self.transact, close=lambda: None,
                    truncate_log=lambda: None)
 
@@ -3315,7 +3236,7 @@ class _Schema:
         connection.later += [self._use, *((translated(statement), row) for row in rows)]
         self.total_changes += len(rows)
 
-    def open(self, path=None):
+    def open(self):
         if self._database._pending():
             self._database.transact(self._migrate)
 
@@ -5580,8 +5501,8 @@ class Recorder:
     def _counted(self):
         """What was counted, here and by others for us."""
         counted = metrics.counts.copy()
-        for name, number in zip(('hits', 'misses', 'evictions'), cache.counts()):
-            counted[f'cache_{name}_total'] = number
+        for name in ('hits', 'misses', 'evictions'):
+            counted[f'cache_{name}_total'] = getattr(cache, name)
         for name, database in databases.items():
             counted[f'database_changed_rows_total\t{name}'] = database.changed_rows()
         return counted
@@ -5791,7 +5712,7 @@ def show_stack():
     return render(
         'stack', app=APP, source=stream_source(STACK_STREAM), acts=ACTS, crc32=zlib.crc32,
         wanted=query, query=urllib.parse.urlencode(query),
-        choices={'state': STATES, 'name': sorted(jobs.names()), 'queue': QUEUES},
+        choices={'state': STATES, 'name': sorted(jobs.tasks), 'queue': QUEUES},
         failing=sorted({name for node in nodes.values() for name in node['failing']}),
         charts=_charts(day, 900, 96) if day else _charts(hour, 60, 60),
         panels=[*_lists(query, nodes), *_panels(nodes, hour)])
@@ -5820,11 +5741,12 @@ def _lists(query, nodes):
     """Panels of jobs, errors, and what was slow."""
     found = []
     for job in map(without_secrets, jobs.list(LIST_JOBS, *map(query.get, FILTERS))):
+        most = jobs.tasks[job.name].attempts if job.name in jobs.tasks else '?'
         facts = {**job._asdict(), 'arguments': json.dumps(job.arguments, ensure_ascii=False)}
         facts = [f'{name}: {_at(value) if name.endswith("_at") else value}'[:MAX_FACT_CHARS]
                  for name, value in facts.items() if value and name != 'error']
         found.append(Row(
-            (job.name, job.state, f'{job.attempts} of {jobs.attempts_of(job.name) or "?"}',
+            (job.name, job.state, f'{job.attempts} of {most}',
              _at(job.failed_at or job.next_at or job.started_at)),
             [act for act, (states, _) in CHANGE_JOBS.items() if job.state in states],
             job.id, '\n'.join([*facts, '', job.error or ''])))
@@ -6103,7 +6025,6 @@ def _log_failed(context, kind, error, trace):
     log.error('failed: %s', context, exc_info=(kind, error, trace))
 
 
-@contextlib.contextmanager
 def open_stack(environ=None, run_jobs=False):
     """Open the files of the app and the services on them, until the block ends: for a script, a
     test, or a server. Raises AppError, and leaves nothing open then.
@@ -6114,8 +6035,7 @@ def open_stack(environ=None, run_jobs=False):
     if processes.name:
         raise MisuseError('the stack is open already')
     load_settings(os.environ if environ is None else environ)
-    with open_services(run_jobs):
-        yield
+    return open_services(run_jobs)
 
 
 @contextlib.contextmanager
@@ -6137,7 +6057,7 @@ def open_services(run_jobs):
         for service in services:
             service.open()
             opened.callback(_close_quietly, service)
-            if service is processes and os.path.exists(app_db.default_path + RESTORING):
+            if service is processes and os.path.exists(app_db.path + RESTORING):
                 # The lock of processes says that no restore runs now.
                 raise StorageError(f'a restore to {settings.data} did not come to its end; run it '
                                    f'again, with --force')
@@ -6353,12 +6273,10 @@ def backup(target):
     """Copy the databases that are worth it to a directory or an archive; the app may run. What was
     there is replaced when the copies are whole: an archive at once, a directory file by file, so a
     kill between two of them leaves old ones beside new ones. Raises BackupError, StorageError."""
-    _refuse_server('backup')
-    kind = _kind_of(target)
-    _refuse_overlap(target)
+    kind = _kind_of(target, 'backup')
     for database in _copied().values():
-        if not os.path.isfile(database.default_path):
-            raise StorageError(f'there is no {database.default_path}; set {PREFIX}DATA and '
+        if not os.path.isfile(database.path):
+            raise StorageError(f'there is no {database.path}; set {PREFIX}DATA and '
                                f'{PREFIX}ENV as the app has them')
     folder = os.path.abspath(target)
     with _sentences(target):
@@ -6366,12 +6284,12 @@ def backup(target):
             folder = os.path.dirname(folder)
         elif not os.path.isdir(folder):
             os.makedirs(folder, mode=0o700)
-            give_to_owner(folder, folder)
+            give_to_owner(folder)
         with tempfile.TemporaryDirectory(prefix='.backup-', dir=folder) as scratch:
             copies = os.path.join(scratch, 'copies')
             os.mkdir(copies)
             for name, database in _copied().items():
-                _copy(database, database.default_path, os.path.join(copies, name))
+                _copy(database, database.path, os.path.join(copies, name))
             # The app goes last: with the jobs of a newer copy none of its own is missing.
             made = {name: os.path.join(copies, name) for name in reversed(_copied())}
             if kind:
@@ -6381,7 +6299,7 @@ def backup(target):
                 made = {os.path.basename(target): packed}
             for name, path in made.items():
                 os.replace(path, os.path.join(folder, name))
-                give_to_owner(os.path.join(folder, name), os.path.join(folder, name))
+                give_to_owner(os.path.join(folder, name))
             sync(folder)
 
 
@@ -6389,38 +6307,34 @@ def restore(source, force=False):
     """Put the files of a backup in the place of today's. Raises BackupError or StorageError, and
     changes nothing, if one is damaged or of a newer version, if today's would be overwritten
     (without force), or if an app runs on them."""
-    _refuse_server('restore')
-    kind = _kind_of(source)
-    _refuse_overlap(source)
+    kind = _kind_of(source, 'restore')
     with _sentences(source), contextlib.ExitStack() as undo:
         scratch = undo.enter_context(tempfile.TemporaryDirectory())
         directory = _unpack(source, kind, scratch) if kind else source
         os.makedirs(settings.data, mode=0o700, exist_ok=True)
         if not lock_directory(settings.data, fcntl.LOCK_EX, undo):
             raise BackupError(f'an app runs on {settings.data}; stop it first')
-        present = [database.default_path for database in databases.values()
-                   if os.path.exists(database.default_path)]
+        present = [each.path for each in databases.values() if os.path.exists(each.path)]
         if present and not force:
             raise BackupError(f'{present[0]} exists; give --force to put the backup in its place')
         for name, database in _copied().items():
             if not os.path.isfile(os.path.join(directory, name)):
                 raise BackupError(f'the backup has no {name}; {PREFIX}ENV is {settings.env}')
-            undo.callback(remove, database.default_path + '.new')
-            _copy(database, os.path.join(directory, name), database.default_path + '.new')
-        make_private(app_db.default_path + RESTORING)       # from here to the end none can start
+            undo.callback(remove, database.path + '.new')
+            _copy(database, os.path.join(directory, name), database.path + '.new')
+        make_private(app_db.path + RESTORING)       # from here to the end none can start
         sync(settings.data)
         for database in databases.values():     # the cable too: open tabs then load the page again
             for suffix in (*DATABASE_SUFFIXES, '-stamps'):
                 with contextlib.suppress(FileNotFoundError):
-                    os.replace(database.default_path + suffix,
-                               f'{database.default_path}.before{suffix}')
+                    os.replace(database.path + suffix, f'{database.path}.before{suffix}')
         for database in _copied().values():
-            os.replace(database.default_path + '.new', database.default_path)
+            os.replace(database.path + '.new', database.path)
         sync(settings.data)
-        remove(app_db.default_path + RESTORING)
+        remove(app_db.path + RESTORING)
         for database in databases.values():     # kept until the new ones are in place
             for suffix in (*DATABASE_SUFFIXES, '-stamps'):
-                remove(f'{database.default_path}.before{suffix}')
+                remove(f'{database.path}.before{suffix}')
 
 
 def run_checks():
@@ -6435,12 +6349,11 @@ def run_checks():
             try:
                 if settings.database_url:
                     _refuse_pending(database)
-                    continue
-                if not database.copied and not os.path.exists(database.default_path):
-                    continue            # as a restore leaves the cable: the next start makes it
-                _refuse_damage(database, database.default_path)
-                database.open_read_only()
-                opened.callback(database.close)
+                # A restore leaves no cable: the next start makes it.
+                elif database.copied or os.path.exists(database.path):
+                    opened.callback(database.close)
+                    _refuse_damage(database, database.path)
+                    database.open_read_only()
             except AppError as error:
                 problems.append(str(error))
         for function in checks if not problems else ():
@@ -6470,17 +6383,17 @@ def copy_to(target):
             scratch = tempfile.TemporaryDirectory(prefix='.copy-', dir=os.path.dirname(target))
             directory = os.path.join(undo.enter_context(scratch), 'copy')
             os.mkdir(directory, 0o700)
-            give_to_owner(directory, target)
-        files = [Database(name, database.migrations, declared=False)
-                 for name, database in databases.items() if database.copied]
+            give_to_owner(scratch.name)
+            give_to_owner(directory)
+        files = [Database(database.name, database.migrations, path=os.path.join(directory, name))
+                 for name, database in _copied().items()]
         for file in files:
-            path = os.path.join(directory, os.path.basename(file.default_path))
             undo.callback(file.close)
             if to_server:
-                _refuse_damage(file, path)
-                file.open_read_only(path)
+                _refuse_damage(file, file.path)
+                file.open_read_only()
             else:
-                file.open(path)
+                file.open()
             _refuse_pending(file)
         server = PostgreSQL()
         server.open()
@@ -6526,7 +6439,7 @@ def _copy_rows(files, to_server):
             insert = (f'INSERT INTO {table} ({", ".join(columns)}) '
                       f'VALUES ({", ".join("?" * len(columns))})')
             for rows in _slices(source, table, columns):
-                target.executemany(insert, [[_clean(value) if isinstance(value, str) else value
+                target.executemany(insert, [[cleaned(value) if isinstance(value, str) else value
                                              for value in row] for row in rows])
             there, here = (side.execute(f'SELECT count(*) FROM {table}')[0][0]
                            for side in (source, target))
@@ -6586,7 +6499,7 @@ def sync(path):
 
 def _copied():
     """The databases that are worth a copy, by the names of their files."""
-    return {os.path.basename(database.default_path): database
+    return {os.path.basename(database.path): database
             for database in databases.values() if database.copied}
 
 
@@ -6609,10 +6522,10 @@ def _copy(database, source, target):
 
 def _refuse_damage(database, path):
     """Raises StorageError or MigrationError unless the file is whole and this app can open it."""
-    other = Database(database.name, database.migrations, declared=False)
+    other = Database(database.name, database.migrations, path=path)
     try:
-        pending = other.examine(path)
-        other.open_read_only(path)
+        pending = other.examine()
+        other.open_read_only()
         (result,), = other.execute('PRAGMA integrity_check(1)')
         if len(pending) == len(other.migrations):
             result = 'it is empty'
@@ -6624,30 +6537,21 @@ def _refuse_damage(database, path):
         raise StorageError(f'{path} is damaged: {" ".join(result.split())}')
 
 
-def _refuse_server(command):
+def _kind_of(path, command):
+    """The kind of archive by its name, a value of ARCHIVES; None: a directory. Raises BackupError,
+    also where it is in the directory of the app, or around it."""
     if settings.database_url:
         raise BackupError(f'{command} is for files; of a server use '
                           f"pg_dump -n '{APP}_{settings.env}*', and pg_restore")
-
-
-def _kind_of(path):
-    """The kind of archive by its name, a value of ARCHIVES; None: a directory. Raises
-    BackupError."""
-    for ending, kind in ARCHIVES.items():
-        if path.lower().endswith(ending):
-            return kind
-    if not path or path.lower().endswith(OTHER_ARCHIVES):
+    kind = next((ARCHIVES[end] for end in ARCHIVES if path.lower().endswith(end)), None)
+    if not path or not kind and path.lower().endswith(OTHER_ARCHIVES):
         raise BackupError(f'{path!r} can not be a backup: give a directory, or a name that ends in '
                           f'{", ".join(ARCHIVES)}')
-    return None
-
-
-def _refuse_overlap(path):
-    """Raises BackupError where a backup would be in the directory of the app, or around it."""
     ours, theirs = os.path.realpath(settings.data), os.path.realpath(path)
     if os.path.commonpath([ours, theirs]) in (ours, theirs):
         raise BackupError(f'{path} and the files of the app, {settings.data}, are in one another; '
                           f'keep a backup elsewhere')
+    return kind
 
 
 @contextlib.contextmanager
@@ -6764,8 +6668,8 @@ def command_check():
 def open_existing():
     """open_stack() on files that are there: a wrong setting makes no others. StorageError."""
     load_settings(os.environ)
-    if not settings.database_url and not os.path.exists(app_db.default_path):
-        raise StorageError(f'there is no {app_db.default_path}; set {PREFIX}DATA and {PREFIX}ENV '
+    if not settings.database_url and not os.path.exists(app_db.path):
+        raise StorageError(f'there is no {app_db.path}; set {PREFIX}DATA and {PREFIX}ENV '
                            'as the app has them')
     with open_stack():
         yield

@@ -871,7 +871,7 @@ class TodolJobs:
     def __init__(self, todol):
         import gevent
         self._todol, self._sleep = todol, gevent.sleep
-        todol.jobs._tasks.clear()       # of the stack before this one
+        todol.jobs.tasks.clear()       # of the stack before this one
         self._done = 0
         self._latencies = []
 
@@ -1045,8 +1045,8 @@ def writers(effort):
     insert, row = 'INSERT INTO outbox (job) VALUES (?)', ('x' * 100,)
     with scratch() as directory:
         todol = import_todol()
-        ours = todol.Database('app', todol.app_db.migrations, declared=False)
-        ours.open(directory + '/app.sqlite3')
+        ours = todol.Database('app', todol.app_db.migrations, path=directory + '/app.sqlite3')
+        ours.open()
         plain = sqlite3.connect(directory + '/plain.sqlite3', timeout=5, isolation_level=None)
         for statement in ('PRAGMA journal_mode = WAL', 'PRAGMA synchronous = NORMAL',
                           'CREATE TABLE outbox (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL)'):
