@@ -178,9 +178,9 @@ def server_url(text):
 
 def password(text):
     """A parser of a password."""
-    if text and len(text) < 12:
+    if text and len(text.strip()) < 12:
         raise ValueError('at least 12 characters')
-    return text
+    return text.strip()
 
 
 SETTINGS = []                           # every Setting, in the order of declaration
@@ -5379,8 +5379,8 @@ def service_worker():
 # file, and nothing when nothing was counted. When somebody looks, a bell asks all processes to note
 # how they are now.
 
-SPANS = (60, 900)           # seconds that a note of counts is about
-KEPT_SECONDS = {'60': 2 * 3600, '900': 26 * 3600, 'node': 3600, 'error': 30 * 86400}    # by kind
+MINUTE, QUARTER = '60', '900'       # kinds of notes, of what was counted in so many seconds
+KEPT = {MINUTE: 60, QUARTER: 96, 'node': 1000, 'error': MAX_PLACES}     # of a kind, the last ones
 REPLY_SECONDS = 0.15        # the other processes have to note how they are
 MAX_FAILED_LOGINS = 10      # of an address in a minute
 LOOPBACK = ('127.0.0.1', '::1', 'localhost', '[::1]')
@@ -5391,7 +5391,7 @@ LOOKING_SECONDS = 600       # last look at one; from then on a minute
 cache_db.migrations += [
     ('006 create notes', '''
         CREATE TABLE notes (
-            kind        TEXT NOT NULL,          -- of KEPT_SECONDS
+            kind        TEXT NOT NULL,          -- of KEPT
             key         TEXT NOT NULL,          -- the time of counts, the process of a node, the
                                                 -- place of an error
             at          REAL NOT NULL,
@@ -5400,11 +5400,11 @@ cache_db.migrations += [
         )'''),
 ]
 SELECT_NOTES = '''SELECT key, at, data FROM notes
-                  WHERE kind = ? AND at > ? AND ? IN (key, '') ORDER BY at'''
+                  WHERE kind = ? AND at >= ? AND ? IN (key, '') ORDER BY at'''
 UPSERT_NOTE = '''INSERT INTO notes (kind, key, at, data) VALUES (?, ?, ?, ?)
                  ON CONFLICT (kind, key) DO UPDATE SET at = excluded.at, data = excluded.data'''
-TRIM_ERRORS = '''DELETE FROM notes WHERE kind = 'error' AND key NOT IN (
-                     SELECT key FROM notes WHERE kind = 'error' ORDER BY at DESC LIMIT ?)'''
+TRIM_NOTES = '''DELETE FROM notes WHERE kind = ? AND at < (
+                    SELECT at FROM notes WHERE kind = ? ORDER BY at DESC LIMIT 1 OFFSET ?)'''
 
 
 class Recorder:
@@ -5428,27 +5428,29 @@ class Recorder:
         processes.ring(b's')
         if processes.others():
             gevent.sleep(REPLY_SECONDS)
-        return {**{name: data for name, _, data in self._notes('node', 60)
+        return {**{name: data for name, _, data in self._notes('node', since=now() - 60)
                    if processes.is_alive(name) is not False}, processes.name: self._state()}
 
-    def counts(self, span, seconds):
-        """[(when it began, Counter), ...] of the last so many seconds: what all processes have
-        noted, and this one not yet."""
-        return [*((at, data) for _, at, data in self._notes(str(span), seconds)),
-                (self._since // span * span, self._counted() - self._noted)]
+    def counts(self, kind):
+        """{when it began: Counter} of all the minutes or quarters that are kept: what all processes
+        have noted, and this one not yet."""
+        span = int(kind)
+        counts = {(now() // span - back) * span: collections.Counter()
+                  for back in reversed(range(KEPT[kind]))}
+        not_yet = '', self._since // span * span, self._counted() - self._noted
+        for _, at, data in [*self._notes(kind), not_yet]:
+            if at in counts:
+                counts[at].update(data)
+        return counts
 
     def errors(self):
         """[(place, when last, {count, first_at, request, traceback}), ...], the last first."""
-        return self._notes('error', KEPT_SECONDS['error'])[::-1]
+        return self._notes('error')[::-1]
 
     def mark_seen(self, place=None):
         """Forget the errors of a place, or all: the next there is news again."""
         cache_db.execute("DELETE FROM notes WHERE kind = 'error' AND ? IN (key, '')",
                          (place or '',))
-
-    def prune(self):
-        for kind, seconds in KEPT_SECONDS.items():
-            cache_db.execute('DELETE FROM notes WHERE kind = ? AND at < ?', (kind, now() - seconds))
 
     def _turn(self):
         """Note what was counted, and how we are if somebody asked. While the file is in trouble it
@@ -5481,22 +5483,22 @@ class Recorder:
     def _add(self, new, errors, state):
         cache_db.lock('notes')      # other processes add to them too
         notes = [('node', processes.name, now(), state)] if state else []
-        for span in SPANS if new else ():
-            kind, at = str(span), self._since // span * span
-            noted = [data for _, _, data in self._notes(kind, KEPT_SECONDS[kind], f'{at:.0f}')]
+        for kind in (MINUTE, QUARTER) if new else ():
+            at = self._since // int(kind) * int(kind)
+            noted = [data for _, _, data in self._notes(kind, f'{at:.0f}')]
             notes.append((kind, f'{at:.0f}', at, sum(noted, new)))
         for place, error in errors.items():
-            for _, _, before in self._notes('error', KEPT_SECONDS['error'], place):
+            for _, _, before in self._notes('error', place):
                 error = {**error, 'count': error['count'] + before['count'],
                          'first_at': before['first_at']}
             notes.append(('error', place, error['last_at'], error))
         cache_db.executemany(UPSERT_NOTE, [(*note, to_json(data)) for *note, data in notes])
-        cache_db.execute(TRIM_ERRORS, (MAX_PLACES,))
+        cache_db.executemany(TRIM_NOTES, [(kind, kind, kept - 1) for kind, kept in KEPT.items()])
 
-    def _notes(self, kind, seconds, key=''):
-        """[(key, time, data), ...] of the last so many seconds, in the order of time."""
-        return [(key, at, collections.Counter(json.loads(data))) for key, at, data in
-                cache_db.execute(SELECT_NOTES, (kind, now() - seconds, key))]
+    def _notes(self, kind, key='', since=0.0):
+        """[(key, time, data), ...] in the order of time."""
+        return [(key, at, collections.Counter(json.loads(data)))
+                for key, at, data in cache_db.execute(SELECT_NOTES, (kind, since, key))]
 
     def _counted(self):
         """What was counted, here and by others for us."""
@@ -5564,23 +5566,21 @@ logins = WriteLimit()       # of wrong passwords
 
 
 def admit(token=''):
-    """Refuse who may not see it: 401, 429, or 404 where nobody may. token: as a bearer token it
-    does for the password."""
-    environ, right = bottle.request.environ, settings.stack_password
-    if not right and _is_at_the_machine(environ):
+    """Refuse who does not give the password, or this token: 401, 429, or 404 where nobody may."""
+    environ, rights = bottle.request.environ, [settings.stack_password, token]
+    if not settings.stack_password and _is_at_the_machine(environ):
         return
-    if not right and not token:
+    if not any(rights):
         raise NotFound(f'Nobody may see this: {PREFIX}STACK_PASSWORD is not set.')
-    kind, _, given = environ.get('HTTP_AUTHORIZATION', '').partition(' ')
-    if kind.lower() == 'bearer':
-        right = token
-    else:
-        _, given = bottle.request.auth or ('', '')
     limit = ('wrong passwords', client_address(environ), MAX_FAILED_LOGINS, MAX_FAILED_LOGINS)
     logins.add(*limit, by=0)        # who was wrong too often is not heard, right or wrong
-    # Hashes are of one length: the time of the comparison tells nothing.
-    hashes = [hashlib.sha256(text.strip().encode()).digest() for text in (given, right)]
-    if not (hmac.compare_digest(*hashes) and right):
+    header = environ.get('HTTP_AUTHORIZATION', '')
+    given = (bottle.request.auth or header.partition(' '))[-1].strip()      # Basic, or Bearer
+
+    def hashed(text):       # of one length: the time of the comparison tells nothing
+        return hashlib.sha256(text.encode()).digest()
+
+    if not any(right and hmac.compare_digest(hashed(given), hashed(right)) for right in rights):
         if given:
             log.warning('wrong password address=%s path=%s', limit[1], environ['PATH_INFO'])
             logins.add(*limit)
@@ -5641,10 +5641,9 @@ def families(values):
 
 def exposition(nodes):
     """The lines of all metrics. Source: prometheus.io/docs/instrumenting/exposition_formats"""
-    escapes = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
-
     def sample(suffix, number, **more):
-        texts = [f'{label}="{text.translate(escapes)}"' for label, text in (*labels, *more.items())]
+        texts = [f'{label}={json.dumps(text, ensure_ascii=False)}'
+                 for label, text in (*labels, *more.items())]
         return f'{name}{suffix}{{{",".join(texts)}}} {number}'
 
     for name, family in families(measured(nodes)).items():
@@ -5707,15 +5706,15 @@ def show_stack():
     admit()
     query = {name: value for name, value in bottle.request.query.items()
              if value and (name != 'state' or value in STATES)}
-    nodes, hour = recorder.nodes(), recorder.counts(60, 3600)
-    day = recorder.counts(900, 86400) if query.get('chart') == 'day' else None
+    nodes, hour = recorder.nodes(), recorder.counts(MINUTE)
+    counts = recorder.counts(QUARTER) if query.get('chart') == 'day' else hour
     return render(
         'stack', app=APP, source=stream_source(STACK_STREAM), acts=ACTS, crc32=zlib.crc32,
         wanted=query, query=urllib.parse.urlencode(query),
         choices={'state': STATES, 'name': sorted(jobs.tasks), 'queue': QUEUES},
         failing=sorted({name for node in nodes.values() for name in node['failing']}),
-        charts=_charts(day, 900, 96) if day else _charts(hour, 60, 60),
-        panels=[*_lists(query, nodes), *_panels(nodes, hour)])
+        charts=_charts(counts),
+        panels=[*_lists(query, nodes), *_panels(nodes, sum(hour.values(), collections.Counter()))])
 
 
 @app.post('/stack/<act>', unmeasured=True)
@@ -5763,9 +5762,8 @@ def _lists(query, nodes):
     ]
 
 
-def _panels(nodes, counts):
+def _panels(nodes, hour):
     """PANELS: how it is now, and what was counted in the last hour."""
-    hour = sum((counted for _, counted in counts), collections.Counter())
     gets = hour['cache_hits_total'] + hour['cache_misses_total']
     hour['cache_hit_ratio'] = hour['cache_hits_total'] / gets if gets else None
     found, paused = families(measured(nodes, hour)), jobs.paused()
@@ -5776,66 +5774,67 @@ def _panels(nodes, counts):
              **{('Queues', queue): f'{queue} (nobody serves it)'
                 for (_, queue), _ in found['jobs'] if queue not in QUEUES}}
     for caption, (begins, by) in PANELS.items():
-        columns, rows = _table(found, begins, by)
+        rows = _table(found, begins, by)
+        columns = [name for name, (kind, _, labels) in METRICS.items()
+                   if name.startswith(begins) and kind != 'histogram' and not {*labels} - {*by}]
+        columns += sorted({column for row in rows.values() for column in row} - {*columns})
         heads = [re.sub('^[a-z]+_|[_ ](bytes|timestamp|seconds|total)', '', column)
                  .replace('_', ' ') for column in columns]
         if rows:
             yield caption, [' '.join(by) or 'of', *heads], [
-                Row([names.get((caption, name), name or 'all'),
+                Row([names.get((caption, key), key or 'all'),
                      *(_figure(column, row.get(column)) for column in columns)],
-                    acts.get((caption, name), ()), name) for name, row in sorted(rows.items())]
+                    acts.get((caption, key), ()), key) for key, row in sorted(rows.items())]
 
 
 def _table(found, begins, by):
-    """Columns, and {texts of the labels `by`: {column: number}}, of families() whose names begin
-    so. What has other labels has a column for each of their texts; a histogram has ALL and
-    QUANTILES."""
-    rows, times = {}, {}
+    """{texts of the labels `by`: {column: number}} of families() whose names begin so. What has
+    other labels has a column for each of their texts; a histogram has ALL and QUANTILES."""
+    rows, times = (collections.defaultdict(collections.Counter) for _ in range(2))
     for name, family in found.items():
         for labels, numbers in family.items() if name.startswith(begins) else ():
             key = ' '.join(text for label, text in labels if label in by)
             columns = [text for label, text in labels if label not in (*by, 'process')]
             if METRICS[name][0] == 'histogram':
                 columns.append(ALL)
-                times.setdefault(key, collections.Counter()).update(numbers)
-            row = rows.setdefault(key, collections.Counter())
+                times[key].update(numbers)
             for column in columns or [name]:
-                row[column] += sum(number for each, number in numbers.items() if each != 'sum')
-    for key, buckets in times.items():
-        for column, share in QUANTILES.items():
-            rows[key][column] = _quantile(buckets, share)
-    columns = [name for name, (kind, _, labels) in METRICS.items()
-               if name.startswith(begins) and kind != 'histogram' and not {*labels} - {*by}]
-    return [*columns, *sorted({each for row in rows.values() for each in row} - {*columns})], rows
+                rows[key][column] += _total(numbers)
+    for key, numbers in times.items():
+        rows[key].update({column: _quantile(numbers, share) for column, share in QUANTILES.items()})
+    return rows
 
 
-def _charts(counts, span, number):
+def _charts(counts):
     """(title, the highest value, paths of two lines, rows) of each of CHARTS."""
-    last = now() // span * span
-    slots = {last - span * back: collections.Counter() for back in reversed(range(number))}
-    for at, counted in counts:
-        for key, times in counted.items() if at in slots else ():
-            name, *labels = key.split('\t')
-            for text in labels[-2:] if labels[-1:] != ['sum'] else ():
-                slots[at][name, text] += times          # by the last label, and by the bucket
     for title, name, failed in CHARTS:
         unit, points = 'number' if failed else 'seconds', []
-        for found in slots.values():
-            buckets = {bucket: found[name, bucket] for bucket in BUCKETS}
-            points.append((sum(buckets.values()), found[name, failed]) if failed else
-                          (_quantile(buckets, .5), _quantile(buckets, .99)))
+        for counted in counts.values():
+            numbers, of_failed = collections.Counter(), 0
+            for key, number in counted.items():
+                if key.startswith(name):
+                    *_, label, bucket = key.split('\t')
+                    numbers[bucket] += number
+                    of_failed += number if label == failed and bucket != 'sum' else 0
+            points.append((_total(numbers), of_failed) if failed else
+                          (_quantile(numbers, .5), _quantile(numbers, .99)))
         highest = max(filter(None, itertools.chain(*points)), default=0)
-        lines = [' L'.join(f'{300 * x / number:.1f} {60 - 58 * two[which] / (highest or 1):.1f}'
-                           for x, two in enumerate(points) if two[which] is not None)
-                 for which in (0, 1)]
+        lines = [' L'.join(f'{300 * x / len(points):.1f} {60 - 58 * y / (highest or 1):.1f}'
+                           for x, y in enumerate(values) if y is not None)
+                 for values in zip(*points)]
         yield title, _figure(unit, highest), lines, [
             Row([_at(at), *(_figure(unit, value) for value in two)])
-            for at, two in zip(slots, points) if any(two)]
+            for at, two in zip(counts, points) if any(two)]
+
+
+def _total(numbers):
+    """The number of a gauge or counter; of a histogram how often."""
+    return sum(numbers.values()) - numbers['sum']
 
 
 def _quantile(buckets, share):
     """About the seconds below which such a share of the durations are; None without any."""
-    wanted, low = share * sum(buckets[bucket] for bucket in BUCKETS), 0.0
+    wanted, low = share * _total(buckets), 0.0
     for bucket, high in zip(BUCKETS, (*BOUNDS, BOUNDS[-1])):
         if buckets[bucket] and wanted <= buckets[bucket]:
             return low + (high - low) * wanted / buckets[bucket]
@@ -6070,7 +6069,6 @@ def open_services(run_jobs):
 @jobs.every(3600, queue='low')
 def tidy_up():
     """Delete what has had its time: expired cache entries, old failures."""
-    recorder.prune()
     log.info('tidied up cache=%s jobs=%s', cache.prune(), jobs.prune())
 
 
@@ -6215,7 +6213,6 @@ def serve(reload=False):
     stopping = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, stopping.set)
-    load_settings(os.environ)
     listener, has_parent = inherit(os.environ)
     if has_parent:
         gevent.spawn(end_with_parent)
@@ -6626,7 +6623,6 @@ def command_migrate():
 
 
 def command_settings():
-    load_settings(os.environ)
     for setting in SETTINGS:
         given, value = os.environ.get(setting.variable), getattr(settings, setting.name.lower())
         if setting.secret:
@@ -6640,25 +6636,21 @@ def command_settings():
 
 
 def command_backup(path):
-    load_settings(os.environ)
     backup(path)
     yield f'{path}: a backup of {settings.data}'
 
 
 def command_restore(path, force=False):
-    load_settings(os.environ)
     restore(path, force)
     yield f'{path} is restored to {settings.data}'
 
 
 def command_copy_to(target):
-    load_settings(os.environ)
     for table, rows in copy_to(target).items():
         yield f'{table}: {rows}'
 
 
 def command_check():
-    load_settings(os.environ)
     problems = run_checks()
     print('\n'.join(problems) or 'ok')
     return 1 if problems else 0
@@ -6667,7 +6659,6 @@ def command_check():
 @contextlib.contextmanager
 def open_existing():
     """open_stack() on files that are there: a wrong setting makes no others. StorageError."""
-    load_settings(os.environ)
     if not settings.database_url and not os.path.exists(app_db.path):
         raise StorageError(f'there is no {app_db.path}; set {PREFIX}DATA and {PREFIX}ENV '
                            'as the app has them')
@@ -6758,6 +6749,7 @@ COMMANDS = {        # name: (function, its arguments, what it does)
     '--help': (usage, '', 'show this'),
     '--version': (lambda: [f'{APP} {__version__}'], '', 'show the version'),
 }
+NEED_NO_SETTINGS = ('new', 'secret', '--help', '--version')
 
 
 def _parsed(synopsis, given):
@@ -6788,6 +6780,8 @@ def main(arguments=None):
         return 2
     try:
         start_logging(os.environ.get(f'{PREFIX}LOG', '').lower())
+        if name not in NEED_NO_SETTINGS:
+            load_settings(os.environ)
         result = function(*values, **options)
         if isinstance(result, int):
             return result
