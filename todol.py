@@ -3161,7 +3161,7 @@ class _Connection:
                                          self.client.mogrify(*each) for each in statements))
             while self.client.nextset():
                 pass
-            return self.client.fetchall() if self.client.description else []
+            return self.client.fetchall() if self.client.pgresult.nfields else []
         except BaseException as error:
             failure = self._explained(error, statements[-1])
             if self.closed or isinstance(failure, BusyError):
