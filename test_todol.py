@@ -6128,6 +6128,21 @@ def test_an_asset_of_any_name_is_served_as_it_is(client, add_asset, source):
     assert [client.get(todol.asset_path('called')).body for _ in range(2)] == [body] * 2 and calls == [1]
 
 
+def test_a_compact_script_has_no_comments_and_every_text_and_ends_its_statements():
+    script = """
+        // before
+        const call = (one, two) =>
+          one === `a, ${ two }` ? 'b = c' : "d // e";  // a mark ends it;
+        let done = { f() {}, // says;
+          g: [ 1, 2 ] }
+        done.f()
+        done = null
+        """
+    assert todol.compact(script, todol.SCRIPT_MARKS) == (
+        'const call=(one,two)=>one===`a, ${ two }`?\'b = c\':"d // e";'
+        'let done={f(){},g:[1,2]}\ndone.f()\ndone=null\n')
+
+
 def test_no_other_file_is_an_asset(client):
     for file in ('todol.css', '0/todol.py', '0123456789ab/other.css', '0/..%2ftodol.css', '%00', '0/%00', '0/', '/',
                  '../todol.py', '0/todol.css%0a', '0/todol.css/', '0/TODOL.css'):

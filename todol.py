@@ -3635,11 +3635,11 @@ pre { white-space: pre-wrap; }
 
 def compact(source, marks):
     """A style or script without what need not travel: indentation, blank lines, comments that end a
-    line, and spaces around marks. For what has no such thing in a text of several lines or in a
-    regular expression, and no text in a text."""
-    source = re.sub(r'^\s*(//.*|/\*.*\*/)?\n|^[ \t]+|[ \t]{2,}// .*$', '', source,
+    line, spaces around marks, and line ends where no statement ends. For what has no such thing in
+    a regular expression, and no text in a text."""
+    source = re.sub(fr'({TEXTS})|^\s*(//.*|/\*.*\*/)?\n|^[ \t]+|[ \t]+// .*$', r'\1', source,
                     flags=re.MULTILINE)
-    return re.sub(fr'({TEXTS})|[ \t]*({marks})[ \t]*', lambda found: found[1] or found[2], source)
+    return re.sub(fr'({TEXTS})|[ \t]*({marks})(?:[ \t]|(?<![])}}])\n)*', r'\1\2', source)
 
 
 def asset_path(name):
@@ -3807,7 +3807,7 @@ def application(environ, start_response):
         # An ETag is that of the bytes as they are.
         if isinstance(body, list) and sum(map(len, body)) > COMPRESS_BYTES \
                 and not given.keys() & {'content-encoding', 'etag'} and accepts_gzip(environ):
-            body = [gzipped(b''.join(body), 6)]
+            body = [gzipped(b''.join(body), 3)]
             headers = [(name, value) for name, value in headers if name != 'Content-Length']
             headers += [('Content-Encoding', 'gzip'), ('Content-Length', str(len(body[0])))]
     start_response(status, headers, *exc_info)
