@@ -50,7 +50,6 @@ import signal
 import socket
 import sqlite3
 import struct
-import subprocess
 import sys
 import tarfile
 import tempfile
