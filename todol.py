@@ -5419,16 +5419,16 @@ class Recorder:
     def close(self):
         self._loop.stop()
         self._turn()        # what was counted last
-        cache_db.execute("DELETE FROM notes WHERE kind = 'node' AND key = ?", (processes.name,))
 
     def nodes(self):
         """How all processes are: {process: its _state()}. Others have REPLY_SECONDS to note it."""
         metrics.bell.set()
         processes.ring(b's')
-        if processes.others():
+        others = {name for name in processes.others() if processes.is_alive(name) is not False}
+        if others:
             gevent.sleep(REPLY_SECONDS)
         return {**{name: data for name, _, data in self._notes('node', since=now() - 60)
-                   if processes.is_alive(name) is not False}, processes.name: self._state()}
+                   if name in others}, processes.name: self._state()}
 
     def counts(self, kind):
         """{when it began: Counter} of all the minutes or quarters that are kept: what all processes
