@@ -1738,6 +1738,7 @@ KEEP_FAILED_SECONDS = 10 * 86400
 OUTBOX_ROWS = 200           # are moved in one transaction
 CLAIM_ROWS = 200            # are claimed, or changed by hand, in one
 SKIPPED_SECONDS = 0.1       # after which one looks again at a queue that one has taken jobs from
+GATHER_SECONDS = 0.002      # between exchanges with a server: messages that many jobs share
 MAX_BACKOFF_SECONDS = 3600
 UNKNOWN_SECONDS = 300       # a job that is unknown here is left so long to a newer version,
 UNKNOWN_PAUSE_SECONDS = 5   # which another process may have already
@@ -2215,6 +2216,8 @@ class Jobs:
             raise
         del self._settled[:len(settled)]
         self._empty_outbox()
+        if self._db.joined:
+            gevent.sleep(GATHER_SECONDS)
         if more:
             return functools.partial(gevent.sleep, 0)
         patience = processes.patience()
