@@ -2162,7 +2162,6 @@ class Jobs:
             raise JobError(f'no recurring task is registered as {_shown(name)}')
         return self.enqueue(name, unique_key=f'every {name}', order_key=f'every {name}')
 
-
     def prune(self):
         """Delete the jobs that failed more than KEEP_FAILED_SECONDS ago, and give the number."""
         return len(self._db.execute('DELETE FROM jobs WHERE failed_at < now_s() - ? RETURNING id',
