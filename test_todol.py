@@ -7599,6 +7599,19 @@ def test_a_full_cache_shows_what_it_dropped_and_a_slow_statement_stands_on_the_p
     assert 'app: WITH RECURSIVE n(i)' in shown and 'a secret' not in shown
 
 
+def test_of_each_kind_the_slowest_of_an_hour_is_kept(monkeypatch):
+    metrics, hour_later = todol.Metrics(), todol.now() + 3601
+    for seconds in (0.2, 0.5, 0.3):
+        metrics.slow('GET /', seconds)
+    for number in range(todol.SLOWEST + 5):
+        metrics.slow(f'other {number}', 0.1 + number / 1000)
+    assert len(metrics.slowest) == todol.SLOWEST and metrics.slowest['GET /'][0] == 0.5
+    assert 'other 5' not in metrics.slowest and 'other 6' in metrics.slowest
+    monkeypatch.setattr(todol, 'now', lambda: hour_later)
+    metrics.slow('GET /', 0.3)
+    assert [(what, took[0]) for what, took in metrics.slowest.items()] == [('GET /', 0.3)]
+
+
 def test_counts_are_kept_by_the_minute_and_over_a_restart_and_nothing_is_written_when_nothing_happens(
         operator, open_stack, monkeypatch):
     clock = Clock()

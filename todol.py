@@ -371,8 +371,11 @@ class Metrics:
 
     def slow(self, what, seconds):
         """Note what took longer than SLOW_SECONDS, if it is among the slowest."""
+        noted_seconds, noted_at, _ = self.slowest.get(what, (0, 0, None))
+        if seconds < noted_seconds and noted_at > now() - 3600:
+            return
         kept = {each: took for each, took in self.slowest.items() if took[1] > now() - 3600}
-        kept[what] = max(kept.get(what, (0,)), (seconds, now(), request_id.get()))
+        kept[what] = seconds, now(), request_id.get()
         self.slowest = dict(sorted(kept.items(), key=lambda each: -each[1][0])[:SLOWEST])
 
     def failed(self, kind, name, error, private=()):
@@ -778,7 +781,7 @@ class Database:
                               'called from another thread; in_thread() runs what blocks, and its '
                               'caller uses the stack')
         # A function may catch the error of a full disk, and go on, outside of any transaction.
-        if self.in_transaction and not self._connection.in_transaction:
+        if not self._connection.in_transaction and self.in_transaction:
             raise StorageError(f'the transaction of the {self.name} database was rolled back')
 
     def changed_rows(self):
@@ -3889,8 +3892,9 @@ def client_address(environ):
 
 def is_wrong_host(environ):
     """Whether the Host is none of <APP>_HOSTS. Health checks ask by address."""
-    host = re.sub(r':\d*$', '', host_of(environ))
-    return settings.hosts and host not in settings.hosts and environ['PATH_INFO'] != '/up'
+    if not settings.hosts or environ['PATH_INFO'] == '/up':
+        return False
+    return re.sub(r':\d*$', '', host_of(environ)) not in settings.hosts
 
 
 def same_origin(environ):
