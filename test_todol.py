@@ -9499,6 +9499,17 @@ def test_an_unknown_command_gets_the_help_and_status_2(tmp_path, arguments):
     assert done.stderr.startswith('Error: there is no command ') and 'usage: python todol.py' in done.stderr
 
 
+@pytest.mark.parametrize('words', [('--help',), ('stats',), ('check',)], ids=' '.join)
+def test_a_reader_that_has_had_enough_ends_a_command_in_silence(tmp_path, words):
+    assert run('migrate', cwd=tmp_path).returncode == 0
+    reads, writes = os.pipe()
+    os.close(reads)                 # as `head` does
+    with open(writes, 'wb') as stdout:
+        done = subprocess.run([sys.executable, PROGRAM, *words], cwd=tmp_path, env=environment_with(), stdout=stdout,
+                              stderr=subprocess.PIPE, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, '')
+
+
 def test_what_is_wrong_with_the_data_is_a_sentence_of_every_command_that_reads_it(tmp_path):
     (tmp_path / 'file').touch()
     for arguments in (['migrate'], ['check'], ['backup', 'copy'], ['restore', 'file', '--force']):

@@ -6788,10 +6788,13 @@ def main(arguments=None):
         if name not in NEED_NO_SETTINGS:
             load_settings(os.environ)
         result = function(*values, **options)
-        if isinstance(result, int):
-            return result
-        for line in result:
+        status, lines = (result, []) if isinstance(result, int) else (0, list(result))
+        for line in lines:
             print(line)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:             # who reads, as head does, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except AppError as error:
         print(f'Error: {error}', file=sys.stderr)
