@@ -4171,7 +4171,8 @@ with todol.open_stack(settings, run_jobs=True):
         todol.app_db.transact(todol.jobs.enqueue, 'work')
         die()
     if 'die before the outbox is emptied' in todo:
-        todol.jobs._empty_outbox = lambda: todol.jobs._moved and die()
+        execute = todol.app_db.execute
+        todol.app_db.execute = lambda text, *more: die() if text == todol.EMPTY_OUTBOX else execute(text, *more)
         todol.app_db.transact(todol.jobs.enqueue, 'work')
         gevent.sleep(1.5)
         die()       # the neighbour was faster

@@ -1731,8 +1731,8 @@ cache = Cache(cache_db)
 # A job runs at least once: its row goes when it is done, and a worker only leases it. Enqueued in
 # a transaction of the app database it is first a row of the outbox there, because a commit over two
 # files is not atomic. One greenlet, the dispatcher, moves such rows to the job database (each once,
-# by its id), takes what is due and deletes what is done, in one transaction. It sleeps until a bell
-# rings or something falls due. A lease ends with its process, as the kernel tells of it.
+# by its id); then it deletes what is done and takes what is due, in one transaction. It sleeps until
+# a bell rings or something falls due. A lease ends with its process, as the kernel tells of it.
 
 QUEUES = {'urgent': 6, 'default': 3, 'low': 1}      # name: weight; how often it is looked at first
 LEASE_SECONDS = 15          # counts where nobody knows whether the worker is alive
@@ -1890,11 +1890,12 @@ SELECT_JOB = f'''
     SELECT uid, name, arguments, queue, {STATE}, attempt, run_at, enqueued_at, failed_at, error,
            CASE WHEN worker IS NULL THEN due_at END, started_at, worker, request
     FROM jobs'''
+DELETE_JOB = 'DELETE FROM jobs WHERE uid = ?'
 CHANGE_JOBS = {         # what can be done to a job by hand: (in which states, statement)
-    'retry': (('failed',), 'DELETE FROM jobs'),     # and then it comes anew
-    'discard': (('failed',), 'DELETE FROM jobs'),
-    'run': (('scheduled',), 'UPDATE jobs SET run_at = now_s(), due_at = now_s()'),
-    'cancel': (('blocked', 'ready', 'scheduled'), 'DELETE FROM jobs'),
+    'retry': (('failed',), DELETE_JOB),     # and then it comes anew
+    'discard': (('failed',), DELETE_JOB),
+    'run': (('scheduled',), 'UPDATE jobs SET run_at = now_s(), due_at = now_s() WHERE uid = ?'),
+    'cancel': (('blocked', 'ready', 'scheduled'), DELETE_JOB),
 }
 RETRIED = 'uid', 'name', 'arguments', 'queue', 'order_key', 'enqueued_at', 'request'
 
@@ -1971,7 +1972,6 @@ class Jobs:
         self._running = {}              # id of the first of such a list -> the list, till its end
         self._greenlets = []
         self._settled = []              # (Claim, error or None) since the last exchange
-        self._moved = 0                 # outbox rows up to this id are in the job database
         self._looked_at = -math.inf     # at the leases
         self._back_at = -math.inf       # when the database could be used again; inf: not yet
         self._clock_offset = None       # of the wall clock to the monotonic one, when last seen
@@ -2111,7 +2111,7 @@ class Jobs:
         where, values = _matching(id, state, name, queue)
         states, statement = CHANGE_JOBS[verb]
         fit = ' OR '.join(STATES[each] for each in states)
-        statement += f" WHERE uid = ? AND ({fit}) RETURNING {', '.join(RETRIED)}"
+        statement += f" AND ({fit}) RETURNING {', '.join(RETRIED)}"
         ids = [id for id, in self._db.execute(
             f'SELECT uid FROM jobs WHERE {where} AND ({fit}) ORDER BY id', values)]
         return sum(self._db.transact(self._change, verb, statement, ids[start:start + CLAIM_ROWS])
@@ -2189,14 +2189,11 @@ class Jobs:
         self._workers = 0
         gevent.killall(self._greenlets, block=False)
         gevent.joinall(self._greenlets, timeout=0.5)
-        self._empty_outbox()
-        self._db.transact(self._give_back)
+        self._relay()
+        self._db.transact(self._settle, self._settled)
+        self._db.execute(GIVE_BACK, (processes.name, '[]'))
         processes.ring(b'j')
         self._reset()
-
-    def _give_back(self):
-        self._settle(self._settled)
-        self._db.execute(GIVE_BACK, (processes.name, '[]'))
 
     def _wake(self):
         """Have the dispatcher look: ours, or else every other process's."""
@@ -2207,21 +2204,18 @@ class Jobs:
             processes.ring(b'j')
 
     def _turn(self):
-        """One turn of the dispatcher: exchange with the databases."""
+        """One turn of the dispatcher."""
         self._bell.clear()
-        self._empty_outbox()            # if it failed the last time
         settled = list(self._settled)
         try:
-            next_due, more = self._db.transact(self._exchange, settled)
+            self._relay()
+            next_due = self._db.transact(self._exchange, settled)
         except StorageError:
             self._back_at = math.inf
             raise
         del self._settled[:len(settled)]
-        self._empty_outbox()
         if self._db.joined:
             gevent.sleep(GATHER_SECONDS)
-        if more:
-            return functools.partial(gevent.sleep, 0)
         patience = processes.patience()
         if self._running:
             patience = min(patience, LEASE_SECONDS / 3)
@@ -2231,15 +2225,9 @@ class Jobs:
         return functools.partial(self._bell.wait, patience)
 
     def _exchange(self, settled):
-        """In one transaction: settle what ended, insert what the outbox holds, claim what is due.
-
-        Gives the time when the next job falls due (None: never), and whether there is more to do at
-        once. The outbox is read under the lock of the job database, and _turn() deletes its rows
-        before their jobs are settled: a neighbour that reads it too can't insert a job that is done
-        already.
-        """
+        """In one transaction: settle what ended, and claim what is due. Gives the time when the
+        next job falls due; None: never."""
         self._settle(settled)
-        moved = () if self._db.joined else self._insert_outbox()
         self._mind_the_clock()
         if time.monotonic() - self._looked_at > LEASE_SECONDS / 10:
             self._looked_at = time.monotonic()
@@ -2259,7 +2247,7 @@ class Jobs:
                 # More of them may be due, or be taken by another process just now.
                 times.append(now() + (len(claims) < CLAIM_ROWS) * SKIPPED_SECONDS)
         self._db.after_commit(functools.partial(self._start, self._together(claims)))
-        return min((at for at in times if at is not None), default=None), len(moved) == OUTBOX_ROWS
+        return min((at for at in times if at is not None), default=None)
 
     def _claim(self, queue, claims):
         """Take what is due in a queue, for the workers that are left beside those claims."""
@@ -2310,8 +2298,8 @@ class Jobs:
                           claim.attempt)
 
     def _insert_outbox(self):
-        """Insert what the outbox holds, and give the ids of its rows. What can't be inserted
-        becomes a failed job."""
+        """Insert what the outbox holds, and give the id of its last row; 0: it holds nothing. What
+        can't be inserted becomes a failed job."""
         rows = self._outbox.execute('SELECT id, job FROM outbox ORDER BY id LIMIT ?',
                                     (OUTBOX_ROWS,))
         for id, text in rows:
@@ -2333,30 +2321,26 @@ class Jobs:
                 self._db.execute(INSERT_FAILED, (
                     _new_id(), 'outbox', to_json({'row': str(text)}),
                     cleaned(traceback.format_exc())))
-        ids = [id for id, _ in rows]
-        if ids:
-            self._db.after_commit(functools.partial(setattr, self, '_moved', ids[-1]))
-        return ids
+        return rows[-1][0] if rows else 0
 
     def adopt_outbox(self):
         """Make jobs of what the outbox holds, in a transaction of both databases."""
-        while ids := self._insert_outbox():
-            self._outbox.execute(EMPTY_OUTBOX, (ids[-1],))
-
-    def _empty_outbox(self):
-        """Delete what was moved from it. Ids are in the order of the commits, and given once."""
-        if moved := self._moved:
-            self._outbox.transact(self._outbox.execute, EMPTY_OUTBOX, (moved,))
-            self._moved = 0 if self._moved == moved else self._moved
+        while last := self._insert_outbox():
+            self._outbox.execute(EMPTY_OUTBOX, (last,))
 
     def _relay(self):
         """Move what the outbox holds now; in a transaction it stays there. On one server a job is
-        written with the transaction, and needs no outbox."""
+        written with the transaction, and needs no outbox.
+
+        It is read under the lock of the job database, and every process does this before it settles
+        a job: so nobody who reads it can insert a job that is done already. Its ids are in the
+        order of the commits, and given once.
+        """
         if Database.current or self._db.joined:
             return
         while self._outbox.execute('SELECT 1 FROM outbox LIMIT 1'):
-            self._db.transact(self._insert_outbox)
-            self._empty_outbox()
+            last = self._db.transact(self._insert_outbox)
+            self._outbox.transact(self._outbox.execute, EMPTY_OUTBOX, (last,))
 
     def _mind_the_clock(self):
         """When the clock was set, see to it that nothing recurs later than its period, and that
@@ -6526,10 +6510,9 @@ def _refuse_damage(database, path):
     """Raises StorageError or MigrationError unless the file is whole and this app can open it."""
     other = Database(database.name, database.migrations, path=path)
     try:
-        pending = other.examine()
         other.open_read_only()
         (result,), = other.execute('PRAGMA integrity_check(1)')
-        if len(pending) == len(other.migrations):
+        if len(other._pending()) == len(other.migrations):
             result = 'it is empty'
     except (StorageError, sqlite3.Error, UnicodeDecodeError, OSError) as error:
         result = str(error)
