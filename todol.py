@@ -8368,7 +8368,7 @@ strong { color: var(--ink); }
 .todoapp {
   display: flex; flex-direction: column;
   --list: block; --bar: flex; --beside: -44px 8rem 0 0; --empty: none; --none: none; --hint: block;
-  --rest: none; --below: 0;
+  --rest: none; --below: 0; --clear: block;
 }
 .main { display: var(--list); }
 .empty { display: var(--empty); }
@@ -8382,8 +8382,10 @@ strong { color: var(--ink); }
   --beside: 0;
 }
 /* Both to be read: a line of their own */
-.todoapp:has(.undo:not([hidden]) + .connection:not(:empty)) { --beside: 0; --below: 44px; }
-[data-completed="0"] ~ .clear { visibility: hidden; }
+.todoapp:has(.undo:not([hidden]) + .connection:not(:empty)) {
+  --beside: 0; --below: 44px; --clear: none;
+}
+[data-completed="0"] ~ .clear { visibility: hidden; display: var(--clear); }
 .undo:not([hidden]) ~ :not(.connection), .connection:not(:empty) ~ *, .connection:empty,
 html:not(.scripted) .hint,
 :has([data-active="0"][data-completed="0"]) > .info #copy { display: none; }
