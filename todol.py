@@ -5372,7 +5372,6 @@ MINUTE, QUARTER = '60', '900'       # kinds of notes, of what was counted in so 
 KEPT = {MINUTE: 60, QUARTER: 96, 'node': 1000, 'error': MAX_PLACES}     # of a kind, the last ones
 REPLY_SECONDS = 0.15        # the other processes have to note how they are
 MAX_FAILED_LOGINS = 10      # of an address in a minute
-LOOPBACK = ('127.0.0.1', '::1', 'localhost', '[::1]')
 STACK_STREAM = shared_stream('stack')
 LOOK_SECONDS = 2.0          # between two refreshes of open pages, until LOOKING_SECONDS after the
 LOOKING_SECONDS = 600       # last look at one; from then on a minute
@@ -5583,7 +5582,8 @@ def _is_at_the_machine(environ):
     host = re.sub(r':\d*$', '', environ.get('HTTP_HOST', '').lower())
     proxied = any(re.match('HTTP_(X_FORWARDED|FORWARDED|X_REAL|VIA)', name) for name in environ)
     return (settings.env == 'development' and not settings.trust_proxy and not proxied
-            and host in LOOPBACK and environ.get('REMOTE_ADDR') in LOOPBACK)
+            and host in ('localhost', '127.0.0.1', '[::1]')
+            and environ.get('REMOTE_ADDR') in ('127.0.0.1', '::1'))
 
 
 @app.get('/metrics', unmeasured=True)       # or to look would be to change
@@ -5696,13 +5696,12 @@ def show_stack():
     query = {name: value for name, value in bottle.request.query.items()
              if value and (name != 'state' or value in STATES)}
     nodes, hour = recorder.nodes(), recorder.counts(MINUTE)
-    counts = recorder.counts(QUARTER) if query.get('chart') == 'day' else hour
     return render(
         'stack', app=APP, source=stream_source(STACK_STREAM), acts=ACTS, crc32=zlib.crc32,
         wanted=query, query=urllib.parse.urlencode(query),
         choices={'state': STATES, 'name': sorted(jobs.tasks), 'queue': QUEUES},
         failing=sorted({name for node in nodes.values() for name in node['failing']}),
-        charts=_charts(counts),
+        charts=_charts(recorder.counts(QUARTER) if query.get('chart') == 'day' else hour),
         panels=[*_lists(query, nodes), *_panels(nodes, sum(hour.values(), collections.Counter()))])
 
 
@@ -6698,8 +6697,7 @@ def command_console():
         return input(prompt)
 
     with open_existing():
-        names = {**globals(), **vars(sys.modules['__main__'])}
-        console = code.InteractiveConsole(names)
+        console = code.InteractiveConsole({**globals(), **vars(sys.modules['__main__'])})
         console.raw_input = ask
         console.interact(f'{APP} {__version__}: app_db, cache, jobs, cable, and the rest of '
                          f'{sys.argv[0]}', '')
@@ -6719,8 +6717,7 @@ def usage():
 
 
 COMMANDS = {        # name: (function, its arguments, what it does)
-    'serve': (serve, '[--reload]', 'serve the app (also without a command); anew when the file '
-              'changes'),
+    'serve': (serve, '[--reload]', 'serve the app (the default); anew when its file changes'),
     'new': (command_new, 'NAME.py', 'write a new app: this stack, and a small app to change'),
     'migrate': (command_migrate, '', 'create the database files, or bring them up to date'),
     'check': (command_check, '', 'check the files: whole, of this version, nothing stuck'),
