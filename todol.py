@@ -161,11 +161,13 @@ def absolute_path(text):
         return text
 
 
-def secret_text(text):
-    """A parser of a secret."""
-    if text and len(text) < 32:
-        raise ValueError('at least 32 characters; the command `secret` makes one')
-    return text
+def secret_text(least, hint=''):
+    """A parser of secrets of so many characters or more."""
+    def parse(text):
+        if text and len(text) < least:
+            raise ValueError(f'at least {least} characters{hint}')
+        return text
+    return parse
 
 
 def server_url(text):
@@ -173,13 +175,6 @@ def server_url(text):
     if text and not re.match('postgres(ql)?://', text):
         raise ValueError('unset, or postgresql://user:password@host:port/name')
     return text
-
-
-def password(text):
-    """A parser of a password."""
-    if text and len(text.strip()) < 12:
-        raise ValueError('at least 12 characters')
-    return text.strip()
 
 
 SETTINGS = []                           # every Setting, in the order of declaration
@@ -229,7 +224,7 @@ app_settings(
     Setting('DATABASE_POOL', '10', 'most connections of one process beside that one',
             whole_number(1, 1000), prefixed=False),
     Setting('SECRET', '', 'signs sessions and stream names; unset: made once and kept in the '
-            'app database', secret_text, secret=True),
+            'app database', secret_text(32, '; the command `secret` makes one'), secret=True),
     Setting('SYNC', 'NORMAL', 'synchronous of the app database: NORMAL, or FULL to survive '
             'power loss', one_of('NORMAL', 'FULL')),
     Setting('JOB_WORKERS', '20', 'jobs that run at once in a process', whole_number(1, 10_000)),
@@ -258,8 +253,9 @@ app_settings(
     Setting('STALL_MS', '250', 'a turn of the event loop that takes so long has one',
             whole_number(0, 10**9)),
     Setting('STACK_PASSWORD', '', 'opens /stack and /metrics, with any user name; unset: nobody '
-            'may see them, but from the same machine in development', password, secret=True),
-    Setting('METRICS_TOKEN', '', 'opens /metrics alone, as a bearer token', password, secret=True),
+            'may see them, but from the same machine in development', secret_text(12), secret=True),
+    Setting('METRICS_TOKEN', '', 'opens /metrics alone, as a bearer token', secret_text(12),
+            secret=True),
     Setting('STACK_MASK', 'user,session,password,secret,token,key', 'arguments of jobs whose name '
             'contains one of these are not shown on /stack', words),
 )
@@ -5566,9 +5562,9 @@ def admit(token=''):
     given = (bottle.request.auth or header.partition(' '))[-1].strip()      # Basic, or Bearer
 
     def hashed(text):       # of one length: the time of the comparison tells nothing
-        return hashlib.sha256(text.encode()).digest()
+        return hashlib.sha256(text.strip().encode()).digest()
 
-    if not any(right and hmac.compare_digest(hashed(given), hashed(right)) for right in rights):
+    if not (given and any(hmac.compare_digest(hashed(given), hashed(right)) for right in rights)):
         if given:
             log.warning('wrong password address=%s path=%s', limit[1], environ['PATH_INFO'])
             logins.add(*limit)
