@@ -3443,9 +3443,9 @@ def become(user):
 
 def wanted():
     """What the client wants: 'turbo', 'json' or 'html'. Source: RFC 9110, section 12.5.1."""
-    weights = weights_of(bottle.request.environ.get('HTTP_ACCEPT', ''))
-    kinds = {'turbo': weights.get(TURBO_STREAM, 0), 'json': weights.get('application/json', 0),
-             'html': weights.get('text/html', weights.get('text/*', weights.get('*/*', 0)))}
+    accept = bottle.request.environ.get('HTTP_ACCEPT', '')
+    kinds = {'turbo': weight_of(accept, TURBO_STREAM), 'json': weight_of(accept, 'application/json'),
+             'html': weight_of(accept, 'text/html', 'text/*', '*/*')}
     best = max(kinds, key=kinds.get)        # the first of equals
     return best if kinds[best] else 'html'
 
@@ -3977,9 +3977,10 @@ def _parse_json(body):
 PARSERS = {'application/x-www-form-urlencoded': _parse_form, 'application/json': _parse_json}
 
 
-def weights_of(header):
-    """A header like Accept as a dict of lower-case names to weights. Source: RFC 9110, section
-    12.4.2."""
+@functools.lru_cache(256)       # clients ask in the same few ways
+def weight_of(header, *names):
+    """The weight, from 0 to 1, that a header like Accept gives to the first of the lower-case names
+    that it has. Source: RFC 9110, section 12.4.2."""
     weights = {}
     for item in header.lower().split(','):
         name, *parameters = (part.strip() for part in item.split(';'))
@@ -3987,12 +3988,11 @@ def weights_of(header):
         if name:
             good = re.fullmatch(r'0(\.[0-9]{0,3})?|1(\.0{0,3})?', quality)
             weights[name] = float(quality) if good else 0.0
-    return weights
+    return next((weights[name] for name in names if name in weights), 0.0)
 
 
 def accepts_gzip(environ):
-    weights = weights_of(environ.get('HTTP_ACCEPT_ENCODING', ''))
-    return weights.get('gzip', weights.get('*', 0)) > 0
+    return weight_of(environ.get('HTTP_ACCEPT_ENCODING', ''), 'gzip', '*') > 0
 
 
 def gzipped(body, level):
