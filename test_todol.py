@@ -5687,8 +5687,10 @@ def test_an_app_may_have_pages_and_handlers_of_its_own_for_errors(client, route,
     todol.app.error(500)(lambda error: with_headers(type(error.exception).__name__, 500, Content_Type='text/plain'))
     route('/broken', lambda: {}['x'])
     assert (client.get('/nothing').status, client.get('/own').text) == (404, 'lost: No poll.')
+    noted = todol.metrics.counts['errors_total\trequest']
     answer = client.get('/broken')
     assert (answer.status, answer.text, answer.headers['content-type']) == (500, 'KeyError', 'text/plain')
+    assert todol.metrics.counts['errors_total\trequest'] == noted + 1, 'whoever answers it'
     assert client.get('/todos', accept=JSON).json['error'].startswith('This path'), '405 is as it was'
 
 

@@ -3713,6 +3713,7 @@ def answer_errors(function):
         except AppError as error:
             if error.status >= 500:
                 log.error('request failed path=%s error=%s', bottle.request.path, error)
+                bottle.request.environ['bottle.exc_info'] = sys.exc_info()     # see _measure()
             later = {'Retry_After': '1'} if error.status == 503 else {}
             return bottle.HTTPError(error.status, str(error), error, **later)
         if isinstance(body, str):
@@ -3729,11 +3730,6 @@ def error_answer(error):
     """The answer to an HTTPError: an AppError, abort(), bottle's own, or what nobody expected."""
     expected = error.exception if isinstance(error.exception, AppError) else AppError
     message, details = str(error.body or ''), ''
-    if error.exception and error.status_code >= 500:
-        environ = bottle.request.environ
-        route = environ.get('bottle.route', NO_ROUTE)
-        metrics.failed('request', f'{route.method} {route.rule}', error.exception,
-                       _private_of(environ))
     if error.exception and expected is AppError:
         message = 'Something went wrong here. It is in the log.'
         details = error.traceback if settings.env == 'development' else ''
@@ -3774,7 +3770,7 @@ def application(environ, start_response):
     id = _request_id(environ)
     request_id.set(id)
     body = app.wsgi(environ, lambda *answer: started.append(answer))
-    status, headers, *exc_info = started[-1]
+    status, headers, exc_info = started[-1]
     given = {name.lower(): value for name, value in headers}
     headers = headers + [(name, value) for name, value in SECURITY_HEADERS
                          if name.lower() not in given]
@@ -3794,8 +3790,8 @@ def application(environ, start_response):
             body = [gzipped(b''.join(body), 3)]
             headers = [(name, value) for name, value in headers if name != 'Content-Length']
             headers += [('Content-Encoding', 'gzip'), ('Content-Length', str(len(body[0])))]
-    start_response(status, headers, *exc_info)
-    _measure(environ, status, time.perf_counter() - began)
+    start_response(status, headers, exc_info)
+    _measure(environ, status, time.perf_counter() - began, exc_info)
     return body
 
 
@@ -3811,13 +3807,15 @@ def _request_id(environ):
     return f'{_PROCESS_ID}-{next(_request_numbers):x}'
 
 
-def _measure(environ, status, seconds):
+def _measure(environ, status, seconds, exc_info):
     route = environ.get('bottle.route', NO_ROUTE)
     method, rule = route.method, route.rule
     if 'unmeasured' not in route.config:
         metrics.time(seconds, 'http_request_duration_seconds', method, rule, f'{status[0]}xx')
         if seconds > SLOW_SECONDS:
             metrics.slow(f'{method} {rule}', seconds)
+    if exc_info:            # of what nobody expected, as bottle gives it to a server
+        metrics.failed('request', f'{method} {rule}', exc_info[1], _private_of(environ))
     if settings.slow_request_ms and seconds * 1000 >= settings.slow_request_ms:
         log.warning('slow request route=%s %s status=%s seconds=%.3f', method, rule, status[:3],
                     seconds)
