@@ -3318,18 +3318,13 @@ def find_session(cookies, secure):
     """verify_session() of the first good cookie of a Cookie header, and whether it has the name
     that it should have. secure: the request came by https, where a __Host- cookie comes first: no
     other host can have set it. The name without digits is that of version 1."""
-    given = cookies_of(cookies)
+    given = [cookie.strip().partition('=')[::2] for cookie in cookies.split(';')]
     for name in [f'__Host-{keys.cookie}'] * secure + [keys.cookie, f'{APP}_session']:
         for given_name, value in given:
             session = verify_session(value) if given_name == name else None
             if session:
                 return session, name == cookie_name(secure)
     return None, False
-
-
-def cookies_of(header):
-    """The names and values in a Cookie header, in its order."""
-    return [cookie.strip().partition('=')[::2] for cookie in header.split(';')]
 
 
 def cookie_name(secure):
@@ -3771,13 +3766,12 @@ def application(environ, start_response):
     request_id.set(id)
     body = app.wsgi(environ, lambda *answer: started.append(answer))
     status, headers, exc_info = started[-1]
-    given = {name.lower(): value for name, value in headers}
-    headers = headers + [(name, value) for name, value in SECURITY_HEADERS
-                         if name.lower() not in given]
-    kind, kept = given.get('content-type', ''), given.get('cache-control', '')
+    given = dict(headers)           # bottle has made their names of one case
+    headers = headers + [each for each in SECURITY_HEADERS if each[0] not in given]
+    kind, kept = given.get('Content-Type', ''), given.get('Cache-Control', '')
     headers.append(('X-Request-Id', id))
     if not kept:
-        dated = given.keys() & {'etag', 'last-modified'}
+        dated = 'Etag' in given or 'Last-Modified' in given
         headers.append(('Cache-Control', 'private' if dated else 'no-store'))
     if not re.search('public|s-maxage', kept) \
             and (kind.startswith('text/html') or session_of(environ)):
@@ -3786,7 +3780,7 @@ def application(environ, start_response):
         headers.append(('Vary', 'Accept-Encoding'))
         # An ETag is that of the bytes as they are.
         if isinstance(body, list) and sum(map(len, body)) > COMPRESS_BYTES \
-                and not given.keys() & {'content-encoding', 'etag'} and accepts_gzip(environ):
+                and not given.keys() & {'Content-Encoding', 'Etag'} and accepts_gzip(environ):
             body = [gzipped(b''.join(body), 3)]
             headers = [(name, value) for name, value in headers if name != 'Content-Length']
             headers += [('Content-Encoding', 'gzip'), ('Content-Length', str(len(body[0])))]
@@ -7102,7 +7096,7 @@ def text_of(todos):
 
 def new_key():
     """A key for a change: milliseconds since 1970, and what nobody else has."""
-    return f'{time.time_ns() // 10**6}-{secrets.token_urlsafe(9)}'
+    return f'{time.time_ns() // 10**6}-{secrets.token_hex(8)}'
 
 
 # Each change takes a key of the client's choice: one whose key is known is not made again, and what
@@ -8087,10 +8081,9 @@ def render_join(user, token):
 def offered_undo(user):
     """The key of the change that this browser has made without script a moment ago, and what it
     was, if it can be undone; else ''."""
-    cookies = dict(cookies_of(bottle.request.environ.get('HTTP_COOKIE', '')))
-    key = cookies.get(UNDO_COOKIE, '')
-    said = what_was_done(user, key) if CHANGE_KEY.fullmatch(key) else None
-    return (key, said) if said else ''
+    cookie = re.search(f'{UNDO_COOKIE}=([^ ;]+)', bottle.request.environ.get('HTTP_COOKIE', ''))
+    said = what_was_done(user, cookie[1]) if cookie else None
+    return (cookie[1], said) if said else ''
 
 
 def id_or_key(text):
