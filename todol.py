@@ -5040,7 +5040,7 @@ function takeKept() {
 // In the other tabs. They send it themselves if the one that has it is closed. They show the
 // other list too, if this browser has another one by now.
 addEventListener('storage', ({ key: name, newValue }) => {
-  if (name === 'owner' && newValue !== owner) visit();
+  if (name === 'owner' && owner && newValue !== owner) visit();
   if (!name?.startsWith(itemOf(''))) return;
   const entry = JSON.parse(newValue);
   if (entry && !entry.refused) {
@@ -5236,7 +5236,7 @@ function renew() {
 }
 class CableStreamSource extends HTMLElement {
   static observedAttributes = ['signed-stream-name'];
-  attributeChangedCallback() { renew(); }
+  attributeChangedCallback() { if (this.isConnected) renew(); }    // not in a copy of the page
   connectedCallback() { renew(); }
   disconnectedCallback() { renew(); }
 }
@@ -5278,7 +5278,8 @@ function keepSoon() {
 function keepPage() {
   keepTimer = clearTimeout(keepTimer);
   const worker = navigator.serviceWorker?.controller;
-  if (!worker || stored(all => all.owner !== owner)) return;     // not of a list that has left
+  // Not a page of nobody, nor of a list that has left
+  if (!worker || !owner || stored(all => all.owner !== owner)) return;
   const copy = document.documentElement.cloneNode(true);
   for (const box of $$('[type=checkbox]', copy)) box.toggleAttribute('checked', box.checked);
   hooks.keeping(copy);
@@ -5290,7 +5291,7 @@ navigator.serviceWorker?.addEventListener('controllerchange', keepPage);
 globalThis.live = { $, $$, byId, onClick, order, visit, change, changes, newKey, tell, count,
   renderStreams, morph, hooks };
 const before = stored(all => all.owner);
-if (before !== owner) forgetOthers();
+if (owner && before !== owner) forgetOthers();         // a page of nobody touches nothing
 takeKept();
 addEventListener('DOMContentLoaded', () => {        // the app's script has set hooks by then
   epoch = epochOf(document);
