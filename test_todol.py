@@ -7963,6 +7963,29 @@ def test_an_open_page_shows_what_happens_keeps_open_what_was_opened_and_its_butt
     assert page.complaints == []
 
 
+def test_it_leaves_alone_what_a_list_in_the_same_browser_has_stored_and_is_not_stored_itself(stack_server, new_page):
+    page = new_page(http_credentials={'username': 'ops', 'password': PASSWORD}, service_workers='allow')
+    page.goto(stack_server.url)
+    kept = '''async () => [Object.keys(localStorage).length, (await (await caches.open('page')).keys()).map(each => each.url)]'''
+    becomes(page, lambda page: (page.evaluate(kept)[1] or [''])[-1], f'{stack_server.url}/')
+    sockets, there = [], page.context.new_page()
+    page.context.set_offline(True)
+    page.fill('.new-todo', 'milk')
+    page.press('.new-todo', 'Enter')
+    page.wait_for_selector('[data-state=offline]')
+    before = page.evaluate(kept)
+    page.close()
+    there.context.set_offline(False)
+    there.on('websocket', lambda socket: sockets.append(socket.url))
+    there.goto(f'{stack_server.url}/stack')
+    there.wait_for_selector('[data-connection][data-state=live]', state='attached')
+    there.evaluate("document.dispatchEvent(new Event('visibilitychange', { bubbles: true }))")
+    assert there.evaluate(kept) == before and before[0] == 2 and not there.inner_text('#notice') and len(sockets) == 1
+    there.goto(stack_server.url)
+    becomes(there, lambda page: page.evaluate('localStorage.length'), 1)
+    assert shown_titles(there) == ['milk']
+
+
 def test_a_page_that_nobody_looks_at_costs_nothing_and_one_that_shows_nothing_new_is_not_loaded_again(
         stack_server, new_operator_page):
     page, asked = new_operator_page(), []
@@ -11677,6 +11700,17 @@ def test_a_new_todo_can_be_ticked_renamed_and_removed_before_the_server_has_answ
     becomes(page, unsent, '[]')
     becomes(page, rows, [('milk', True), ('green tea', False)])
     assert visitor.todos() == rows(page)
+
+
+def test_a_tab_has_one_socket_whatever_is_changed_in_it_and_kept(open_tab):
+    page, sockets = open_tab('one', service_workers='allow'), []
+    page.on('websocket', lambda socket: sockets.append(socket.url))
+    page.reload()
+    for title in ('two', 'three'):
+        add(page, title)
+        becomes(page, lambda page, title=title: title in page.evaluate(
+            'async () => navigator.serviceWorker.controller && await (await caches.match("/"))?.text() || ""'), True)
+    assert len(sockets) == 1
 
 
 def test_offline_the_list_opens_as_it_was_last_seen_and_filters_and_counts_follow_what_is_done(
