@@ -4508,7 +4508,7 @@ class Handler(WebSocketHandler):
             if headers.get('transfer-encoding'):
                 raise BadHead('transfer-encoding came with HTTP/1.1')
             self.close_connection = connection != 'keep-alive'
-        absolute = re.match('https?://([^/?]+)', self.path, re.IGNORECASE)
+        absolute = re.match('(?i)https?://([^/?]+)', self.path)
         if absolute:                    # as to a proxy; its host counts. RFC 9112, section 3.2.2
             headers['host'] = absolute[1]
             rest = self.path[absolute.end():]
