@@ -2823,6 +2823,27 @@ def test_a_value_expires_to_the_fraction_of_a_second_counted_from_when_it_was_co
     assert cache.get_many(['key', 'never was', 'nor was', 'gone']) == {} and 'key' not in cache
 
 
+def test_what_was_deleted_or_cleared_while_the_file_is_locked_does_not_come_back(cache, monkeypatch):
+    monkeypatch.setattr(todol, 'BUSY_SECONDS', 0.1)
+    monkeypatch.setattr(todol, 'REST_SECONDS', 0.1)
+    monkeypatch.setattr(todol, 'PENDING_LIMIT_BYTES', 10_000)
+
+    def locked(change):
+        with contextlib.closing(sqlite3.connect(cache._db.path, isolation_level=None)) as other:
+            other.execute('BEGIN IMMEDIATE')
+            change()
+
+    for key in 'abc':
+        cache.set(key, [key])
+    cache._flush()
+    locked(lambda: (cache.delete('a'), [cache.set(f'large {n}', b'x' * 9000) for n in range(3)]))
+    assert cache.get('a') is None and cache.get('b') == ['b']
+    locked(lambda: (cache.clear(), cache.set('c', 'new')))
+    assert cache.get_many('abc') == {'c': 'new'}
+    eventually(lambda: cache._db.execute('SELECT key FROM entries') == [('c',)], what='what is left in the file')
+    assert cache.incr('b') == 1
+
+
 def test_add_keeps_only_the_first_until_it_is_deleted_or_expires_and_no_increment_is_lost(both, cache_clock):
     ours, theirs = both
     kept = all_together(*(functools.partial(cache.add, 'key', n, ttl=5) for n in range(20) for cache in both))
@@ -3762,6 +3783,28 @@ ENDS = [        # of a job, and what its error says
     (lambda: gevent.getcurrent().kill(), 'GreenletExit'),
     (lambda: (lambda f: f(f))(lambda f: f(f)), 'RecursionError'),
     (lambda: todol.app_db.execute('SELECT 1'), 'MisuseError')]
+
+
+@both_engines
+def test_a_job_whose_lease_was_lost_while_it_runs_is_not_taken_again_by_the_process_that_runs_it(jobs):
+    runs, go = [], gevent.event.Event()
+
+    @jobs.task()
+    def work():
+        runs.append('begins')
+        go.wait()
+        runs.append('ends')
+
+    jobs.open(3)
+    jobs.enqueue('work', order_key='one')
+    eventually(lambda: runs)
+    jobs._db.execute('UPDATE jobs SET worker = NULL, due_at = 0')     # as another process frees it
+    for _ in range(5):
+        jobs._wake()
+        gevent.sleep(0.05)
+    assert runs == ['begins']
+    go.set()
+    eventually(lambda: runs[:4] == ['begins', 'ends'] * 2, what='the second run, after the first')
 
 
 def test_whatever_a_job_raises_is_its_failure_and_the_others_go_on(jobs, log_lines):
@@ -5072,6 +5115,41 @@ def test_who_is_killed_in_a_query_ends_at_once_and_nothing_is_done(served, swall
     assert time.monotonic() - started < 5 and all(isinstance(greenlet.value, gevent.GreenletExit) for greenlet in greenlets)
     todol.app_db.transact(note, 'fine')
     assert notes_of(served) == ['fine'] and not todol.Database.current
+
+
+@both_engines
+@pytest.mark.parametrize('undone', [False, True])
+def test_rows_that_are_written_in_a_part_belong_to_it_and_their_error_too(open_stack, undone):
+    open_stack()
+    add = 'INSERT INTO secrets (name, value) VALUES (?, 0)'
+
+    def part():
+        todol.app_db.executemany(add, [('a',), ('a',)])
+        if undone:
+            raise KeyError
+
+    def whole():
+        todol.app_db.execute(add, ('before',))
+        with pytest.raises((sqlite3.IntegrityError, KeyError)):
+            todol.app_db.transact(part)
+        todol.app_db.executemany(add, [('after',)])
+
+    todol.app_db.transact(whole)
+    names = todol.app_db.execute("SELECT name FROM secrets WHERE name <> 'secret' ORDER BY name")
+    assert names == [('after',), ('before',)]
+
+
+@on_postgres
+def test_a_value_that_is_set_while_the_old_one_is_read_is_what_one_reads_then(open_stack):
+    open_stack()
+    for key in map(str, range(50)):
+        todol.cache.set(key, 'old')
+        todol.cache._flush()
+        reading = gevent.spawn(todol.cache.get, key)
+        gevent.sleep(0)
+        todol.cache.set(key, 'new')
+        reading.join()
+        assert todol.cache.get(key) == 'new'
 
 
 @on_postgres
@@ -8106,6 +8184,16 @@ def test_a_stalled_loop_a_slow_reader_and_children_of_another_server_are_seen(st
     assert page.receive()['message'] == todol.REFRESH, 'open pages hear of what another process did'
     second.kill()
     eventually(lambda: processes() == 1)
+
+
+def test_an_empty_id_is_no_job_rather_than_all(tmp_path):
+    with todol.open_stack(environment_of(tmp_path)):
+        todol.jobs.enqueue('tidy_up', delay_seconds=1000)
+    for act in ('cancel', 'retry'):
+        done = run('jobs', act, '', TODOL_ENV='test', TODOL_DATA=str(tmp_path / 'db'))
+        assert done.returncode == 1 and f"there is no job '' to {act}" in done.stderr
+    assert 'cancel: 1 jobs' in run('jobs', 'cancel', 'all', TODOL_ENV='test', TODOL_DATA=str(tmp_path / 'db')).stdout
+    todol.load_settings({})
 
 
 def test_the_commands_work_beside_a_live_server_which_hears_of_them_at_once(stack_server):

@@ -440,7 +440,7 @@ databases = {}              # name -> Database: what open_stack() opens
 
 class StorageError(AppError):
     """A database can't be used now: locked for too long, disk full, damaged. What was asked for
-    did not happen."""
+    did not happen, unless it says that it may have."""
     status = 503
 
 
@@ -487,6 +487,7 @@ class Database:
         self.damage = None
         self._path = path
         self._connection = self._hub = None     # each OS thread has its own hub
+        self._inode = None          # of the file that was opened last
         self._queue = collections.deque()       # writes that wait for the next transaction
         self._leading = None        # an Event while a greenlet is about to run the queue
         self._shares_commits = True
@@ -540,9 +541,10 @@ class Database:
 
     def close(self):
         """Close the file; the last process that does so folds the write-ahead log into it. One that
-        is damaged is renamed if it is disposable: the next start makes a new one."""
+        is damaged is renamed if it is disposable: the next start makes a new one. Not one that
+        another process has made in its place."""
         self._disconnect()
-        if self.damage and self.disposable:
+        if self.damage and self.disposable and self._inode == _inode(self.path):
             log.error('%s is set aside as %s.damaged, and made anew: %s', self.path, self.path,
                       self.damage)
             for suffix in DATABASE_SUFFIXES:
@@ -807,7 +809,7 @@ class Database:
                                                cached_statements=256)
         except sqlite3.Error as error:
             raise self._explained(error)
-        self._hub = gevent.get_hub()
+        self._hub, self._inode = gevent.get_hub(), _inode(self.path)
         # Called deterministic, it is called once for each run of a statement.
         self._connection.create_function('now_s', 0, lambda: now(), deterministic=True)
 
@@ -822,6 +824,7 @@ class Database:
         Raises MigrationError, StorageError or OSError if it is not one of ours."""
         if not os.path.exists(self.path):
             return self.migrations
+        self._inode = _inode(self.path)
         with open(self.path, 'rb') as file:
             if file.read(16) not in (b'', SQLITE_HEADER):   # SQLite takes a short one for empty
                 raise self._explained(sqlite3.DatabaseError(STORAGE_ERRORS[26][0]))
@@ -924,6 +927,11 @@ def in_thread(function, /, *arguments, **options):
     if error is not None:
         raise error
     return value
+
+
+def _inode(path):
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_ino
 
 
 def make_private(path):
@@ -1263,7 +1271,7 @@ class VersionStamps:
 
     A copy of an entry is true while its slot has the stamp under which it was read. Who changes
     an entry makes the stamp odd before the commit, which says "don't copy now", and gives a new
-    even one after it: a process that dies between leaves no false copy behind.
+    even one after it: a process that dies between, alone, leaves no false copy behind.
     """
     SLOTS = 4096
     trust_seconds = math.inf        # how long a copy is believed, if no change is heard of
@@ -1332,6 +1340,7 @@ class Cache:
         self._front_bytes = 0       # that came since it was emptied
         self._pending = {}          # key -> _Row to be written; an expired one is to be deleted
         self._pending_bytes = 0     # that came since the last flush
+        self._clearing = False      # all that is in the file is to be deleted, before that
         self._used = set()          # keys that were read since they came
         self._computing = {}        # key -> (AsyncResult, greenlet), for fetch()
         self._dirty = gevent.event.Event()
@@ -1392,8 +1401,8 @@ class Cache:
         self._put(self._row(key, None, -FOREVER_SECONDS))
 
     def add(self, key, value, ttl=FOREVER_SECONDS):
-        """Keep a value if the key has none, and say whether it was kept. Atomic between processes.
-        Raises CacheError."""
+        """Keep a value if the key has none, and say whether it was kept. Atomic between processes;
+        while the file can't be written, everybody is told yes. Raises CacheError."""
         row = self._row(key, value, ttl)
         return bool(self._through(key, ADD_ENTRY, row[:5], otherwise=[True]))
 
@@ -1458,8 +1467,9 @@ class Cache:
         self._empty_front()
         self._pending.clear()
         self._computing.clear()
-        with self._stamps.changing(range(VersionStamps.SLOTS)):
-            self._forgiving(None, self._db.execute, 'DELETE FROM entries')
+        self._clearing = True
+        self._dirty.set()
+        self._flush()
 
     def prune(self):
         """Delete what has expired, and give the number of it. Looks at every entry, some at a
@@ -1485,7 +1495,6 @@ class Cache:
         """Believe no copy of an entry in these slots any more."""
         if self._stamps:
             self._stamps.outdate(slots)
-
 
     def _slot(self, key):
         self._db._check()
@@ -1525,6 +1534,8 @@ class Cache:
         slot = self._slot(key)
         stamp = self._stamps.get(slot)      # before the read: what changes after it is noticed
         waiting = self._pending.get(key)
+        if self._clearing and not waiting:
+            return None
         found = [waiting] if waiting else [_Row(*columns) for columns in self._forgiving(
             (), self._db.execute, GET_ENTRY, (key,), reads=True)]
         if not found or found[0].expires_at <= now():
@@ -1534,7 +1545,7 @@ class Cache:
         is_json = row.is_json and row.value[:1] in b'[{'
         entry = _Entry(row.value.decode() if is_json else row.decoded(), is_json, expires_at, slot,
                        stamp)
-        if not waiting and not stamp & 1:
+        if key not in self._pending and not stamp & 1:      # nor was it changed meanwhile
             self._front_bytes += ENTRY_BYTES + row.size
             if self._front_bytes > FRONT_LIMIT_BYTES:
                 self._empty_front()
@@ -1573,7 +1584,7 @@ class Cache:
     def _through(self, key, statement, row, otherwise):
         """The rows that a change of the key gives, which is in the file then."""
         refuse_in_transaction('a change of the cache')
-        if key in self._pending:
+        if key in self._pending or self._clearing:
             self._flush()
         with self._stamps.changing([self._slot(key)]):
             rows = self._forgiving(otherwise, self._db.execute, statement, row)
@@ -1589,15 +1600,20 @@ class Cache:
         self._pending_bytes += ENTRY_BYTES + row.size
         self._dirty.set()
         if self._pending_bytes > PENDING_LIMIT_BYTES and not self._flush():
-            self._pending.clear()           # the file can't be written
+            # The file can't be written. A value that is deleted must not come back.
+            self._pending = {key: row for key, row in self._pending.items()
+                             if row.expires_at <= now()}
             self._pending_bytes = 0
 
     def _turn(self):
+        idle = not (self._dirty.is_set() or self._pending)
         self._dirty.clear()
         if self._stamps.deleted():
             self._stamps = VersionStamps(self._db.path + '-stamps')
             self._empty_front()
-        return self._wait if self._flush() else functools.partial(gevent.sleep, REST_SECONDS)
+        if idle or self._flush():
+            return self._wait
+        return functools.partial(gevent.sleep, REST_SECONDS)
 
     def _wait(self):
         self._dirty.wait(processes.patience())
@@ -1606,6 +1622,11 @@ class Cache:
     def _flush(self):
         """Write what waits, then make room. Says whether it was written."""
         with self._flushing:            # one at a time: what is written twice would count as used
+            if self._clearing:
+                with self._stamps.changing(range(VersionStamps.SLOTS)):
+                    if self._forgiving(None, self._db.execute, 'DELETE FROM entries') is None:
+                        return False
+                self._clearing = False
             while self._pending:
                 batch = list(itertools.islice(self._pending.values(), SLICE_ROWS))
                 with self._stamps.changing({self._stamps.slot(row.key) for row in batch}):
@@ -1727,8 +1748,8 @@ cache = Cache(cache_db)
 # A job runs at least once: its row goes when it is done, and a worker only leases it. Enqueued in
 # a transaction of the app database it is first a row of the outbox there, because a commit over two
 # files is not atomic. One greenlet, the dispatcher, moves such rows to the job database (each once,
-# by its id); then it deletes what is done and takes what is due, in one transaction. It sleeps until
-# a bell rings or something falls due. A lease ends with its process, as the kernel tells of it.
+# by its id); then it deletes what is done and takes what is due, in one transaction. It sleeps
+# until a bell rings or something falls due. A lease ends with its process, as the kernel tells of it.
 
 QUEUES = {'urgent': 6, 'default': 3, 'low': 1}      # name: weight; how often it is looked at first
 LEASE_SECONDS = 15          # counts where nobody knows whether the worker is alive
@@ -1830,10 +1851,12 @@ INSERT_FAILED = '''
     INSERT INTO jobs (uid, name, arguments, queue, run_at, enqueued_at, failed_at, error)
     VALUES (?, ?, ?, 'default', now_s(), now_s(), now_s(), ?)
     ON CONFLICT DO NOTHING'''
-# A unique key is free again when its job starts: a change made while it runs is not lost.
+# A unique key is free again when its job starts: a change made while it runs is not lost. What
+# still runs here, though its lease was lost, is not taken a second time.
 CLAIM_JOBS = '''
     WITH due AS MATERIALIZED (
         SELECT id FROM jobs WHERE worker IS NULL AND queue = :queue AND due_at <= now_s()
+            AND id NOT IN (SELECT CAST(value AS INTEGER) FROM json_each(:running))
         ORDER BY due_at, id LIMIT :limit /*pg FOR UPDATE SKIP LOCKED */)
     UPDATE jobs SET due_at = now_s() + :lease, worker = :worker, attempt = attempt + 1,
                     unique_key = NULL, started_at = now_s()
@@ -2162,7 +2185,9 @@ class Jobs:
         return self.enqueue(name, unique_key=f'every {name}', order_key=f'every {name}')
 
     def prune(self):
-        """Delete the jobs that failed more than KEEP_FAILED_SECONDS ago, and give the number."""
+        """Delete the jobs that failed more than KEEP_FAILED_SECONDS ago, and give the number; and
+        what recurred in a version that is gone."""
+        self._db.execute('DELETE FROM recurring WHERE due_at < now_s() - ?', (KEEP_FAILED_SECONDS,))
         return len(self._db.execute('DELETE FROM jobs WHERE failed_at < now_s() - ? RETURNING id',
                                     (KEEP_FAILED_SECONDS,)))
 
@@ -2250,11 +2275,15 @@ class Jobs:
         taken = []
         while free := self._free(queue, claims + taken):
             rows = self._db.execute(CLAIM_JOBS, {
-                'queue': queue, 'limit': free, 'worker': processes.name, 'lease': LEASE_SECONDS})
+                'queue': queue, 'limit': free, 'worker': processes.name, 'lease': LEASE_SECONDS,
+                'running': to_json(self._running_ids())})
             taken += [Claim(*row) for row in sorted(rows)]
             if len(rows) < free or len(claims) + len(taken) >= CLAIM_ROWS:
                 break
         return taken
+
+    def _running_ids(self):
+        return [claim.id for claims in self._running.values() for claim in claims]
 
     def _free(self, queue, claims):
         """How many workers are left for a queue; the last one is for the first queue alone. A batch
@@ -2315,7 +2344,7 @@ class Jobs:
             except Exception as error:
                 log.error('a row of the outbox is no job: %r', error)
                 self._db.execute(INSERT_FAILED, (
-                    _new_id(), 'outbox', to_json({'row': str(text)}),
+                    f'outbox-{id}', 'outbox', to_json({'row': str(text)}),
                     cleaned(traceback.format_exc())))
         return rows[-1][0] if rows else 0
 
@@ -2352,8 +2381,7 @@ class Jobs:
     def _renew_leases(self):
         """Go on with what is leased here; give back what nobody here knows of, since the claim
         failed behind its commit."""
-        known = [claim.id for claims in self._running.values() for claim in claims]
-        known += [claim.id for claim, _ in self._settled]
+        known = self._running_ids() + [claim.id for claim, _ in self._settled]
         self._db.execute(RENEW_LEASES, (LEASE_SECONDS, processes.name))
         self._db.execute(GIVE_BACK, (processes.name, to_json(known)))
 
@@ -2569,7 +2597,7 @@ def _matching(id, state, name, queue):
     if state is not None and state not in STATES:
         raise JobError(f'the state of a job is {", ".join(STATES)}, not {_shown(state)}')
     given = {'uid': id, 'name': name, 'queue': queue}
-    given = {column: value for column, value in given.items() if value is not None}
+    given = {column: cleaned(value) for column, value in given.items() if value is not None}
     return (' AND '.join([STATES[state] if state else 'true', *(f'{each} = ?' for each in given)]),
             tuple(given.values()))
 
@@ -2729,7 +2757,8 @@ class Cable:
     def broadcast(self, stream, message):
         """Append a message to the log, and have it delivered. Gives its id when it is in the log.
 
-        message: what JSON has, or a function that gives it, called under a lock of the stream: what
+        message: what JSON has, or a function that gives it, called under a lock of the stream (on
+        PostgreSQL from its first statement on): what
         it reads in other databases is newer than all that the log has of the stream, so that
         messages which tell a state stand in the order of the states. Raises CableError; inside a
         transaction MisuseError: enqueue a job there, which broadcasts.
@@ -3015,7 +3044,9 @@ class PostgreSQL:
                         raise
                     gevent.sleep(random.uniform(0.01, 0.1))
         finally:
-            if connection.closed:
+            if self._closing:
+                connection.close()
+            elif connection.closed:
                 for other in self._pool.queue:      # it may be as dead
                     other.close()
             self._pool.put(connection)
@@ -3114,7 +3145,7 @@ class _Connection:
     def transact(self, write, begin):
         """Call the function of a _Write in a transaction. BusyError: another run may succeed."""
         self.begin, self.later = begin, [begin] if begin else []
-        self.failed, self.seconds = None, ANSWER_SECONDS
+        self.parts, self.failed, self.seconds = 0, None, ANSWER_SECONDS
         write.connection, write.after = self, []
         Database.current, gevent.getcurrent().switch_out = write, _refuse_to_switch
         try:
@@ -3154,13 +3185,15 @@ class _Connection:
 
     def _explained(self, error, statement):
         """What an error means here. BusyError: nothing was done, and another run may succeed."""
-        if not isinstance(error, self.driver.Error):
+        if not isinstance(error, (self.driver.Error, StorageError)):
             return error
-        state, text = error.sqlstate or '', ' '.join(str(error).split())
+        state, text = getattr(error, 'sqlstate', '') or '', ' '.join(str(error).split())
         if state.startswith(('57P', '08')):         # the server, or the line, has hung up
             self.close()
         if self.closed and (statement == 'COMMIT' or not (self.begin or READS.match(statement[0]))):
             return StorageError(f'the change may have been made, or not: {text}')
+        if isinstance(error, StorageError):
+            return error
         if self.closed or state in ('40001', '40P01'):      # serialization failure, deadlock
             return BusyError(f'the database did not do it: {text}')
         if isinstance(error, (self.driver.OperationalError, self.driver.InternalError)):
@@ -3207,6 +3240,7 @@ class _Schema:
             return write.value
         connection = Database.current.connection
         if statement in PREPARATIONS:
+            connection.parts += {'SAVEPOINT part': 1, 'RELEASE part': -1}.get(statement, 0)
             connection.later.append((translated(statement), parameters))
             return []
         rows = connection.send(self._use, (translated(statement), parameters))
@@ -3215,10 +3249,10 @@ class _Schema:
 
     def executemany(self, statement, rows):
         connection, rows = Database.current.connection, list(rows)
-        if len(connection.later) > COPIED_ROWS:
-            connection.send()
         connection.later += [self._use, *((translated(statement), row) for row in rows)]
         self.total_changes += len(rows)
+        if connection.parts or len(connection.later) > COPIED_ROWS:
+            connection.send()
 
     def open(self):
         if self._database._pending():
@@ -3618,7 +3652,7 @@ def compact(source, marks):
     a regular expression, and no text in a text."""
     source = re.sub(fr'({TEXTS})|^\s*(//.*|/\*.*\*/)?\n|^[ \t]+|[ \t]+// .*$', r'\1', source,
                     flags=re.MULTILINE)
-    return re.sub(fr'({TEXTS})|[ \t]*({marks})(?:[ \t]|(?<![])}}])\n)*', r'\1\2', source)
+    return re.sub(fr'({TEXTS})|[ \t]*({marks})[ \t]*(?:(?<![])}} \t])\n[ \t]*)*', r'\1\2', source)
 
 
 def asset_path(name):
@@ -6645,7 +6679,7 @@ def open_existing():
 def command_jobs(act='', id='', **options):
     """List jobs, or change one or all of them. A running server hears of it at once."""
     which = {'state': next((each for each in STATES if each in options), None),
-             'name': options.get('name'), 'id': None if id in ('', 'all') else id}
+             'name': options.get('name'), 'id': None if id == 'all' or not act else id}
     with open_existing():
         if not act:
             for job in map(without_secrets, jobs.list(1000, **which)):
@@ -6799,7 +6833,8 @@ def show_room():
 
 @app.post('/messages')
 def say():
-    key, name, text = (str(fields().get(each) or '').strip() for each in ('key', 'name', 'text'))
+    key, name, text = (cleaned(str(fields().get(each) or '')).strip()
+                       for each in ('key', 'name', 'text'))
     if not 0 < len(text) <= 500 or len(name) > 30 or len(key) > 50:
         raise InvalidField('A message has 1 to 500 characters, a name at most 30.')
     cache.set(f'name of {current_user()}', name)
