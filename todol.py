@@ -5431,6 +5431,7 @@ class Recorder:
     def close(self):
         self._loop.stop()
         self._turn()        # what was counted last
+        cache_db.transact(self._leave)
 
     def nodes(self):
         """How all processes are: {process: its _state()}. Others have REPLY_SECONDS to note it."""
@@ -5505,6 +5506,10 @@ class Recorder:
             notes.append(('error', place, error['last_at'], error))
         cache_db.executemany(UPSERT_NOTE, [(*note, to_json(data)) for *note, data in notes])
         cache_db.executemany(TRIM_NOTES, [(kind, kind, kept - 1) for kind, kept in KEPT.items()])
+
+    def _leave(self):
+        cache_db.lock('notes')      # what the stopped loop wrote last comes first
+        cache_db.execute("DELETE FROM notes WHERE kind = 'node' AND key = ?", (processes.name,))
 
     def _notes(self, kind, key='', since=0.0):
         """[(key, time, data), ...] in the order of time."""
