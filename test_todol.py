@@ -8035,7 +8035,7 @@ def test_an_open_page_shows_what_happens_keeps_open_what_was_opened_and_its_butt
     row.locator('button', has_text='Discard').click()
     row.wait_for(state='detached')
     page.locator('#notice', has_text='discard: 1 jobs').wait_for()
-    page.locator('summary', has_text='All that match').click()
+    page.locator('summary', has_text=re.compile('All [0-9,]+ jobs')).click()
     page.locator('button', has_text='Discard all').click()
     other.wait_for(state='detached')
     assert page.complaints == []
@@ -8184,6 +8184,16 @@ def test_a_stalled_loop_a_slow_reader_and_children_of_another_server_are_seen(st
     assert page.receive()['message'] == todol.REFRESH, 'open pages hear of what another process did'
     second.kill()
     eventually(lambda: processes() == 1)
+
+
+def test_the_page_says_how_many_jobs_match_how_many_it_shows_and_what_is_paused(operator):
+    for _ in range(51):
+        todol.jobs.enqueue('tidy_up', delay_seconds=1000)
+    shown = operator.get('/stack?name=tidy_up').text
+    assert 'All 51 jobs of name tidy_up' in shown and 'The last 50 of 51 are shown' in shown and 'Paused' not in shown
+    operator.post('/stack/pause', form={'queue': 'low'})
+    shown = operator.get('/stack?state=failed').text
+    assert 'All 0 jobs of state failed' in shown and 'The last 0' not in shown and 'Paused: low.' in shown
 
 
 def test_an_empty_id_is_no_job_rather_than_all(tmp_path):

@@ -289,7 +289,8 @@ def _shown(value):
 # follow from there. No label holds what somebody has typed.
 
 # Upper bounds of the buckets of a histogram, seconds; the last bucket has none.
-BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60)
+BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60,
+          300, 900)
 BUCKETS = (*map(str, BOUNDS), '+Inf')
 SLOW_SECONDS = 0.005        # what took less is not among the slowest
 SLOWEST = 30                # are kept, for an hour
@@ -1861,7 +1862,7 @@ CLAIM_JOBS = '''
     UPDATE jobs SET due_at = now_s() + :lease, worker = :worker, attempt = attempt + 1,
                     unique_key = NULL, started_at = now_s()
     WHERE id IN (SELECT id FROM due)
-    RETURNING id, worker, attempt, run_at, name, arguments, order_key, request, queue'''
+    RETURNING id, worker, attempt, run_at, name, arguments, order_key, request, queue, uid'''
 # What recurs, and of each queue
 FIRST_DUE = ', '.join(['SELECT (SELECT min(due_at) FROM recurring)', *(
     f'''(SELECT min(due_at) FROM jobs
@@ -1877,7 +1878,8 @@ FAIL_JOB = f'''
 LEAVE_JOB = f'''UPDATE jobs SET worker = NULL, due_at = now_s() + ?, attempt = attempt - 1
                 {OF_LEASE}'''
 RENEW_LEASES = 'UPDATE jobs SET due_at = now_s() + ? WHERE worker = ? AND due_at IS NOT NULL'
-GIVE_BACK = '''UPDATE jobs SET due_at = now_s(), worker = NULL, attempt = attempt - 1
+GIVE_BACK = '''UPDATE jobs SET due_at = now_s(), run_at = now_s(), worker = NULL,
+                               attempt = attempt - 1
                WHERE worker = ? AND due_at IS NOT NULL
                    AND id NOT IN (SELECT CAST(value AS INTEGER) FROM json_each(?))'''
 # Whether one has run out, or ends later than one can.
@@ -1954,6 +1956,7 @@ class Claim(typing.NamedTuple):
     order_key: str | None
     request: str | None         # id of the request that enqueued it
     queue: str
+    uid: str                    # the id of the job for everybody else
 
 
 class Job(typing.NamedTuple):
@@ -2152,6 +2155,11 @@ class Jobs:
         return [_job(row) for row in self._db.execute(
             f'{SELECT_JOB} WHERE {where} ORDER BY id DESC LIMIT ?', (*values, limit))]
 
+    def count(self, id=None, state=None, name=None, queue=None):
+        """How many jobs match."""
+        where, values = _matching(id, state, name, queue)
+        return self._db.execute(f'SELECT count(*) FROM jobs WHERE {where}', values)[0][0]
+
     def counts(self):
         """{(queue, state): number of jobs}"""
         rows = self._db.execute(f'SELECT queue, {STATE} AS state, count(*) FROM jobs '
@@ -2319,7 +2327,7 @@ class Jobs:
                 pause = min(pause, MAX_BACKOFF_SECONDS) * random.uniform(0.8, 1.2)
             found = self._db.execute(FAIL_JOB, (error, pause, for_good, *claim[:4]))
             if found and for_good:
-                log.error('job failed for good id=%s name=%s attempts=%s', claim.id, claim.name,
+                log.error('job failed for good id=%s name=%s attempts=%s', claim.uid, claim.name,
                           claim.attempt)
 
     def _insert_outbox(self):
@@ -2450,7 +2458,7 @@ class Jobs:
                 metrics.time(max(0.0, began_at - claim.run_at), 'job_wait_seconds', claim.queue)
             metrics.time(seconds, 'job_duration_seconds', name, 'failed' if error else 'done')
         if settings.slow_job_ms and seconds * 1000 >= settings.slow_job_ms:
-            log.warning('slow job id=%s name=%s seconds=%.3f', claims[0].id, name, seconds)
+            log.warning('slow job id=%s name=%s seconds=%.3f', claims[0].uid, name, seconds)
 
     def _perform(self, claims):
         """Call the task; gives the error, or None. Whatever it raises is its own."""
@@ -2475,7 +2483,7 @@ class Jobs:
             error = cleaned(traceback.format_exc())
             metrics.failed('job', name if task else 'unknown', failure, _hidden(claims))
             log.error('job failed ids=%s name=%s attempt=%s error=%s',
-                      ','.join(str(claim.id) for claim in claims), name, attempt,
+                      ','.join(claim.uid for claim in claims), name, attempt,
                       error.rstrip().rpartition('\n')[2])
             return error
 
@@ -5727,6 +5735,7 @@ def show_stack():
     return render(
         'stack', app=APP, source=stream_source(STACK_STREAM), acts=ACTS, crc32=zlib.crc32,
         wanted=query, query=urllib.parse.urlencode(query),
+        matching=jobs.count(*map(query.get, FILTERS)), paused=sorted(jobs.paused()),
         choices={'state': STATES, 'name': sorted(jobs.tasks), 'queue': QUEUES},
         failing=sorted({name for node in nodes.values() for name in node['failing']}),
         charts=_charts(recorder.counts(QUARTER) if query.get('chart') == 'day' else hour),
@@ -5913,7 +5922,8 @@ TEMPLATES['stack'] = '''\
 <main>
 <h1>{{app}} <span>stack</span></h1>
 <p class="{{'bad' if failing else 'soft'}}">
-{{f'Failing: {", ".join(failing)}' if failing else 'All loops are well'}}. The last
+{{f'Failing: {", ".join(failing)}' if failing else 'All loops are well'}}.
+{{paused and f'Paused: {", ".join(paused)}.' or ''}} The last
 <a href="/stack" data-visit>hour</a> or <a href="/stack?chart=day" data-visit>day</a>, in UTC.</p>
 <p id="notice" role="status" data-turbo-permanent></p>
 <p data-connection data-turbo-permanent hidden></p>
@@ -5940,7 +5950,8 @@ TEMPLATES['stack'] = '''\
 </select></label>
 % end
 <button type="submit">Show</button></form>
-<details class="row"><summary>All that match</summary>
+% filters = ', '.join(f'{key} {wanted[key]}' for key in choices if wanted.get(key))
+<details class="row"><summary>All {{f'{matching:,} jobs'}}{{filters and ' of ' + filters}}</summary>
 % for act in ('retry', 'discard', 'run', 'cancel'):
 % button(act, f'{act.capitalize()} all', 'that match')
 % end
@@ -5949,6 +5960,9 @@ TEMPLATES['stack'] = '''\
 % button('seen', 'Mark all as seen')
 % end
 % table(caption, heads, rows)
+% if caption == 'Jobs' and matching > len(rows):
+<p>The last {{len(rows)}} of {{f'{matching:,}'}} are shown.</p>
+% end
 % end
 </main>
 '''
