@@ -568,7 +568,7 @@ class Server:
 
     def settle(self):
         """Wait until todol has broadcast all that was changed; the peers broadcast nothing."""
-        if self.name not in ('todol', UNMEASURED):
+        if self.name not in ('todol', TODOL_MODULE, UNMEASURED):
             return
         for file, table in (('development.sqlite3', 'outbox'), ('development_job.sqlite3', 'jobs')):
             with contextlib.closing(sqlite3.connect(os.path.join(self.data, file), timeout=5)) as database:
@@ -723,13 +723,13 @@ def create(effort):
 
 def stack_figure(effort):
     """What measuring costs: todol beside itself with every counter, timer and request id taken out. By the CPU, which
-    differs less than the throughput."""
+    differs less than the throughput. Both from bytecode, so that they differ in nothing else."""
     need('wrk')
-    with scratch() as directory, Server('todol', directory) as on, Server(UNMEASURED, directory) as off:
-        rows, sides = [], [(server, server.visitors()) for server in (on, off)]
+    with scratch() as directory, Server(TODOL_MODULE, directory) as on, Server(UNMEASURED, directory) as off:
+        rows, sides = [], {'todol': (on, on.visitors()), UNMEASURED: (off, off.visitors())}
         for what, lua in (('GET / with 20 todos', PAGE_LUA), ('POST /todos with job and broadcast', CREATE_LUA)):
-            samples = alternate({server.name: functools.partial(load, server, cookies, lua, 16, effort.load_seconds)
-                                 for server, cookies in sides}, 3 * effort.rounds)
+            samples = alternate({name: functools.partial(load, server, cookies, lua, 16, effort.load_seconds)
+                                 for name, (server, cookies) in sides.items()}, 3 * effort.rounds)
             samples = {side: sorted(each, key=lambda sample: sample['cpu_us'])[:effort.rounds]
                        for side, each in samples.items()}       # those that were disturbed least
             rows += [compared(f'{what}: CPU', 'µs', samples, 'cpu_us', UNMEASURED, ratio_at_most=1.03),
