@@ -8544,7 +8544,7 @@ class Writer(threading.Thread):
                 self._client.create(title)
                 self.created.append(title)
                 assert self._client.get('/completed').status == 200
-            except (ConnectionError, AssertionError) as error:
+            except (ConnectionError, AssertionError, http.client.IncompleteRead) as error:
                 if 'ConnectionRefusedError' in str(error):
                     break
                 self.failed.append((title, str(error)))
