@@ -11726,6 +11726,7 @@ def test_the_list_of_another_user_is_shown_whole_and_said_and_not_asked_for_agai
     assert len(visitor.todos()) == 10
     page.reload()
     becomes(page, titles, ['mine'])
+    becomes(page, connection_state, 'live')         # else nobody would hang up on it
     page.call('DELETE', '/cookie')
     line.hang_up()                          # and it finds out by itself
     becomes(page, titles, [], 30)
@@ -11856,7 +11857,7 @@ def test_offline_the_list_opens_as_it_was_last_seen_and_filters_and_counts_follo
     page.click('.toggle-all')           # what is seen, whatever there is by the time that it is sent
     becomes(page, counter, '0 items left')
     line.mend()
-    becomes(page, lambda _: visitor.todos(), [('zwei', True), ('elsewhere', False), ('three', True)], 30)
+    becomes(page, lambda _: visitor.todos(), [('zwei', True), ('elsewhere', False), ('three', True)], 60)
     becomes(page, rows, visitor.todos())
 
 
