@@ -1750,7 +1750,8 @@ cache = Cache(cache_db)
 # a transaction of the app database it is first a row of the outbox there, because a commit over two
 # files is not atomic. One greenlet, the dispatcher, moves such rows to the job database (each once,
 # by its id); then it deletes what is done and takes what is due, in one transaction. It sleeps
-# until a bell rings or something falls due. A lease ends with its process, as the kernel tells of it.
+# until a bell rings or something falls due. A lease ends with its process, as the kernel tells of
+# it.
 
 QUEUES = {'urgent': 6, 'default': 3, 'low': 1}      # name: weight; how often it is looked at first
 LEASE_SECONDS = 15          # counts where nobody knows whether the worker is alive
