@@ -12860,7 +12860,15 @@ def test_keys_walk_the_rows_and_act_on_the_one_in_focus(open_tab, visitor):
     page.locator('dialog').wait_for(state='hidden')
     press('/')
     becomes(page, focused, 'new-todo')
-    assert page.locator('dialog').count() == 0
+    page.click('h1')
+    press('?')
+    page.evaluate('''() => {                       // the focus leaves a closed dialog with the next frame only
+        document.querySelector('dialog').close();
+        const event = new KeyboardEvent('keydown', { key: '/', bubbles: true });
+        document.activeElement.dispatchEvent(event);
+    }''')
+    becomes(page, focused, 'new-todo')
+    becomes(page, lambda _: page.locator('dialog').count(), 0)
     becomes(page, lambda _: visitor.todos(), [('one', False), ('two!', True)])
 
 

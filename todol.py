@@ -9047,7 +9047,7 @@ export function press(event) {          // the first one comes again when all th
     act = { Enter: () => save(target.form, true), Escape: () => close(target.form, true) }[key];
   } else if (target.matches('.new-todo') && key === 'ArrowDown') act = pressed[key];
   if (control) act = !typing && key === 'z' && undo;
-  if (!act || event.altKey || target.closest('dialog')) return;
+  if (!act || event.altKey || target.closest('dialog[open]')) return;
   event.preventDefault();
   act(row);
 }
