@@ -3053,12 +3053,10 @@ class PostgreSQL:
                         raise
                     gevent.sleep(random.uniform(0.01, 0.1))
         finally:
-            if self._closing:
-                connection.close()
-            elif connection.closed:
-                for other in self._pool.queue:      # it may be as dead
-                    other.close()
             self._pool.put(connection)
+            if connection.closed or self._closing:      # the others may be as dead
+                for each in self._pool.queue:
+                    each.close()
 
     def _connect(self, url):
         """A new connection, made in a thread, since names and TLS block. When the server has been
