@@ -1504,7 +1504,7 @@ def test_a_bad_value_is_refused_with_the_name_and_what_is_allowed_and_changes_no
     load({'TODOL_HOSTS': 'before.example'})
     settings, before = todol.settings, dict(vars(todol.settings))
     for value in BAD_VALUES[name]:
-        with pytest.raises(todol.SettingError, match=f'^{name} is .*; it must be .+ \\(.+\\)$') as refused:
+        with pytest.raises(todol.SettingError, match=f'^{name} (is .*; it )?must be .+ \\(.+\\)$') as refused:
             load({'PORT': '1', 'TODOL_MAX_TODOS': '7', 'TODOL_LOG': 'json', name: value})
         assert '\n' not in str(refused.value)
         assert todol.settings is settings and vars(settings) == before
@@ -1561,7 +1561,8 @@ def test_an_unknown_setting_is_named_in_a_warning(load, logged):
 def test_a_wrong_setting_ends_the_start_with_one_sentence_that_shows_no_secret_and_no_file(tmp_path):
     assert assert_one_sentence(run(cwd=tmp_path, PORT='abc')) == (
         "Error: PORT is 'abc'; it must be a whole number from 0 to 65535 (TCP port to listen on; 0 takes a free one)")
-    assert 'hunter2' not in assert_one_sentence(run(cwd=tmp_path, TODOL_SECRET='hunter2'))
+    assert assert_one_sentence(run(cwd=tmp_path, TODOL_STACK_PASSWORD='hunter2')).startswith(
+        'Error: TODOL_STACK_PASSWORD must be at least 12 characters long, not 7 (opens /stack and /metrics,')
     assert not list(tmp_path.iterdir())
     gone = ('sh', '-c', 'mkdir gone; cd gone; rmdir ../gone; exec "$0" "$@"', sys.executable)
     assert run('--version', cwd=tmp_path, python=gone).stdout == f'todol {todol.__version__}\n'
@@ -2076,7 +2077,7 @@ WRONG_FILES = {
     'of Rails': (plain_file('CREATE TABLE schema_migrations (version)', 'INSERT INTO schema_migrations VALUES (2024)'),
                  todol.MigrationError, 'another program'),
     'newer': (own_file("INSERT INTO schema_migrations VALUES ('999 later', 0)"), todol.MigrationError,
-              "'999 later'.*newer"),
+              "is from a newer .*'999 later'.* Remove it if"),
     'another role': (own_file(of='job'), todol.MigrationError, 'of another app'),
 }
 
@@ -5238,6 +5239,9 @@ def test_several_nodes_start_on_an_empty_database_at_once_and_without_the_packag
         assert node.returncode == 0, errors
     checked = run('check', cwd=tmp_path, DATABASE_URL=url, TODOL_ENV='test')
     assert (checked.stdout, checked.returncode) == ('ok\n', 0), checked
+    postgres.execute("INSERT INTO todol_test.schema_migrations VALUES ('999 later', 0)", url.rpartition('/')[2])
+    newer = assert_one_sentence(run('migrate', cwd=tmp_path, DATABASE_URL=url, TODOL_ENV='test'))
+    assert 'schema todol_test is from a newer version' in newer and 'file' not in newer
     without = python('import sys, todol\nprint("psycopg" in sys.modules)\nsys.modules["psycopg"] = None\n'
                      'try:\n    with todol.open_stack(): pass\nexcept todol.SettingError as error: print(error)',
                      DATABASE_URL=url)
@@ -7595,9 +7599,12 @@ def test_only_the_password_opens_it_and_who_guesses_is_not_heard_any_more(open_s
     assert statuses[:11] == [401] * 11 and set(statuses[11:]) == {429}, 'one was empty'
     assert asked(address='10.0.0.2', **basic()) == asked('/metrics', address='10.0.0.2', **basic()) == 429
     assert asked(address='10.0.0.3', **basic()) == 200, 'another address is heard'
+    for times, then in ((9, 200), (10, 429)):
+        assert {asked(address=f'10.0.1.{times}', **basic(f'wrong {n}')) for n in range(times)} == {401}
+        assert asked(address=f'10.0.1.{times}', **basic()) == then, 'not even the eleventh may be right'
     monkeypatch.setattr(todol.time, 'monotonic', lambda: 6061.0)
     assert asked(address='10.0.0.2', **basic()) == 200, 'and so is that one, a minute later'
-    assert logged.text.count('wrong password address=10.0.0.2') == 11
+    assert logged.text.count('wrong password address=10.0.0.2') == 10
     assert not any(guess in logged.text for guess in guesses if len(guess) > 3) and TOKEN not in logged.text
 
 
@@ -7929,7 +7936,7 @@ def test_on_postgresql_the_page_shows_the_server_and_the_processes_of_every_mach
     error = eventually(todol.recorder.errors)[0]
     assert error[0].startswith('job fail: ZeroDivisionError') and error[2]['count'] == 1
     command = functools.partial(todol.in_thread, run, TODOL_ENV='test', **dbms)     # meanwhile ours goes on: it has locks
-    assert 'fail failed default 1 ZeroDivisionError: run 1' in command('jobs', '--failed').stdout
+    assert 'fail failed default attempts=1 enqueued_at=' in command('jobs', '--failed').stdout
     assert command('jobs', 'retry', 'all').stdout == 'retry: 1 jobs\n'
     eventually(lambda: len(runs) == 2, 3, 'a start at once')
     assert 'todol_postgresql_connections' in command('stats').stdout
@@ -8198,7 +8205,10 @@ def test_the_page_says_how_many_jobs_match_how_many_it_shows_and_what_is_paused(
         todol.jobs.enqueue('tidy_up', delay_seconds=1000)
     shown = operator.get('/stack?name=tidy_up').text
     assert 'All 51 jobs of name tidy_up' in shown and 'The last 50 of 51 are shown' in shown and 'Paused' not in shown
+    assert operator.metric('jobs_paused') == 0 == operator.metrics()['todol_jobs_paused'][frozenset({('queue', 'low')})]
     operator.post('/stack/pause', form={'queue': 'low'})
+    assert operator.metric('jobs_paused', queue='low') == 1 == operator.metric('jobs_paused')
+    assert '{}' not in operator.get('/metrics').text
     shown = operator.get('/stack?state=failed').text
     assert 'All 0 jobs of state failed' in shown and 'The last 0' not in shown and 'Paused: low.' in shown
 
@@ -8208,7 +8218,7 @@ def test_an_empty_id_is_no_job_rather_than_all(tmp_path):
         todol.jobs.enqueue('tidy_up', delay_seconds=1000)
     for act in ('cancel', 'retry'):
         done = run('jobs', act, '', TODOL_ENV='test', TODOL_DATA=str(tmp_path / 'db'))
-        assert done.returncode == 1 and f"there is no job '' to {act}" in done.stderr
+        assert done.returncode == 2 and 'jobs takes [ACT WHICH]' in done.stderr
     assert 'cancel: 1 jobs' in run('jobs', 'cancel', 'all', TODOL_ENV='test', TODOL_DATA=str(tmp_path / 'db')).stdout
     todol.load_settings({})
 
@@ -8227,7 +8237,9 @@ def test_the_commands_work_beside_a_live_server_which_hears_of_them_at_once(stac
         def failed():
             return database.execute('SELECT 1 FROM jobs WHERE uid = ? AND failed_at IS NOT NULL', (id,)).fetchall()
         eventually(failed)
-        assert f'{id} fail failed default 1 ValueError: number' in command('jobs', '--failed', '--name', 'fail').stdout
+        at = r'_at=\d\d:\d\d:\d\d'
+        assert re.search(f'^{id} fail failed default attempts=1 enqueued{at} failed{at} started{at} ValueError: number',
+                         command('jobs', '--failed', '--name', 'fail').stdout, re.MULTILINE)
         shown = [json.loads(line) for line in command('jobs', '--failed', '--json').stdout.splitlines()]
         assert id in {job['id'] for job in shown} and {job['state'] for job in shown} == {'failed'}
         assert command('jobs', '--running').stdout == ''
@@ -8236,6 +8248,16 @@ def test_the_commands_work_beside_a_live_server_which_hears_of_them_at_once(stac
         eventually(lambda: stack_server.log.count('job failed for good') == ran + 1, 3, 'a start at once')
         assert command('jobs', 'discard', 'all', '--name', 'fail').stdout.startswith('discard: ')
         assert not failed()
+    assert command('jobs', 'pause', 'low').stdout == 'pause: low\n'
+    assert command('jobs', 'start', 'tidy_up').stdout == 'start: tidy_up\n'       # its queue is that
+    waits = command('jobs', '--ready', '--queue', 'low').stdout
+    assert ' tidy_up ready low (paused) attempts=0 enqueued_at=' in waits and waits.count('\n') == 1
+    assert 'todol_jobs_paused{queue="low"} 1\n' in command('stats').stdout
+    assert not command('jobs', '--ready', '--queue', 'urgent').stdout + command('jobs', '--blocked').stdout
+    said = assert_one_sentence(command('jobs', 'discard', waits.split()[0]))
+    assert said == f"Error: discard takes a job that is failed; '{waits.split()[0]}' is ready"
+    assert command('jobs', 'resume', 'low').stdout == 'resume: low\n'
+    eventually(lambda: 'tidied up' in stack_server.log, 3, 'a start at once')
     stats = json.loads(command('stats', '--json').stdout)
     (failing_, errors_), = zip(*([value for name, value in stats.items() if name.startswith(each)] for each in (
         'todol_loops_failing{', 'todol_errors_total{kind="job"')))
@@ -8246,9 +8268,9 @@ def test_the_commands_work_beside_a_live_server_which_hears_of_them_at_once(stac
     assert 'job fail: ValueError in fail, line' in command('errors').stdout
     console = command('console', stdin='print(6 * 7, jobs.enqueue("nap") and len(show_list.__name__))\n')
     assert '42 9' in console.stdout and console.returncode == 0 and 'Traceback' not in console.stderr
-    for words in (('retry', id), ('explode', id)):
-        assert_one_sentence(command('jobs', *words))
-    assert command('jobs', 'retry').returncode == command('stats', '--name').returncode == 2
+    assert 'is done, or was never there' in assert_one_sentence(command('jobs', 'retry', id))
+    for words in (('explode', id), ('--failed', '--ready')):
+        assert 'jobs takes one state, and of retry, ' in assert_one_sentence(command('jobs', *words), status=2)
     for name in ('jobs', 'stats', 'errors', 'console'):
         done = run(name, TODOL_DATA=str(stack_server.directory / 'elsewhere'))
         assert 'there is no ' in assert_one_sentence(done) and not (stack_server.directory / 'elsewhere').exists()
@@ -8280,6 +8302,8 @@ def test_with_reload_a_changed_file_is_served_and_open_tabs_show_it_and_a_broken
         page.wait_for_selector('h1:text-is("changed")', timeout=30_000)
         assert page.evaluate('getComputedStyle(document.documentElement).getPropertyValue("--changed")').strip() == '1'
         assert process.poll() is None and server.log.count('takes the place of') == 1
+        eventually(lambda: 'log of messages began anew' in server.log)
+        assert server.log.count('log of messages began anew') == 1, 'the one that stops says nothing of it'
     finally:
         process.kill()
         process.wait()
@@ -8969,7 +8993,9 @@ def test_a_data_directory_whose_name_is_no_text_works_on_a_terminal_that_knows_a
         server = start_server(TODOL_LOG=log, **{**ascii_terminal, 'TODOL_ENV': 'development'})
         assert server.client().create('kept') and server.stop() == 0 and 'Traceback' not in server.log
     missing = run('check', cwd=tmp_path, **{**ascii_terminal, 'TODOL_ENV': 'test'})
-    assert missing.returncode == 1 and 'does not exist' in missing.stdout and not missing.stderr
+    assert missing.returncode == 1 and 'development' not in missing.stdout and not missing.stderr
+    assert [line.rpartition('/')[2] for line in missing.stdout.splitlines()] == [
+        f'test{name}.sqlite3 is missing' for name in ('', '_cache', '_job')]
 
 
 # Data of version 1, made by version 1.0.0; @ is the second in which it was, ADA and BOB are users
@@ -9621,13 +9647,21 @@ def test_help_names_every_command_with_what_it_does(tmp_path, argument):
         assert run(version, cwd=tmp_path).stdout == f'todol {todol.__version__}\n'
 
 
-@pytest.mark.parametrize('arguments', [
-    ['start'], ['--port', '80'], ['serve', 'now'], [''], ['new'], ['backup', 'a', 'b'], ['restore', '--force'],
-    ['restore', 'a', '--forced'], ['check', '--force'], ['b\udcffckup']])
-def test_an_unknown_command_gets_the_help_and_status_2(tmp_path, arguments):
-    done = run(*arguments, cwd=tmp_path)
-    assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
-    assert done.stderr.startswith('Error: there is no command ') and 'usage: python todol.py' in done.stderr
+def test_a_command_or_a_word_that_there_is_not_gets_one_sentence_with_what_there_is_and_status_2(tmp_path):
+    for arguments, said in (
+            (['start'], "todol takes one of serve, new, .*, --version, not 'start'"), ([''], "serve, .*, not ''"),
+            (['--port', '80'], "not '--port'"), (['serve', 'now'], r"serve takes \[--reload\], not 'now'"),
+            (['new'], "new takes NAME.py, not ''"), (['backup', 'a', 'b'], "backup takes PATH, not 'a b'"),
+            (['backup', '--forced'], "PATH, not '--forced'"), (['restore', '--force'], "not '--force'"),
+            (['restore', 'a', '--forced'], r"restore takes PATH \[--force\], not 'a --forced'"),
+            (['check', '--force'], "check takes nothing, not '--force'"), (['b\udcffckup'], r"not 'b\\udcffckup'"),
+            (['jobs', 'retry'], r"jobs takes \[ACT WHICH\] \[--failed\|--running\|.*, not 'retry'"),
+            (['jobs', '--name'], "not '--name'"), (['jobs', '--name', '--json'], "not '--name --json'"),
+            (['jobs', 'cancel', ''], "not 'cancel '"), (['stats', '--name'], r'stats takes \[--json\]')):
+        done = assert_one_sentence(run(*arguments, cwd=tmp_path), status=2)
+        assert re.match(f'Error: .*{said}.*; see `python todol.py --help`$', done), done
+    assert run('jobs', '--help', cwd=tmp_path).stdout == run('--help', cwd=tmp_path).stdout
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('words', [('--help',), ('stats',), ('check',)], ids=' '.join)
@@ -14342,7 +14376,7 @@ README = (HERE / 'README.md').read_text() if (HERE / 'README.md').exists() else 
 
 
 def test_the_settings_of_the_readme_are_those_of_the_program():
-    rows = re.findall(r'^\| `(\w+)` \| (?:`(.*)`|–) \| (.*) \|$', README, re.MULTILINE)
+    rows = re.findall(r'^\| `([A-Z_]+)` \| (?:`(.*)`|–) \| (.*) \|$', README, re.MULTILINE)
     assert rows == [(setting.variable, setting.default, setting.meaning) for setting in todol.SETTINGS]
 
 
@@ -14353,6 +14387,14 @@ def test_the_commands_of_the_readme_are_those_of_the_program():
     assert named == set(todol.COMMANDS) and '--help' in told and '--version' in told
     assert all(word in told for _, synopsis, _ in todol.COMMANDS.values()
                for word in re.findall(r'\[?--[a-z]+', synopsis))
+
+
+def test_the_options_of_a_task_in_the_readme_are_those_of_the_program():
+    told = re.search(r"^A task's options.*?\n\n(\|.*?)\n\n", README, re.MULTILINE | re.DOTALL)[1]
+    rows = {name: ast.literal_eval(default) for name, default in re.findall(r'^\| `(\w+)` \| `(.+?)` \|', told, re.MULTILINE)}
+    assert rows == {name: each.default for verb in (todol.Jobs.task, todol.Jobs.every, todol.Jobs.cron)
+                    for name, each in todol.inspect.signature(verb).parameters.items()
+                    if each.default is not each.empty and name not in ('function', 'recurs')}
 
 
 def test_the_units_of_the_readme_are_what_systemd_takes_and_give_settings_that_there_are(tmp_path):

@@ -165,7 +165,7 @@ def secret_text(least, hint=''):
     """A parser of secrets of so many characters or more."""
     def parse(text):
         if text and len(text) < least:
-            raise ValueError(f'at least {least} characters{hint}')
+            raise ValueError(f'at least {least} characters long, not {len(text)}{hint}')
         return text
     return parse
 
@@ -197,8 +197,8 @@ def load_settings(environ):
         try:
             values[setting.name.lower()] = setting.parse(text)
         except ValueError as allowed:
-            shown = 'a value' if setting.secret else repr(text)
-            raise SettingError(f'{setting.variable} is {shown}; it must be {allowed} '
+            given = '' if setting.secret else f'is {text!r}; it '
+            raise SettingError(f'{setting.variable} {given}must be {allowed} '
                                f'({setting.meaning})') from None
     known = {setting.variable for setting in SETTINGS}
     for name in sorted(environ):
@@ -302,6 +302,7 @@ LIBRARIES = re.compile('(site|dist)-packages|/lib/python3')     # files whose li
 METRICS = {             # name, whose end is the unit: (type, help, names of its labels)
     'http_request_duration_seconds': ('histogram', 'Time to answer', ('method', 'route', 'status')),
     'jobs': ('gauge', 'Jobs that wait, run or have failed', ('queue', 'state')),
+    'jobs_paused': ('gauge', 'Whether a queue is paused: its jobs do not start', ('queue',)),
     'job_wait_seconds': ('histogram', 'Time from when a job is due to its start', ('queue',)),
     'job_duration_seconds': ('histogram', 'Time of an attempt', ('name', 'outcome')),
     'recurring_last_timestamp_seconds': ('gauge', 'When a recurring job ran last', ('name',)),
@@ -840,14 +841,14 @@ class Database:
         if not columns:
             return self.migrations
         if ('schema_migrations', 'name') not in columns:
-            raise MigrationError(f'{self.path} is a database of another program (it has a table '
-                                 f'{columns[0][0]!r}); move it away, or set {PREFIX}DATA')
+            raise MigrationError(f'{self.path} is of another program (it has a table '
+                                 f'{columns[0][0]!r}); move it away, or keep this app elsewhere')
         applied = {name for name, in self.execute('SELECT name FROM schema_migrations')}
         unknown = applied - {name for name, _ in self.migrations}
         if unknown:
-            raise MigrationError(f'{self.path}: the migration {min(unknown)!r} is unknown here; '
-                                 f'the file is from a newer version or of another app, or somebody '
-                                 f'renamed it. Delete the file if nothing in it matters')
+            raise MigrationError(f'{self.path} is from a newer version or of another app, or '
+                                 f'somebody renamed a migration: {min(unknown)!r} is unknown here. '
+                                 f'Remove it if nothing in it matters')
         return [(name, statement) for name, statement in self.migrations if name not in applied]
 
     def _columns(self):
@@ -2758,10 +2759,9 @@ class Cable:
         self.__init__(self._db)
 
     def begin_anew(self):
-        """Let no position be valid any more: who has one is told to look again."""
+        """Let no position be valid any more: who has one elsewhere is told to look again."""
         self._db.execute('UPDATE epochs SET epoch = ?', (secrets.token_hex(4),))
         processes.ring(b'c')
-        self._bell.set()
 
     def broadcast(self, stream, message):
         """Append a message to the log, and have it delivered. Gives its id when it is in the log.
@@ -5596,9 +5596,9 @@ def admit(token=''):
     if not any(rights):
         raise NotFound(f'Nobody may see this: {PREFIX}STACK_PASSWORD is not set.')
     limit = ('wrong passwords', client_address(environ), MAX_FAILED_LOGINS, MAX_FAILED_LOGINS)
-    logins.add(*limit, by=0)        # who was wrong too often is not heard, right or wrong
     header = environ.get('HTTP_AUTHORIZATION', '')
     given = (bottle.request.auth or header.partition(' '))[-1].strip()      # Basic, or Bearer
+    logins.add(*limit, by=bool(given))      # who was wrong too often is not heard, right or wrong
 
     def hashed(text):       # of one length: the time of the comparison tells nothing
         return hashlib.sha256(text.strip().encode()).digest()
@@ -5606,9 +5606,9 @@ def admit(token=''):
     if not (given and any(hmac.compare_digest(hashed(given), hashed(right)) for right in rights)):
         if given:
             log.warning('wrong password address=%s path=%s', limit[1], environ['PATH_INFO'])
-            logins.add(*limit)
         raise bottle.HTTPError(401, 'This page wants a password.',
                                WWW_Authenticate=f'Basic realm="{APP} stack", charset="UTF-8"')
+    logins.add(*limit, by=-1)       # it was right
 
 
 def _is_at_the_machine(environ):
@@ -5634,6 +5634,8 @@ def measured(nodes, counted=None):
     '' for what is of no process alone. counted: in the place of what each has counted."""
     shared = {f'jobs\t{queue}\t{state}': 0 for queue in QUEUES for state in STATES}
     shared |= {'\t'.join(('jobs', *key)): number for key, number in jobs.counts().items()}
+    paused = jobs.paused()
+    shared |= {f'jobs_paused\t{queue}': int(queue in paused) for queue in QUEUES}
     for name, *times in jobs.recurring():
         shared |= {f'recurring_{which}_timestamp_seconds\t{name}': at
                    for which, at in zip(('last', 'next'), times)}
@@ -5666,9 +5668,9 @@ def families(values):
 def exposition(nodes):
     """The lines of all metrics. Source: prometheus.io/docs/instrumenting/exposition_formats"""
     def sample(suffix, number, **more):
-        texts = [f'{label}={json.dumps(text, ensure_ascii=False)}'
-                 for label, text in (*labels, *more.items())]
-        return f'{name}{suffix}{{{",".join(texts)}}} {number}'
+        texts = ','.join(f'{label}={json.dumps(text, ensure_ascii=False)}'
+                         for label, text in (*labels, *more.items()))
+        return f'{name}{suffix}{texts and f"{{{texts}}}"} {number}'
 
     for name, family in families(measured(nodes)).items():
         kind, meaning, _ = METRICS[name]
@@ -5716,6 +5718,13 @@ ACTS = {        # (field of the form, function)
 }
 
 
+def perform(act, wanted):
+    """Do one of ACTS to what a dict names, or to all jobs that match; says what. Raises JobError."""
+    field, function = ACTS[act]
+    done = function(*map(wanted.get, FILTERS if act in CHANGE_JOBS else (field,)))
+    return f'{act}: {done} jobs' if act in CHANGE_JOBS else f'{act}: {wanted.get(field, "all")}'
+
+
 class Row(typing.NamedTuple):
     """A row of a panel, which is (caption, heads, rows)."""
     cells: tuple
@@ -5749,12 +5758,10 @@ def act_on_stack(act):
         raise NotFound(f'There are {", ".join(ACTS)}.')
     query = dict(urllib.parse.parse_qsl(str(fields().get('query', ''))))
     form = {**query, **{name: str(value) for name, value in fields().items() if value}}
-    field, function = ACTS[act]
     try:
-        done = function(*map(form.get, FILTERS if act in CHANGE_JOBS else (field,)))
+        said = perform(act, form)
     except JobError as error:
         raise InvalidField(str(error)) from None
-    said = f'{act}: {done} jobs' if act in CHANGE_JOBS else f'{act}: {form.get(field, "all")}'
     log.info('stack page: %s by=%s', said, client_address(bottle.request.environ))
     return respond(turbo_stream('update', 'notice', bottle.html_escape(said)) + REFRESH,
                    {'done': said}, f'/stack?{urllib.parse.urlencode(query)}')
@@ -6548,6 +6555,8 @@ def _copy(database, source, target):
 
 def _refuse_damage(database, path):
     """Raises StorageError or MigrationError unless the file is whole and this app can open it."""
+    if not os.path.exists(path):
+        raise StorageError(f'{path} is missing')
     other = Database(database.name, database.migrations, path=path)
     try:
         other.open_read_only()
@@ -6617,6 +6626,14 @@ def _unpack(path, kind, directory):
 # The function of a command gives the lines to print, or the exit status.
 
 BORDER = re.compile('^# === The app', re.MULTILINE)
+JOB_ACTS = {act: field for act, (field, _) in ACTS.items() if field in FILTERS}
+
+
+class UsageError(AppError):
+    """A command, or a word after it, that there is not."""
+
+    def __init__(self, command, takes, given):
+        super().__init__(f'{command} takes {takes}, not {given!r}; see `python {APP}.py --help`')
 
 
 def command_new(path):
@@ -6694,23 +6711,35 @@ def open_existing():
         yield
 
 
-def command_jobs(act='', id='', **options):
-    """List jobs, or change one or all of them. A running server hears of it at once."""
-    which = {'state': next((each for each in STATES if each in options), None),
-             'name': options.get('name'), 'id': None if id == 'all' or not act else id}
+def command_jobs(act='', which='', **options):
+    """List jobs, or do one of JOB_ACTS. A running server hears of it at once."""
+    states = [each for each in STATES if each in options]
+    if len(states) > 1 or act not in ('', *JOB_ACTS):
+        raise UsageError('jobs', f'one state, and of {", ".join(JOB_ACTS)} one',
+                         act or ' and '.join(states))
+    wanted = {**options, 'state': next(iter(states), None)}
     with open_existing():
         if not act:
-            for job in map(without_secrets, jobs.list(1000, **which)):
-                last = (job.error or '').rstrip().rpartition('\n')[2]
-                yield (to_json(job._asdict()) if 'json' in options else
-                       f'{job.id} {job.name} {job.state} {job.queue} {job.attempts} {last}'.rstrip())
+            paused, found = jobs.paused(), jobs.list(1000, *map(wanted.get, FILTERS))
+            for job in map(without_secrets, found):
+                yield to_json(job._asdict()) if 'json' in options else _line_of(job, paused)
             return
-        if act not in CHANGE_JOBS:
-            raise JobError(f'jobs takes {", ".join(CHANGE_JOBS)} and an id or all, not {act!r}')
-        done = jobs.change(act, **which)
-        if not done and id != 'all':
-            raise JobError(f'there is no job {id!r} to {act}')
-        yield f'{act}: {done} jobs'
+        if which != 'all' or act not in CHANGE_JOBS:
+            wanted[JOB_ACTS[act]] = which
+        if 'id' in wanted:
+            job, fit = jobs.find(which), CHANGE_JOBS[act][0]
+            if not job or job.state not in fit:
+                raise JobError(f'{act} takes a job that is {" or ".join(fit)}; {which!r} is '
+                               f'{job.state if job else "done, or was never there"}')
+        yield perform(act, wanted)
+
+
+def _line_of(job, paused):
+    times = [f'{name}={_at(at)}' for name, at in job._asdict().items()
+             if name in ('enqueued_at', 'started_at', 'next_at', 'failed_at') and at]
+    last = (job.error or '').rstrip().rpartition('\n')[2]
+    return ' '.join([job.id, job.name, job.state, job.queue + ' (paused)' * (job.queue in paused),
+                     f'attempts={job.attempts}', *times, last]).rstrip()
 
 
 def command_stats(json=False):
@@ -6750,10 +6779,7 @@ def usage():
     yield from (f'{APP} {__version__}', '', f'usage: python {APP}.py [command]', '')
     for name, (_, synopsis, meaning) in COMMANDS.items():
         form = f'{name} {synopsis}'
-        if len(form) > 24:
-            yield f'  {form}'
-            form = ''
-        yield f'  {form:24} {meaning}'
+        yield f'  {form:24}' + (f'\n{"":26}' if len(form) > 24 else '') + f' {meaning}'
     yield f'\nSettings are environment variables: `python {APP}.py settings` lists them.'
 
 
@@ -6765,8 +6791,9 @@ COMMANDS = {        # name: (function, its arguments, what it does)
     'backup': (command_backup, 'PATH', 'copy the data to a directory or an archive; it may run'),
     'restore': (command_restore, 'PATH [--force]', 'put a backup in place; it must be stopped'),
     'copy-to': (command_copy_to, 'TARGET', 'copy all to postgresql://…, or to sqlite:DIRECTORY'),
-    'jobs': (command_jobs, '[ACT ID] [--failed] [--ready] [--running] [--name N] [--json]',
-             f'list jobs, or {", ".join(CHANGE_JOBS)} one, or "all"'),
+    'jobs': (command_jobs, f'[ACT WHICH] [--{"|--".join(STATES)}] [--name N] [--queue Q] [--json]',
+             f'list jobs, or {", ".join(CHANGE_JOBS)} an ID or "all",\n{"":27}'
+             'or pause, resume a QUEUE, or start a task that recurs'),
     'stats': (command_stats, '[--json]', 'how the running servers are'),
     'errors': (command_errors, '', 'what nobody expected, with tracebacks'),
     'console': (command_console, '', 'a prompt with the services, beside a running server'),
@@ -6778,19 +6805,24 @@ COMMANDS = {        # name: (function, its arguments, what it does)
 NEED_NO_SETTINGS = ('new', 'secret', '--help', '--version')
 
 
-def _parsed(synopsis, given):
-    """The words of a command as values and options; None, {} if they do not fit its synopsis, like
-    'PATH [OTHER] [--flag] [--name N]'."""
-    takes = dict(re.findall(r'\[--([a-z]+)(?: ([A-Z]+))?\]', synopsis))
+def _parsed(name, given):
+    """The function of a command, and the words after it as values and options, as its synopsis has
+    them, which is like 'PATH [OTHER] [--flag] [--name N]'. Raises UsageError."""
+    if name not in COMMANDS:
+        raise UsageError(APP, f'one of {", ".join(COMMANDS)}', name)
+    function, synopsis, _ = COMMANDS[name]
+    takes = dict(re.findall(r'(--[a-z]+)(?: ([A-Z]+))?', synopsis))
     names = re.sub(r'\[--[^]]*\]', '', synopsis)
     values, options, words = [], {}, iter(given)
     for word in words:
-        if word.startswith('--') and word[2:] in takes:
-            options[word[2:]] = next(words, None) if takes[word[2:]] else True
+        if word in takes:
+            options[word[2:]] = next(words, '') if takes[word] else True
         else:
             values.append(word)
     fits = len(values) == len(re.findall('[A-Z]+', names)) or '[' in names and not values
-    return (values, options) if fits and None not in options.values() else (None, {})
+    if not fits or any(str(each or '-')[0] == '-' for each in (*values, *options.values())):
+        raise UsageError(name, synopsis or 'nothing', ' '.join(given))
+    return function, values, options
 
 
 def main(arguments=None):
@@ -6798,13 +6830,9 @@ def main(arguments=None):
     name, *given = (sys.argv[1:] if arguments is None else arguments) or ['serve']
     sys.stdout.reconfigure(errors='backslashreplace')   # a terminal may know less than a path has
     name = {'help': '--help', '-h': '--help', '-V': '--version'}.get(name, name)
-    function, synopsis, _ = COMMANDS.get(name, (None, '', ''))
-    values, options = _parsed(synopsis, given)
-    if function is None or values is None:
-        print(f'Error: there is no command {" ".join([name, *given])!r}', '', *usage(), sep='\n',
-              file=sys.stderr)
-        return 2
+    name, given = ('--help', []) if '--help' in given else (name, given)
     try:
+        function, values, options = _parsed(name, given)
         start_logging(os.environ.get(f'{PREFIX}LOG', '').lower())
         if name not in NEED_NO_SETTINGS:
             load_settings(os.environ)
@@ -6819,7 +6847,7 @@ def main(arguments=None):
         return 0
     except AppError as error:
         print(f'Error: {error}', file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 # What `new` writes below the border.
