@@ -349,8 +349,12 @@ class HTTPClient(Client):
         super().__init__()
         self.port = port
         self._connection = http.client.HTTPConnection('127.0.0.1', port, timeout=20)
+        self._used_at = time.monotonic()
 
     def send(self, method, path, body, headers):
+        if time.monotonic() > self._used_at + 60:       # a server hangs up on who says nothing for long
+            self._connection.close()
+        self._used_at = time.monotonic()
         try:
             self._connection.request(method, path, body, headers)
             response = self._connection.getresponse()
