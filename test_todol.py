@@ -9655,7 +9655,7 @@ def test_a_command_or_a_word_that_there_is_not_gets_one_sentence_with_what_there
     for arguments, said in (
             (['start'], "todol takes one of serve, new, .*, --version, not 'start'"), ([''], "serve, .*, not ''"),
             (['--port', '80'], "not '--port'"), (['serve', 'now'], r"serve takes \[--reload\], not 'now'"),
-            (['new'], "new takes NAME.py, not ''"), (['backup', 'a', 'b'], "backup takes PATH, not 'a b'"),
+            (['new'], "new takes NAME.py, not ''"), (['new', ''], "new takes NAME.py, not ''"), (['backup', 'a', 'b'], "backup takes PATH, not 'a b'"),
             (['backup', '--forced'], "PATH, not '--forced'"), (['restore', '--force'], "not '--force'"),
             (['restore', 'a', '--forced'], r"restore takes PATH \[--force\], not 'a --forced'"),
             (['check', '--force'], "check takes nothing, not '--force'"), (['b\udcffckup'], r"not 'b\\udcffckup'"),
@@ -13270,7 +13270,7 @@ def test_new_writes_one_short_file_as_everybody_else_would_and_says_how_to_run_i
 
 @pytest.mark.parametrize('name, says', [
     *[(name, f'{name!r} can not be the name of an app: give one like chat.py') for name in (
-        'chat', 'Chat.py', '1chat.py', 'größe.py', '', 'chat.py\n', 'class.py')],
+        'chat', 'Chat.py', '1chat.py', 'größe.py', 'chat.py\n', 'class.py')],
     ('turtle.py', 'would hide the module turtle'), ('geventwebsocket.py', 'would hide the module geventwebsocket'),
     ('missing/chat.py', 'missing/chat.py can not be written: No such file or directory'),
     ('there.py', 'there.py can not be written: File exists'), ('link.py', 'link.py can not be written: File exists'),

@@ -2760,7 +2760,8 @@ class Cable:
 
     def begin_anew(self):
         """Let no position be valid any more: who has one elsewhere is told to look again."""
-        self._db.execute('UPDATE epochs SET epoch = ?', (secrets.token_hex(4),))
+        self.epoch = secrets.token_hex(4)
+        self._db.execute('UPDATE epochs SET epoch = ?', (self.epoch,))
         processes.ring(b'c')
 
     def broadcast(self, stream, message):
