@@ -8672,7 +8672,8 @@ def enqueue():
 ''')
     server = start_server(program=program, WEB_CONCURRENCY=4, TODOL_JOB_WORKERS=3)
     parent, children = server.process.pid, server.children()
-    assert len(children) == 4 and pids_of_answers(server, 40) == set(children), 'each serves'
+    assert len(children) == 4
+    eventually(lambda: pids_of_answers(server, 40) == set(children), what='that each serves')
     for name in todol.databases:
         suffix = '' if name == 'app' else f'_{name}'
         made = re.findall(rf' (\d+) INFO    migrated \S*/test{suffix}.sqlite3: 0', server.log)
