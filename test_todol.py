@@ -7901,7 +7901,7 @@ def test_each_button_does_what_it_says_to_one_job_or_to_all_that_match(operator,
     waits = jobs.enqueue('hold', {'n': 4})
     urgent = jobs.enqueue('fail', queue='urgent')
     eventually(lambda: jobs.find(urgent) is None)
-    assert jobs.find(waits).state == 'ready' and 'Resume low' in operator.get('/stack').text
+    assert jobs.find(waits).state == 'ready' and 'aria-label="Resume low"' in operator.get('/stack').text
     operator.act('resume', queue='low')
     eventually(lambda: jobs.find(waits) is None and 4 in numbers)
     assert operator.post('/stack/pause', form={'queue': 'none'}).status == operator.post('/stack/start').status == 422
@@ -7921,7 +7921,8 @@ def test_the_page_lists_the_jobs_that_match_with_all_that_is_known_of_them(opera
     cells = [each.text for each in all_jobs.all('td', **{'data-label': 'state'})]
     assert sorted(cells) == ['failed', 'running', 'scheduled']
     text = ' '.join(operator.get('/stack').text.split())
-    assert 'ZeroDivisionError: run 1' in text and '1 of 1' in text and '0 of 5' in text and 'x' * 501 not in text
+    assert 'ZeroDivisionError: run 1' in text and '1 of 1' in text and '0 of 5' in text
+    assert 'xx…' in text and 'x' * 501 not in text and f'data-label="version">{todol.__version__}</td>' in text
     assert all(id in text for id in (failed, running, scheduled)) and todol.processes.name in text
     assert 'nobody serves it' in text and '{&quot;n&quot;: 5}' in text
     for query, there in (('state=failed', failed), ('queue=low', running), ('state=scheduled&name=hold', scheduled)):
@@ -7974,7 +7975,8 @@ def test_the_page_is_valid_and_its_style_is_clean_and_served_there_alone(operato
     eventually(lambda: len(todol.recorder.errors()) == 2)
     pages = [operator.get(path).text for path in ('/stack', '/stack?chart=day&state=failed')]
     assert html_validate(*pages) == []
-    assert lint(css=[tokens_of(asset_text('plain.css')) + asset_text('stack.css')])['css'] == [[]]
+    found = lint(css=[tokens_of(asset_text('plain.css')) + asset_text('stack.css')], js=[(asset_text('stack.js'), True)])
+    assert found['css'] == found['js'] == [[]]
     assert todol.asset_path('stack.css') in pages[0] and todol.asset_path('stack.css') not in operator.get('/').text
 
 
@@ -7985,18 +7987,22 @@ def test_the_charts_show_what_was_and_have_a_table_behind_them(operator, monkeyp
     with_counts = {minute - 600: 120, minute - 540: 60, minute - 7200: 9000}
     for at, number in with_counts.items():
         data = {'of_an_older_version_total': 1, 'http_request_duration_seconds\tGET\t/\t2xx\t0.025': number,
-                'http_request_duration_seconds\tGET\t/\t2xx\tsum': 0.02 * number}
+                'http_request_duration_seconds\tGET\t/\t2xx\tsum': 0.02 * number, 'job_wait_seconds\tlow\t+Inf': 1}
         for span in (60, 900):
             note = (str(span), f'{at} other {span}', at // span * span, json.dumps(data))
             todol.cache_db.execute(todol.UPSERT_NOTE, note)
     hour = Page(operator.get('/stack').text)
     figures = [each.text for each in hour.all('figcaption')]
-    assert figures[0] == 'Requests: all, failed at most 120' and 'at most 24.9 ms' in figures[1]
+    assert figures[0] == 'Requests: all, failed highest 120' and 'highest ≤ 25 ms' in figures[1], 'not more than is known'
+    assert 'highest > 900 s' in figures[3]
     assert hour.all('svg') and len(hour.all('path')) == 8
     rows = [each.text for each in hour.all('td', **{'data-label': 'all'})]
     assert rows[:2] == ['120', '60']
     day = [each.text for each in Page(operator.get('/stack?chart=day').text).all('figcaption')]
-    assert 'at most 9,000' in day[0], day
+    assert 'highest 9,000' in day[0], day
+    for share, bound in ((0.5, 0.0005), (0.51, 0.025), (0.75, 0.025), (0.99, 901), (1, 901)):
+        assert todol._quantile(collections.Counter({'0.0005': 2, '0.025': 1, '+Inf': 1}), share) == bound
+    assert todol._quantile(collections.Counter(), 0.5) is None
 
 
 @pytest.fixture(scope='module')
@@ -8054,9 +8060,48 @@ def test_an_open_page_shows_what_happens_keeps_open_what_was_opened_and_its_butt
     row.wait_for(state='detached')
     page.locator('#notice', has_text='discard: 1 jobs').wait_for()
     page.locator('summary', has_text=re.compile('All [0-9,]+ jobs')).click()
-    page.locator('button', has_text='Discard all').click()
+    page.route('**/stack/*', lambda route: pytest.fail('that was not wanted'))
+    page.once('dialog', lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    asked, all_button = [], page.locator('button', has_text='Discard all')
+    all_button.click()
+    page.unroute('**/stack/*')
+    page.once('dialog', lambda dialog: dialog.accept())
+    all_button.click()
     other.wait_for(state='detached')
-    assert page.complaints == []
+    assert re.fullmatch('Discard all [0-9]+ jobs[?]', *asked) and page.complaints == []
+
+
+def test_what_a_button_did_is_seen_wherever_it_stands_and_the_focus_is_not_lost(stack_server, new_operator_page):
+    client = stack_server.client()
+    client.post('/stack/discard', form={'name': 'fail'}, headers=basic())
+    ids = [client.post(f'/enqueue/fail/{n}').text for n in range(3)]
+    page = new_operator_page('/stack?name=fail', viewport={'width': 800, 'height': 400})
+    for id in ids:
+        page.locator(f'[aria-label="Discard fail {id}"]').wait_for()
+    for id, then in zip(reversed(ids), (f'Discard fail {ids[1]}', f'Discard fail {ids[0]}', 'Jobs')):
+        page.locator(f'[aria-label="Discard fail {id}"]').press('Enter')
+        becomes(page, lambda page: page.evaluate('document.activeElement.ariaLabel ?? document.activeElement.textContent'),
+                then)
+    page.locator('[aria-label="Pause low"]').press('Enter')
+    page.locator('[aria-label="Resume low"]').wait_for()
+    box = page.locator('#notice', has_text='pause: low').bounding_box()
+    assert 0 <= box['y'] and box['y'] + box['height'] <= 400 and page.evaluate('scrollY') > 400
+    page.locator('[aria-label="Resume low"]:focus').press('Enter')
+    page.locator('[aria-label="Pause low"]:focus').wait_for()
+
+
+def test_a_chart_that_is_opened_as_a_table_moves_no_other_and_the_chosen_span_is_marked(new_operator_page):
+    page = new_operator_page('/stack?state=failed')
+    charts, places = page.locator('figure'), 'all => all.map(each => each.getBoundingClientRect().y)'
+    before = charts.evaluate_all(places)
+    charts.nth(1).locator('summary').click()
+    assert charts.evaluate_all(places) == before and charts.nth(1).locator('table').is_visible()
+    assert page.locator('[aria-current]').all_inner_texts() == ['hour']
+    page.click('text=day')
+    page.locator('[aria-current]:text-is("day")').wait_for()
+    assert 'state=failed' in page.url, 'what is listed stays'
+    page.click('text=Show')
+    page.locator('[aria-current]:text-is("day")').wait_for()
 
 
 def test_it_leaves_alone_what_a_list_in_the_same_browser_has_stored_and_is_not_stored_itself(stack_server, new_page):
@@ -8112,7 +8157,17 @@ def test_without_script_the_page_is_whole_and_its_buttons_work(stack_server, new
     eventually(lambda: page.reload() and discard.count())
     discard.click()
     discard.wait_for(state='detached')
-    assert page.url.startswith(f'{stack_server.url}/stack')
+    page.locator('#notice', has_text='discard: 1 jobs').wait_for()
+    assert page.url.startswith(f'{stack_server.url}/stack?said=') and 'discard: 1 jobs' in page.title()
+    pause = page.locator('[aria-label="Pause urgent"]')
+    pause.click()
+    resume, notice = page.locator('[aria-label="Resume urgent"]'), page.locator('#notice', has_text='pause: urgent')
+    height = page.viewport_size['height']
+    assert all(0 < each.bounding_box()['y'] < height for each in (resume, notice)), 'where one was'
+    resume.click()
+    pause.wait_for()
+    page.goto(f'{stack_server.url}/stack?said=anything')
+    assert not page.inner_text('#notice'), 'a link from elsewhere has nothing to say'
     page.select_option('select[name=state]', 'running')
     page.click('text=Show')
     assert 'state=running' in page.url and page.locator('h2:text-is("Jobs")').count() == 1

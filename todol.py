@@ -2157,15 +2157,11 @@ class Jobs:
         return [_job(row) for row in self._db.execute(
             f'{SELECT_JOB} WHERE {where} ORDER BY id DESC LIMIT ?', (*values, limit))]
 
-    def count(self, id=None, state=None, name=None, queue=None):
-        """How many jobs match."""
+    def counts(self, id=None, state=None, name=None, queue=None):
+        """{(queue, state): number of jobs that match}"""
         where, values = _matching(id, state, name, queue)
-        return self._db.execute(f'SELECT count(*) FROM jobs WHERE {where}', values)[0][0]
-
-    def counts(self):
-        """{(queue, state): number of jobs}"""
-        rows = self._db.execute(f'SELECT queue, {STATE} AS state, count(*) FROM jobs '
-                                'GROUP BY queue, state')
+        rows = self._db.execute(f'SELECT queue, {STATE} AS state, count(*) FROM jobs WHERE {where} '
+                                'GROUP BY queue, state', values)
         return {(queue, state): number for queue, state, number in rows}
 
     def pause(self, queue):
@@ -5694,7 +5690,7 @@ LIST_JOBS = 50              # of those that match
 MAX_FACT_CHARS = 500        # of its arguments, for one
 FILTERS = ('id', 'state', 'name', 'queue')      # of jobs
 ALL = 'the last hour'       # a column: how often
-QUANTILES = {'time p50 seconds': .5, 'time p95 seconds': .95, 'time p99 seconds': .99}    # columns
+QUANTILES = {'time p50 bound': .5, 'time p95 bound': .95, 'time p99 bound': .99}    # columns
 PANELS = {      # how the names of its metrics begin, labels that a row is for: see _table()
     'Queues': (('jobs', 'job_wait'), ('queue',)),
     'Tasks': (('recurring', 'job_duration'), ('name',)),
@@ -5736,15 +5732,22 @@ class Row(typing.NamedTuple):
 
 @app.get('/stack', unmeasured=True)
 def show_stack():
-    """The page. Parameters: state, name and queue of the jobs to list; chart=day."""
+    """The page. Parameters: state, name and queue of the jobs to list; chart=day; said: what a
+    button did, where there is no script."""
     admit()
     query = {name: value for name, value in bottle.request.query.items()
              if value and (name != 'state' or value in STATES)}
+    said = query.pop('said', '')
     nodes, hour = recorder.nodes(), recorder.counts(MINUTE)
+    matching = jobs.counts(*map(query.get, FILTERS))
     return render(
         'stack', app=APP, source=stream_source(STACK_STREAM), acts=ACTS, crc32=zlib.crc32,
-        wanted=query, query=urllib.parse.urlencode(query),
-        matching=jobs.count(*map(query.get, FILTERS)), paused=sorted(jobs.paused()),
+        wanted=query, encoded=urllib.parse.urlencode, matching=sum(matching.values()),
+        chart=query.get('chart', 'hour'),
+        numbers={act: sum(number for (_, state), number in matching.items() if state in states)
+                 for act, (states, _) in CHANGE_JOBS.items()},
+        said=said if came_from() == '/stack' else '',       # a link could say anything
+        paused=sorted(jobs.paused()),
         choices={'state': STATES, 'name': sorted(jobs.tasks), 'queue': QUEUES},
         failing=sorted({name for node in nodes.values() for name in node['failing']}),
         charts=_charts(recorder.counts(QUARTER) if query.get('chart') == 'day' else hour),
@@ -5765,7 +5768,7 @@ def act_on_stack(act):
         raise InvalidField(str(error)) from None
     log.info('stack page: %s by=%s', said, client_address(bottle.request.environ))
     return respond(turbo_stream('update', 'notice', bottle.html_escape(said)) + REFRESH,
-                   {'done': said}, f'/stack?{urllib.parse.urlencode(query)}')
+                   {'done': said}, f'/stack?{urllib.parse.urlencode({**query, "said": said})}')
 
 
 def _lists(query, nodes):
@@ -5774,8 +5777,9 @@ def _lists(query, nodes):
     for job in map(without_secrets, jobs.list(LIST_JOBS, *map(query.get, FILTERS))):
         most = jobs.tasks[job.name].attempts if job.name in jobs.tasks else '?'
         facts = {**job._asdict(), 'arguments': json.dumps(job.arguments, ensure_ascii=False)}
-        facts = [f'{name}: {_at(value) if name.endswith("_at") else value}'[:MAX_FACT_CHARS]
+        facts = [f'{name}: {_at(value) if name.endswith("_at") else value}'
                  for name, value in facts.items() if value and name != 'error']
+        facts = [re.sub(f'(?s)(.{{{MAX_FACT_CHARS}}}).+', r'\1…', fact) for fact in facts]
         found.append(Row(
             (job.name, job.state, f'{job.attempts} of {most}',
              _at(job.failed_at or job.next_at or job.started_at)),
@@ -5810,28 +5814,33 @@ def _panels(nodes, hour):
         columns = [name for name, (kind, _, labels) in METRICS.items()
                    if name.startswith(begins) and kind != 'histogram' and not {*labels} - {*by}]
         columns += sorted({column for row in rows.values() for column in row} - {*columns})
-        heads = [re.sub('^[a-z]+_|[_ ](bytes|timestamp|seconds|total)', '', column)
+        heads = [re.sub('^[a-z]+_|[_ ](bytes|timestamp|seconds|total|bound)', '', column)
                  .replace('_', ' ') for column in columns]
         if rows:
             yield caption, [' '.join(by) or 'of', *heads], [
-                Row([names.get((caption, key), key or 'all'),
+                Row([names.get((caption, key), key or caption.lower()),
                      *(_figure(column, row.get(column)) for column in columns)],
                     acts.get((caption, key), ()), key) for key, row in sorted(rows.items())]
 
 
 def _table(found, begins, by):
     """{texts of the labels `by`: {column: number}} of families() whose names begin so. What has
-    other labels has a column for each of their texts; a histogram has ALL and QUANTILES."""
-    rows, times = (collections.defaultdict(collections.Counter) for _ in range(2))
+    other labels has a column for each of their texts, an info one for each label; a histogram has
+    ALL and QUANTILES."""
+    rows, times = collections.defaultdict(dict), collections.defaultdict(collections.Counter)
     for name, family in found.items():
         for labels, numbers in family.items() if name.startswith(begins) else ():
             key = ' '.join(text for label, text in labels if label in by)
-            columns = [text for label, text in labels if label not in (*by, 'process')]
+            others = {label: text for label, text in labels if label not in (*by, 'process')}
+            if name.endswith('_info'):
+                rows[key].update(others)
+                continue
+            columns = [*others.values()]
             if METRICS[name][0] == 'histogram':
                 columns.append(ALL)
                 times[key].update(numbers)
             for column in columns or [name]:
-                rows[key][column] += _total(numbers)
+                rows[key][column] = rows[key].get(column, 0) + _total(numbers)
     for key, numbers in times.items():
         rows[key].update({column: _quantile(numbers, share) for column, share in QUANTILES.items()})
     return rows
@@ -5840,7 +5849,7 @@ def _table(found, begins, by):
 def _charts(counts):
     """(title, the highest value, paths of two lines, rows) of each of CHARTS."""
     for title, name, failed in CHARTS:
-        unit, points = 'number' if failed else 'seconds', []
+        unit, points = 'number' if failed else 'bound', []
         for counted in counts.values():
             numbers, of_failed = collections.Counter(), 0
             for key, number in counted.items():
@@ -5865,19 +5874,20 @@ def _total(numbers):
 
 
 def _quantile(buckets, share):
-    """About the seconds below which such a share of the durations are; None without any."""
-    wanted, low = share * _total(buckets), 0.0
-    for bucket, high in zip(BUCKETS, (*BOUNDS, BOUNDS[-1])):
-        if buckets[bucket] and wanted <= buckets[bucket]:
-            return low + (high - low) * wanted / buckets[bucket]
-        wanted, low = wanted - buckets[bucket], high
-    return None
+    """The first of BOUNDS, or a bit more than the last, that such a share of the durations is not
+    above; None without any. Nearer would be a guess, above the longest of all for one."""
+    sums = [*itertools.accumulate(map(buckets.__getitem__, BUCKETS))]
+    return (*BOUNDS, BOUNDS[-1] + 1)[bisect.bisect_left(sums, share * sums[-1])] if sums[-1] else None
 
 
 def _figure(name, number):
     """A number as people read it, by the unit at the end of its name; a counter's of an hour."""
     if number is None:
         return '0' if name.endswith('_total') else 'not copied' if 'copied' in name else '–'
+    if isinstance(number, str):
+        return number
+    if name.endswith('bound'):
+        return f'> {BOUNDS[-1]} s' if number > BOUNDS[-1] else f'≤ {_figure("seconds", number)}'
     if name.endswith(('timestamp_seconds', 'time_seconds')):
         return _at(number)
     if 'seconds' in name:
@@ -5897,18 +5907,20 @@ def _at(at):
 
 
 TEMPLATES['stack'] = '''\
-% def button(act, label, about='', value=''):
-<button type="submit" form="act" formaction="/stack/{{act}}" name="{{acts[act][0]}}"
- value="{{value}}" aria-label="{{label}} {{about}}">{{label}}</button>
+% def button(act, label, about, anchor, value=''):
+<button type="submit" form="act" formaction="/stack/{{act}}#{{anchor}}" name="{{acts[act][0]}}"
+ value="{{value}}" aria-label="{{label}}{{about and ' ' + about}}">{{label}}</button>
 % end
 % def table(caption, heads, rows):
+%  before = caption
 <table><thead><tr>
 %  for head in heads:
 <th scope="col">{{head}}</th>
 %  end
 </tr></thead><tbody>
 %  for row in rows:
-<tr{{!f' id="row_{crc32((caption + row.value).encode())}"' if row.text else ''}}>
+%   id = f'row_{crc32((caption + row.value).encode())}'
+<tr{{!f' id="{id}"' if row.value else ''}}>
 %   for number, (head, cell) in enumerate(zip(heads, row.cells)):
 %    if row.text and not number:
 <td><details><summary>{{cell}}</summary><pre>{{row.text}}</pre></details></td>
@@ -5918,26 +5930,32 @@ TEMPLATES['stack'] = '''\
 %   end
 <td>
 %   for act in row.acts:
-%    button(act, act.capitalize(), f'{row.cells[0]} {row.value}', row.value)
+%    about = row.cells[0] if row.value in row.cells[0] else f'{row.cells[0]} {row.value}'
+%    button(act, act.capitalize(), about, before, row.value)
 %   end
 </td></tr>
+%   before = id
 %  end
 </tbody></table>
 % end
-% rebase('plain', title=f"{'failing' if failing else 'well'} · {app} stack", style='stack.css')
+% state = 'failing' if failing else 'well'
+% rebase('plain', title=f"{said or state} · {app} stack", style='stack.css')
+<script type="module" src="{{asset('stack.js')}}"></script>
 {{!source}}
 <main>
 <h1>{{app}} <span>stack</span></h1>
 <p class="{{'bad' if failing else 'soft'}}">
 {{f'Failing: {", ".join(failing)}' if failing else 'All loops are well'}}.
 {{paused and f'Paused: {", ".join(paused)}.' or ''}} The last
-<a href="/stack" data-visit>hour</a> or <a href="/stack?chart=day" data-visit>day</a>, in UTC.</p>
-<p id="notice" role="status" data-turbo-permanent></p>
-<p data-connection data-turbo-permanent hidden></p>
-<form id="act" method="post"><input type="hidden" name="query" value="{{query}}"></form>
+% for span in ('hour', 'day'):
+{{'or' if span == 'day' else ''}} <a href="/stack?{{encoded({**wanted, 'chart': span})}}" data-visit
+{{!'aria-current="true"' if span == chart else ''}}>{{span}}</a>
+% end
+in UTC.</p>
+<form id="act" method="post"><input type="hidden" name="query" value="{{encoded(wanted)}}"></form>
 <div class="charts">
 % for title, highest, lines, rows in charts:
-<figure><figcaption>{{title}} <span class="soft">at most {{highest}}</span></figcaption>
+<figure><figcaption>{{title}} <span class="soft">highest {{highest}}</span></figcaption>
 <svg viewBox="0 0 300 62" preserveAspectRatio="none" aria-hidden="true">
 <path d="M{{lines[0] or '0 60'}}h.1"/><path class="bad" d="M{{lines[1] or '0 60'}}h.1"/></svg>
 <details><summary aria-label="{{title}}, as a table">as a table</summary>
@@ -5946,9 +5964,9 @@ TEMPLATES['stack'] = '''\
 % end
 </div>
 % for caption, heads, rows in panels:
-<h2>{{caption}}</h2>
+<section><h2 id="{{caption}}" tabindex="-1">{{caption}}</h2>
 % if caption == 'Jobs':
-<form class="row" method="get">
+<form class="row" method="get"><input type="hidden" name="chart" value="{{chart}}">
 % for key, words in choices.items():
 <label>{{key}} <select name="{{key}}"><option value="">any</option>
 % for word in words:
@@ -5958,50 +5976,78 @@ TEMPLATES['stack'] = '''\
 % end
 <button type="submit">Show</button></form>
 % filters = ', '.join(f'{key} {wanted[key]}' for key in choices if wanted.get(key))
-<details class="row"><summary>All {{f'{matching:,} jobs'}}{{filters and ' of ' + filters}}</summary>
-% for act in ('retry', 'discard', 'run', 'cancel'):
-% button(act, f'{act.capitalize()} all', 'that match')
+% filters = f'jobs{filters and " of " + filters}'
+<details class="row"><summary>All {{f'{matching:,} {filters}'}}</summary>
+% for act, number in numbers.items():
+%  if number:
+%   button(act, f'{act.capitalize()} all {number:,}', filters, caption)
+%  end
 % end
 </details>
 % elif caption == 'Errors' and rows:
-% button('seen', 'Mark all as seen')
+% button('seen', 'Mark all as seen', '', caption)
 % end
 % table(caption, heads, rows)
 % if caption == 'Jobs' and matching > len(rows):
 <p>The last {{len(rows)}} of {{f'{matching:,}'}} are shown.</p>
 % end
+</section>
 % end
+<div role="status">
+<p id="notice" data-turbo-permanent>{{said}}</p>
+<p data-connection data-turbo-permanent hidden></p>
+</div>
 </main>
 '''
+add_asset('stack.js', '''\
+// To ask before what acts on all, and where the focus goes when what has it goes.
+const { $, hooks } = globalThis.live;
+hooks.submitting = (form, { value, ariaLabel }) => value || confirm(`${ariaLabel}?`);
+hooks.leave = node => {
+  const focused = document.activeElement, row = focused.closest('tr');
+  if (node.contains(focused)) {
+    const act = `[formaction^="${focused.getAttribute('formaction')?.split('#')[0]}"]`;
+    const list = focused.closest('section') ?? document;
+    (row?.nextElementSibling?.querySelector(act) ?? $('h2', list)).focus();
+  }
+  node.remove();
+};
+''', 'text/javascript; charset=UTF-8')
 add_asset('stack.css', '''\
 body { max-width: 68rem; font-size: .9375rem; font-variant-numeric: tabular-nums; }
-h2 { margin-top: 2.5rem; font-size: 1.125rem; font-weight: 500; }
+h2 { margin: 2.5rem 0 .5rem; font-size: 1.125rem; font-weight: 500; }
 h1 span, th, .soft, tbody::before { color: var(--soft); font-weight: inherit; }
-#notice { color: var(--accent); }
 .bad { color: var(--danger); }
+[aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
+[role=status] { position: sticky; bottom: 1rem; width: fit-content; }
+[role=status] p {
+  margin-top: 1rem; padding: .5rem 1rem; border-radius: 10px; background: var(--ink);
+  color: var(--paper);
+}
 select { background: var(--paper); }
 summary { cursor: pointer; }
 .charts {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1.5rem;
-  align-items: end; margin-top: 1.5rem;
+  align-items: start; margin-top: 1.5rem;
 }
 .charts span { display: block; }
 svg { width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); color: var(--accent); }
 path { fill: none; stroke: currentcolor; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
-.row { display: flex; flex-wrap: wrap; gap: .75rem 1.25rem; align-items: end; padding: .5rem 0; }
+.row { display: flex; flex-wrap: wrap; gap: .75rem 1.25rem; align-items: center; padding: .5rem 0; }
 table { width: 100%; border-collapse: collapse; }
 tr { border-bottom: 1px solid var(--line); }
 th, td { padding: .5rem 1rem .5rem 0; text-align: left; vertical-align: baseline; }
-td + td, figure td { white-space: nowrap; }
+th, td + td, figure td { white-space: nowrap; }
+td:has(summary) { width: 100%; }
 tbody:not(:has(tr))::before { content: 'None.'; }
-@media (width < 44rem) {
+@media (width < 60rem) {
   thead { display: none; }
   tr { display: flex; flex-wrap: wrap; gap: .125rem 1rem; padding: .5rem 0; }
   td { padding: 0; }
   td:first-child { flex-basis: 100%; }
   td + [data-label]::before { content: attr(data-label) ' '; color: var(--soft); }
 }
-@media (width >= 44rem) { button, select { min-height: 2.25rem; } }
+@media (width >= 60rem) { button, select { min-height: 2.25rem; } }
 ''', 'text/css; charset=UTF-8')
 
 
