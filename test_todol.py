@@ -8000,9 +8000,6 @@ def test_the_charts_show_what_was_and_have_a_table_behind_them(operator, monkeyp
     assert rows[:2] == ['120', '60']
     day = [each.text for each in Page(operator.get('/stack?chart=day').text).all('figcaption')]
     assert 'highest 9,000' in day[0], day
-    for share, bound in ((0.5, 0.0005), (0.51, 0.025), (0.75, 0.025), (0.99, 901), (1, 901)):
-        assert todol._quantile(collections.Counter({'0.0005': 2, '0.025': 1, '+Inf': 1}), share) == bound
-    assert todol._quantile(collections.Counter(), 0.5) is None
 
 
 @pytest.fixture(scope='module')
@@ -8158,7 +8155,7 @@ def test_without_script_the_page_is_whole_and_its_buttons_work(stack_server, new
     discard.click()
     discard.wait_for(state='detached')
     page.locator('#notice', has_text='discard: 1 jobs').wait_for()
-    assert page.url.startswith(f'{stack_server.url}/stack?said=') and 'discard: 1 jobs' in page.title()
+    assert page.url.startswith(f'{stack_server.url}/stack?said=')
     pause = page.locator('[aria-label="Pause urgent"]')
     pause.click()
     resume, notice = page.locator('[aria-label="Resume urgent"]'), page.locator('#notice', has_text='pause: urgent')
@@ -8263,13 +8260,13 @@ def test_the_page_says_how_many_jobs_match_how_many_it_shows_and_what_is_paused(
     for _ in range(51):
         todol.jobs.enqueue('tidy_up', delay_seconds=1000)
     shown = operator.get('/stack?name=tidy_up').text
-    assert 'All 51 jobs of name tidy_up' in shown and 'The last 50 of 51 are shown' in shown and 'Paused' not in shown
+    assert 'All 51 jobs, name tidy_up (50 shown)' in shown and 'Paused' not in shown
     assert operator.metric('jobs_paused') == 0 == operator.metrics()['todol_jobs_paused'][frozenset({('queue', 'low')})]
     operator.post('/stack/pause', form={'queue': 'low'})
     assert operator.metric('jobs_paused', queue='low') == 1 == operator.metric('jobs_paused')
     assert '{}' not in operator.get('/metrics').text
     shown = operator.get('/stack?state=failed').text
-    assert 'All 0 jobs of state failed' in shown and 'The last 0' not in shown and 'Paused: low.' in shown
+    assert 'All 0 jobs, state failed (0 shown)' in shown and 'Paused: low.' in shown
 
 
 def test_an_empty_id_is_no_job_rather_than_all(tmp_path):

@@ -289,15 +289,13 @@ def _shown(value):
 # follow from there. No label holds what somebody has typed.
 
 # Upper bounds of the buckets of a histogram, seconds; the last bucket has none.
-BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60,
-          300, 900)
+BOUNDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 900)
 BUCKETS = (*map(str, BOUNDS), '+Inf')
 SLOW_SECONDS = 0.005        # what took less is not among the slowest
 SLOWEST = 30                # are kept, for an hour
 MAX_PLACES = 100            # where errors came from
 MAX_TRACEBACK_CHARS = 8000
 LIBRARIES = re.compile('(site|dist)-packages|/lib/python3')     # files whose lines are not ours
-
 
 METRICS = {             # name, whose end is the unit: (type, help, names of its labels)
     'http_request_duration_seconds': ('histogram', 'Time to answer', ('method', 'route', 'status')),
@@ -5596,11 +5594,9 @@ def admit(token=''):
     header = environ.get('HTTP_AUTHORIZATION', '')
     given = (bottle.request.auth or header.partition(' '))[-1].strip()      # Basic, or Bearer
     logins.add(*limit, by=bool(given))      # who was wrong too often is not heard, right or wrong
-
-    def hashed(text):       # of one length: the time of the comparison tells nothing
-        return hashlib.sha256(text.strip().encode()).digest()
-
-    if not (given and any(hmac.compare_digest(hashed(given), hashed(right)) for right in rights)):
+    # Of one length: the time of a comparison tells nothing.
+    mine, *theirs = (hashlib.sha256(text.strip().encode()).digest() for text in (given, *rights))
+    if not (given and any(hmac.compare_digest(mine, each) for each in theirs)):
         if given:
             log.warning('wrong password address=%s path=%s', limit[1], environ['PATH_INFO'])
         raise bottle.HTTPError(401, 'This page wants a password.',
@@ -5611,10 +5607,9 @@ def admit(token=''):
 def _is_at_the_machine(environ):
     """Whether a developer asks from the same machine, by its name: through no proxy, and from no
     page of another site whose name leads here."""
-    host = re.sub(r':\d*$', '', environ.get('HTTP_HOST', '').lower())
+    host = re.match(r'(localhost|127\.0\.0\.1|\[::1])(:\d*)?$', environ.get('HTTP_HOST', ''), re.I)
     proxied = any(re.match('HTTP_(X_FORWARDED|FORWARDED|X_REAL|VIA)', name) for name in environ)
-    return (settings.env == 'development' and not settings.trust_proxy and not proxied
-            and host in ('localhost', '127.0.0.1', '[::1]')
+    return (settings.env == 'development' and not settings.trust_proxy and host and not proxied
             and environ.get('REMOTE_ADDR') in ('127.0.0.1', '::1'))
 
 
@@ -5648,8 +5643,7 @@ def measured(nodes, counted=None):
 
 
 def families(values):
-    """{name: {((label, text), ...): {bucket: number}}} of measured(); '' for the bucket of what is
-    no histogram."""
+    """measured() as {name: {((label, text), ...): {bucket: number}}}; '' if it is no histogram."""
     found = {name: {} for name in METRICS}
     for process, numbers in values.items():
         for key, number in numbers.items():
@@ -5685,12 +5679,13 @@ def exposition(nodes):
 
 # === Stack page: the four services, live, and what can be done about them ================
 # Complete without script. With it, a message on the cable has the page loaded again and morphed in.
+# A panel is (caption, heads, rows); a row (cells, ACTS, value of their field, text to ask for).
 
 LIST_JOBS = 50              # of those that match
-MAX_FACT_CHARS = 500        # of its arguments, for one
+LONG = re.compile('(?s)(.{500}).+')             # of a fact about a job
 FILTERS = ('id', 'state', 'name', 'queue')      # of jobs
 ALL = 'the last hour'       # a column: how often
-QUANTILES = {'time p50 bound': .5, 'time p95 bound': .95, 'time p99 bound': .99}    # columns
+QUANTILES = {'p50 bound': .5, 'p95 bound': .95, 'p99 bound': .99}       # columns
 PANELS = {      # how the names of its metrics begin, labels that a row is for: see _table()
     'Queues': (('jobs', 'job_wait'), ('queue',)),
     'Tasks': (('recurring', 'job_duration'), ('name',)),
@@ -5701,11 +5696,11 @@ PANELS = {      # how the names of its metrics begin, labels that a row is for: 
     'Cable': ('cable', ()),
     'Processes': (('process', 'build', 'loops'), ('process',)),
 }
-CHARTS = (      # title, a histogram, its last label where it failed; '': p50 and p99
-    ('Requests: all, failed', 'http_request_duration_seconds', '5xx'),
-    ('Time of an answer: p50, p99', 'http_request_duration_seconds', ''),
-    ('Jobs: all, failed', 'job_duration_seconds', 'failed'),
-    ('Wait of a job: p50, p99', 'job_wait_seconds', ''),
+CHARTS = (      # title, a histogram, columns of its table
+    ('Requests: all, failed', 'http_request_duration_seconds', (ALL, '5xx')),
+    ('Answer time: p50, p99', 'http_request_duration_seconds', ('p50 bound', 'p99 bound')),
+    ('Jobs: all, failed', 'job_duration_seconds', (ALL, 'failed')),
+    ('Job wait: p50, p99', 'job_wait_seconds', ('p50 bound', 'p99 bound')),
 )
 ACTS = {        # (field of the form, function)
     **{act: ('id', functools.partial(jobs.change, act)) for act in CHANGE_JOBS},
@@ -5722,18 +5717,9 @@ def perform(act, wanted):
     return f'{act}: {done} jobs' if act in CHANGE_JOBS else f'{act}: {wanted.get(field, "all")}'
 
 
-class Row(typing.NamedTuple):
-    """A row of a panel, which is (caption, heads, rows)."""
-    cells: tuple
-    acts: tuple = ()    # of ACTS
-    value: str = ''     # of their field
-    text: str = ''      # shown when asked for
-
-
 @app.get('/stack', unmeasured=True)
 def show_stack():
-    """The page. Parameters: state, name and queue of the jobs to list; chart=day; said: what a
-    button did, where there is no script."""
+    """The page. Parameters: FILTERS of the jobs listed; chart: hour or day; said: what was done."""
     admit()
     query = {name: value for name, value in bottle.request.query.items()
              if value and (name != 'state' or value in STATES)}
@@ -5742,12 +5728,11 @@ def show_stack():
     matching = jobs.counts(*map(query.get, FILTERS))
     return render(
         'stack', app=APP, source=stream_source(STACK_STREAM), acts=ACTS, crc32=zlib.crc32,
-        wanted=query, encoded=urllib.parse.urlencode, matching=sum(matching.values()),
-        chart=query.get('chart', 'hour'),
-        numbers={act: sum(number for (_, state), number in matching.items() if state in states)
-                 for act, (states, _) in CHANGE_JOBS.items()},
+        wanted=query, chart=query.get('chart', 'hour'), encoded=urllib.parse.urlencode,
         said=said if came_from() == '/stack' else '',       # a link could say anything
-        paused=sorted(jobs.paused()),
+        matching=sum(matching.values()), paused=sorted(jobs.paused()),
+        fit={act: fit for act, (states, _) in CHANGE_JOBS.items() if (fit := sum(
+            number for (_, state), number in matching.items() if state in states))},
         choices={'state': STATES, 'name': sorted(jobs.tasks), 'queue': QUEUES},
         failing=sorted({name for node in nodes.values() for name in node['failing']}),
         charts=_charts(recorder.counts(QUARTER) if query.get('chart') == 'day' else hour),
@@ -5777,10 +5762,9 @@ def _lists(query, nodes):
     for job in map(without_secrets, jobs.list(LIST_JOBS, *map(query.get, FILTERS))):
         most = jobs.tasks[job.name].attempts if job.name in jobs.tasks else '?'
         facts = {**job._asdict(), 'arguments': json.dumps(job.arguments, ensure_ascii=False)}
-        facts = [f'{name}: {_at(value) if name.endswith("_at") else value}'
+        facts = [LONG.sub(r'\1…', f'{name}: {_at(value) if name.endswith("_at") else value}')
                  for name, value in facts.items() if value and name != 'error']
-        facts = [re.sub(f'(?s)(.{{{MAX_FACT_CHARS}}}).+', r'\1…', fact) for fact in facts]
-        found.append(Row(
+        found.append((
             (job.name, job.state, f'{job.attempts} of {most}',
              _at(job.failed_at or job.next_at or job.started_at)),
             [act for act, (states, _) in CHANGE_JOBS.items() if job.state in states],
@@ -5789,11 +5773,11 @@ def _lists(query, nodes):
     return [
         ('Jobs', ('task', 'state', 'attempts', 'when'), found),
         ('Errors', ('where', 'count', 'first', 'last'), [
-            Row((place, error['count'], _at(error['first_at']), _at(at)), ['seen'], place,
+            ((place, error['count'], _at(error['first_at']), _at(at)), ['seen'], place,
                 f'request: {error["request"]}\n\n{error["traceback"]}')
             for place, at, error in recorder.errors()]),
         ('Slowest', ('what', 'took', 'at', 'request'), [
-            Row((what, _figure('seconds', seconds), _at(at), request or '–'))
+            ((what, _figure('seconds', seconds), _at(at), request or '–'), (), '', '')
             for seconds, at, request, what in sorted(slow, key=lambda each: -each[0])[:SLOWEST]]),
     ]
 
@@ -5818,66 +5802,52 @@ def _panels(nodes, hour):
                  .replace('_', ' ') for column in columns]
         if rows:
             yield caption, [' '.join(by) or 'of', *heads], [
-                Row([names.get((caption, key), key or caption.lower()),
-                     *(_figure(column, row.get(column)) for column in columns)],
-                    acts.get((caption, key), ()), key) for key, row in sorted(rows.items())]
+                ([names.get((caption, key), key or caption.lower()),
+                  *(_figure(column, row.get(column)) for column in columns)],
+                 acts.get((caption, key), ()), key, '') for key, row in sorted(rows.items())]
 
 
 def _table(found, begins, by):
     """{texts of the labels `by`: {column: number}} of families() whose names begin so. What has
-    other labels has a column for each of their texts, an info one for each label; a histogram has
-    ALL and QUANTILES."""
-    rows, times = collections.defaultdict(dict), collections.defaultdict(collections.Counter)
+    other labels has a column for each text of the last, an info one for each label; a histogram
+    has ALL and QUANTILES."""
+    rows, times = (collections.defaultdict(collections.Counter) for _ in range(2))
     for name, family in found.items():
         for labels, numbers in family.items() if name.startswith(begins) else ():
             key = ' '.join(text for label, text in labels if label in by)
-            others = {label: text for label, text in labels if label not in (*by, 'process')}
+            others = [each for each in labels if each[0] not in (*by, 'process')]
             if name.endswith('_info'):
-                rows[key].update(others)
+                dict.update(rows[key], others)
                 continue
-            columns = [*others.values()]
+            columns = [text for _, text in others[-1:]]
             if METRICS[name][0] == 'histogram':
                 columns.append(ALL)
                 times[key].update(numbers)
             for column in columns or [name]:
-                rows[key][column] = rows[key].get(column, 0) + _total(numbers)
+                rows[key][column] += sum(numbers.values()) - numbers['sum']
     for key, numbers in times.items():
-        rows[key].update({column: _quantile(numbers, share) for column, share in QUANTILES.items()})
+        # The bound of a bucket is true; a place in it would be a guess, and at times too long.
+        sums = [*itertools.accumulate(numbers[bucket] for bucket in BUCKETS)]
+        for column, share in QUANTILES.items():
+            at = bisect.bisect_left(sums, share * sums[-1])
+            rows[key][column] = (*BOUNDS, BOUNDS[-1] + 1)[at]
     return rows
 
 
 def _charts(counts):
     """(title, the highest value, paths of two lines, rows) of each of CHARTS."""
-    for title, name, failed in CHARTS:
-        unit, points = 'number' if failed else 'bound', []
-        for counted in counts.values():
-            numbers, of_failed = collections.Counter(), 0
-            for key, number in counted.items():
-                if key.startswith(name):
-                    *_, label, bucket = key.split('\t')
-                    numbers[bucket] += number
-                    of_failed += number if label == failed and bucket != 'sum' else 0
-            points.append((_total(numbers), of_failed) if failed else
-                          (_quantile(numbers, .5), _quantile(numbers, .99)))
+    found = families({str(at): counted for at, counted in counts.items()})
+    for title, name, columns in CHARTS:
+        rows = _table(found, name, ('process',))        # which is the time
+        points = [[rows.get(str(at), {}).get(column, None if column in QUANTILES else 0)
+                   for column in columns] for at in counts]
         highest = max(filter(None, itertools.chain(*points)), default=0)
         lines = [' L'.join(f'{300 * x / len(points):.1f} {60 - 58 * y / (highest or 1):.1f}'
                            for x, y in enumerate(values) if y is not None)
                  for values in zip(*points)]
-        yield title, _figure(unit, highest), lines, [
-            Row([_at(at), *(_figure(unit, value) for value in two)])
+        yield title, _figure(columns[0], highest), lines, [
+            ([_at(at), *map(_figure, columns, two)], (), '', '')
             for at, two in zip(counts, points) if any(two)]
-
-
-def _total(numbers):
-    """The number of a gauge or counter; of a histogram how often."""
-    return sum(numbers.values()) - numbers['sum']
-
-
-def _quantile(buckets, share):
-    """The first of BOUNDS, or a bit more than the last, that such a share of the durations is not
-    above; None without any. Nearer would be a guess, above the longest of all for one."""
-    sums = [*itertools.accumulate(map(buckets.__getitem__, BUCKETS))]
-    return (*BOUNDS, BOUNDS[-1] + 1)[bisect.bisect_left(sums, share * sums[-1])] if sums[-1] else None
 
 
 def _figure(name, number):
@@ -5918,28 +5888,27 @@ TEMPLATES['stack'] = '''\
 <th scope="col">{{head}}</th>
 %  end
 </tr></thead><tbody>
-%  for row in rows:
-%   id = f'row_{crc32((caption + row.value).encode())}'
-<tr{{!f' id="{id}"' if row.value else ''}}>
-%   for number, (head, cell) in enumerate(zip(heads, row.cells)):
-%    if row.text and not number:
-<td><details><summary>{{cell}}</summary><pre>{{row.text}}</pre></details></td>
+%  for cells, its_acts, value, text in rows:
+%   id = f'row_{crc32((caption + value).encode())}'
+<tr{{!f' id="{id}"' if value else ''}}>
+%   for number, (head, cell) in enumerate(zip(heads, cells)):
+%    if text and not number:
+<td><details><summary>{{cell}}</summary><pre>{{text}}</pre></details></td>
 %    else:
 <td data-label="{{head}}">{{cell}}</td>
 %    end
 %   end
 <td>
-%   for act in row.acts:
-%    about = row.cells[0] if row.value in row.cells[0] else f'{row.cells[0]} {row.value}'
-%    button(act, act.capitalize(), about, before, row.value)
+%   about = cells[0] if value in cells[0] else f'{cells[0]} {value}'
+%   for act in its_acts:
+%    button(act, act.capitalize(), about, before, value)
 %   end
 </td></tr>
 %   before = id
 %  end
 </tbody></table>
 % end
-% state = 'failing' if failing else 'well'
-% rebase('plain', title=f"{said or state} · {app} stack", style='stack.css')
+% rebase('plain', title=f"{'failing' if failing else 'well'} · {app} stack", style='stack.css')
 <script type="module" src="{{asset('stack.js')}}"></script>
 {{!source}}
 <main>
@@ -5955,7 +5924,7 @@ in UTC.</p>
 <form id="act" method="post"><input type="hidden" name="query" value="{{encoded(wanted)}}"></form>
 <div class="charts">
 % for title, highest, lines, rows in charts:
-<figure><figcaption>{{title}} <span class="soft">highest {{highest}}</span></figcaption>
+<figure><figcaption>{{title}} <div class="soft">highest {{highest}}</div></figcaption>
 <svg viewBox="0 0 300 62" preserveAspectRatio="none" aria-hidden="true">
 <path d="M{{lines[0] or '0 60'}}h.1"/><path class="bad" d="M{{lines[1] or '0 60'}}h.1"/></svg>
 <details><summary aria-label="{{title}}, as a table">as a table</summary>
@@ -5975,22 +5944,16 @@ in UTC.</p>
 </select></label>
 % end
 <button type="submit">Show</button></form>
-% filters = ', '.join(f'{key} {wanted[key]}' for key in choices if wanted.get(key))
-% filters = f'jobs{filters and " of " + filters}'
-<details class="row"><summary>All {{f'{matching:,} {filters}'}}</summary>
-% for act, number in numbers.items():
-%  if number:
-%   button(act, f'{act.capitalize()} all {number:,}', filters, caption)
-%  end
+% filters = ''.join(f', {key} {wanted[key]}' for key in choices if wanted.get(key))
+<details class="row"><summary>All {{f'{matching:,} jobs{filters} ({len(rows)} shown)'}}</summary>
+% for act, number in fit.items():
+% button(act, f'{act.capitalize()} all {number:,}', f'jobs{filters}', caption)
 % end
 </details>
 % elif caption == 'Errors' and rows:
 % button('seen', 'Mark all as seen', '', caption)
 % end
 % table(caption, heads, rows)
-% if caption == 'Jobs' and matching > len(rows):
-<p>The last {{len(rows)}} of {{f'{matching:,}'}} are shown.</p>
-% end
 </section>
 % end
 <div role="status">
@@ -6004,12 +5967,9 @@ add_asset('stack.js', '''\
 const { $, hooks } = globalThis.live;
 hooks.submitting = (form, { value, ariaLabel }) => value || confirm(`${ariaLabel}?`);
 hooks.leave = node => {
-  const focused = document.activeElement, row = focused.closest('tr');
-  if (node.contains(focused)) {
-    const act = `[formaction^="${focused.getAttribute('formaction')?.split('#')[0]}"]`;
-    const list = focused.closest('section') ?? document;
-    (row?.nextElementSibling?.querySelector(act) ?? $('h2', list)).focus();
-  }
+  const focused = document.activeElement, act = focused.getAttribute('formaction')?.split('#')[0];
+  const next = focused.closest('tr')?.nextElementSibling?.querySelector(`[formaction^="${act}#"]`);
+  if (node.contains(focused)) (next ?? $('h2', focused.closest('section') ?? document)).focus();
   node.remove();
 };
 ''', 'text/javascript; charset=UTF-8')
@@ -6019,18 +5979,12 @@ h2 { margin: 2.5rem 0 .5rem; font-size: 1.125rem; font-weight: 500; }
 h1 span, th, .soft, tbody::before { color: var(--soft); font-weight: inherit; }
 .bad { color: var(--danger); }
 [aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
-[role=status] { position: sticky; bottom: 1rem; width: fit-content; }
-[role=status] p {
-  margin-top: 1rem; padding: .5rem 1rem; border-radius: 10px; background: var(--ink);
-  color: var(--paper);
-}
+[role=status] { position: sticky; bottom: 1rem; width: fit-content; margin-top: 1rem; }
+div > p { padding: .5rem 1rem; border-radius: 10px; background: var(--ink); color: var(--paper); }
 select { background: var(--paper); }
 summary { cursor: pointer; }
-.charts {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1.5rem;
-  align-items: start; margin-top: 1.5rem;
-}
-.charts span { display: block; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1.5rem; }
+figure { padding-top: .75rem; }
 svg { width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); color: var(--accent); }
 path { fill: none; stroke: currentcolor; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 .row { display: flex; flex-wrap: wrap; gap: .75rem 1.25rem; align-items: center; padding: .5rem 0; }
