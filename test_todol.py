@@ -8278,13 +8278,21 @@ def test_the_page_says_how_many_jobs_match_how_many_it_shows_and_what_is_paused(
     assert 'All 0 jobs, state failed (0 shown)' in shown and 'Paused: low.' in shown
 
 
-def test_an_empty_id_is_no_job_rather_than_all(tmp_path):
+def test_an_empty_id_is_no_job_rather_than_all_and_a_list_that_is_cut_says_so(tmp_path):
     with todol.open_stack(environment_of(tmp_path)):
-        todol.jobs.enqueue('tidy_up', delay_seconds=1000)
+        for _ in range(1001):
+            todol.jobs.enqueue('tidy_up', delay_seconds=1000)
+
+    def command(*words):
+        return run('jobs', *words, TODOL_ENV='test', TODOL_DATA=str(tmp_path / 'db'))
+
     for act in ('cancel', 'retry'):
-        done = run('jobs', act, '', TODOL_ENV='test', TODOL_DATA=str(tmp_path / 'db'))
+        done = command(act, '')
         assert done.returncode == 2 and 'jobs takes [ACT WHICH]' in done.stderr
-    assert 'cancel: 1 jobs' in run('jobs', 'cancel', 'all', TODOL_ENV='test', TODOL_DATA=str(tmp_path / 'db')).stdout
+    *lines, last = command('--scheduled').stdout.splitlines()
+    assert len(lines) == 1000 and last == 'The last 1,000 of 1,001 are shown.'
+    assert len(command('--json').stdout.splitlines()) == 1000
+    assert 'cancel: 1001 jobs' in command('cancel', 'all').stdout
     todol.load_settings({})
 
 

@@ -6627,6 +6627,7 @@ def _unpack(path, kind, directory):
 # The function of a command gives the lines to print, or the exit status.
 
 BORDER = re.compile('^# === The app', re.MULTILINE)
+LISTED_JOBS = 1000          # of them `jobs` shows
 JOB_ACTS = {act: field for act, (field, _) in ACTS.items() if field in FILTERS}
 
 
@@ -6721,9 +6722,13 @@ def command_jobs(act='', which='', **options):
     wanted = {**options, 'state': next(iter(states), None)}
     with open_existing():
         if not act:
-            paused, found = jobs.paused(), jobs.list(1000, *map(wanted.get, FILTERS))
+            which = [*map(wanted.get, FILTERS)]
+            paused, found = jobs.paused(), jobs.list(LISTED_JOBS, *which)
             for job in map(without_secrets, found):
                 yield to_json(job._asdict()) if 'json' in options else _line_of(job, paused)
+            matching = sum(jobs.counts(*which).values())
+            if matching > len(found) and 'json' not in options:
+                yield f'The last {len(found):,} of {matching:,} are shown.'
             return
         if which != 'all' or act not in CHANGE_JOBS:
             wanted[JOB_ACTS[act]] = which
