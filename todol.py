@@ -5538,8 +5538,8 @@ class Recorder:
             'process_start_time_seconds': self._started_at,
             'process_cpu_seconds_total': time.process_time(),
             'process_open_fds': len(os.listdir('/dev/fd')),
-            'process_greenlets': sum(issubclass(type(each), gevent.Greenlet) and not each.dead
-                                     for each in gc.get_objects())}
+            'process_greenlets': sum(not each.dead for each in gc.get_objects()
+                                     if issubclass(type(each), gevent.Greenlet))}
         with contextlib.suppress(OSError), open('/proc/self/statm', 'rb') as file:      # Linux
             gauges['process_resident_memory_bytes'] = int(file.read().split()[1]) * mmap.PAGESIZE
         return {'counted': self._counted(), 'gauges': gauges, 'failing': failing,
@@ -5644,7 +5644,7 @@ def measured(nodes, counted=None):
 
 def families(values):
     """measured() as {name: {((label, text), ...): {bucket: number}}}; '' if it is no histogram."""
-    found = {name: {} for name in METRICS}
+    found = {name: collections.defaultdict(collections.Counter) for name in METRICS}
     for process, numbers in values.items():
         for key, number in numbers.items():
             name, *texts = key.split('\t')
@@ -5652,7 +5652,7 @@ def families(values):
                 kind, _, names = METRICS[name]
                 bucket = texts.pop() if kind == 'histogram' else ''
                 labels = (*zip(names, texts), *([('process', process)] if process else []))
-                found[name].setdefault(labels, collections.Counter())[bucket] += number
+                found[name][labels][bucket] += number
     return found
 
 
@@ -5836,10 +5836,10 @@ def _table(found, begins, by):
 
 def _charts(counts):
     """(title, the highest value, paths of two lines, rows) of each of CHARTS."""
-    found = families({str(at): counted for at, counted in counts.items()})
+    found = families({str(at): counted for at, counted in counts.items()})      # as processes
+    tables = {name: _table(found, name, ('process',)) for name in {name for _, name, _ in CHARTS}}
     for title, name, columns in CHARTS:
-        rows = _table(found, name, ('process',))        # which is the time
-        points = [[rows.get(str(at), {}).get(column, None if column in QUANTILES else 0)
+        points = [[tables[name][str(at)].get(column, None if column in QUANTILES else 0)
                    for column in columns] for at in counts]
         highest = max(filter(None, itertools.chain(*points)), default=0)
         lines = [' L'.join(f'{300 * x / len(points):.1f} {60 - 58 * y / (highest or 1):.1f}'
@@ -5984,7 +5984,7 @@ div > p { padding: .5rem 1rem; border-radius: 10px; background: var(--ink); colo
 select { background: var(--paper); }
 summary { cursor: pointer; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1.5rem; }
-figure { padding-top: .75rem; }
+figure { padding-top: 1rem; }
 svg { width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); color: var(--accent); }
 path { fill: none; stroke: currentcolor; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 .row { display: flex; flex-wrap: wrap; gap: .75rem 1.25rem; align-items: center; padding: .5rem 0; }
@@ -5996,7 +5996,7 @@ td:has(summary) { width: 100%; }
 tbody:not(:has(tr))::before { content: 'None.'; }
 @media (width < 60rem) {
   thead { display: none; }
-  tr { display: flex; flex-wrap: wrap; gap: .125rem 1rem; padding: .5rem 0; }
+  tr { display: flex; flex-wrap: wrap; gap: .125rem 1rem; align-items: center; padding: .5rem 0; }
   td { padding: 0; }
   td:first-child { flex-basis: 100%; }
   td + [data-label]::before { content: attr(data-label) ' '; color: var(--soft); }
