@@ -8271,6 +8271,7 @@ def test_the_page_says_how_many_jobs_match_how_many_it_shows_and_what_is_paused(
         todol.jobs.enqueue('tidy_up', delay_seconds=1000)
     shown = operator.get('/stack?name=tidy_up').text
     assert 'All 51 jobs, name tidy_up (50 shown)' in shown and 'Paused' not in shown
+    assert 'Run all 51</button>' in shown and 'Cancel all 51</button>' in shown and 'Retry all' not in shown
     assert operator.metric('jobs_paused') == 0 == operator.metrics()['todol_jobs_paused'][frozenset({('queue', 'low')})]
     operator.post('/stack/pause', form={'queue': 'low'})
     assert operator.metric('jobs_paused', queue='low') == 1 == operator.metric('jobs_paused')
