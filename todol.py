@@ -5685,7 +5685,7 @@ LIST_JOBS = 50              # of those that match
 LONG = re.compile('(?s)(.{500}).+')             # of a fact about a job
 FILTERS = ('id', 'state', 'name', 'queue')      # of jobs
 ALL = 'the last hour'       # a column: how often
-QUANTILES = {'p50 bound': .5, 'p95 bound': .95, 'p99 bound': .99}       # columns
+QUANTILES = {'time p50 ≤': .5, 'time p95 ≤': .95, 'time p99 ≤': .99}    # columns, in seconds
 PANELS = {      # how the names of its metrics begin, labels that a row is for: see _table()
     'Queues': (('jobs', 'job_wait'), ('queue',)),
     'Tasks': (('recurring', 'job_duration'), ('name',)),
@@ -5698,9 +5698,9 @@ PANELS = {      # how the names of its metrics begin, labels that a row is for: 
 }
 CHARTS = (      # title, a histogram, columns of its table
     ('Requests: all, failed', 'http_request_duration_seconds', (ALL, '5xx')),
-    ('Answer time: p50, p99', 'http_request_duration_seconds', ('p50 bound', 'p99 bound')),
+    ('Answer time: p50, p99', 'http_request_duration_seconds', ('time p50 ≤', 'time p99 ≤')),
     ('Jobs: all, failed', 'job_duration_seconds', (ALL, 'failed')),
-    ('Job wait: p50, p99', 'job_wait_seconds', ('p50 bound', 'p99 bound')),
+    ('Job wait: p50, p99', 'job_wait_seconds', ('time p50 ≤', 'time p99 ≤')),
 )
 ACTS = {        # (field of the form, function)
     **{act: ('id', functools.partial(jobs.change, act)) for act in CHANGE_JOBS},
@@ -5798,7 +5798,7 @@ def _panels(nodes, hour):
         columns = [name for name, (kind, _, labels) in METRICS.items()
                    if name.startswith(begins) and kind != 'histogram' and not {*labels} - {*by}]
         columns += sorted({column for row in rows.values() for column in row} - {*columns})
-        heads = [re.sub('^[a-z]+_|[_ ](bytes|timestamp|seconds|total|bound)', '', column)
+        heads = [re.sub('^[a-z]+_|[_ ](bytes|timestamp|seconds|total|≤)', '', column)
                  .replace('_', ' ') for column in columns]
         if rows:
             yield caption, [' '.join(by) or 'of', *heads], [
@@ -5856,7 +5856,7 @@ def _figure(name, number):
         return '0' if name.endswith('_total') else 'not copied' if 'copied' in name else '–'
     if isinstance(number, str):
         return number
-    if name.endswith('bound'):
+    if name in QUANTILES:
         return f'> {BOUNDS[-1]} s' if number > BOUNDS[-1] else f'≤ {_figure("seconds", number)}'
     if name.endswith(('timestamp_seconds', 'time_seconds')):
         return _at(number)
