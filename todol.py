@@ -5682,7 +5682,7 @@ def exposition(nodes):
 # A panel is (caption, heads, rows); a row (cells, ACTS, value of their field, text to ask for).
 
 LIST_JOBS = 50              # of those that match
-LONG = re.compile('(?s)(.{500}).+')             # of a fact about a job
+LONG = re.compile(r'(?s)\A(.{500}).+')          # of a fact about a job
 FILTERS = ('id', 'state', 'name', 'queue')      # of jobs
 ALL = 'the last hour'       # a column: how often
 QUANTILES = {'time p50 ≤': .5, 'time p95 ≤': .95, 'time p99 ≤': .99}    # columns, in seconds
@@ -5983,7 +5983,7 @@ h1 span, th, .soft, tbody::before { color: var(--soft); font-weight: inherit; }
 div > p { padding: .5rem 1rem; border-radius: 10px; background: var(--ink); color: var(--paper); }
 select { background: var(--paper); }
 summary { cursor: pointer; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1.5rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; }
 figure { padding-top: 1rem; }
 svg { width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); color: var(--accent); }
 path { fill: none; stroke: currentcolor; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
