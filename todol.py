@@ -340,8 +340,7 @@ METRICS = {             # name, whose end is the unit: (type, help, names of its
     'process_greenlets': ('gauge', 'Its greenlets', ()),
 }
 
-# Of the request that is answered, or that enqueued the job.
-request_id = contextvars.ContextVar('request_id', default=None)
+request_id = contextvars.ContextVar('request_id', default=None)    # of a request and its jobs
 
 
 class Metrics:
@@ -4904,7 +4903,7 @@ class StreamElement extends HTMLElement {
     const action = get('action'), target = get('target'), targets = get('targets');
     const { id, version } = subject(this), content = $('template', this)?.content;
     this.remove();
-    if (action === 'refresh') return 'reload' in this.dataset ? location.reload() : visit();
+    if (action === 'refresh') return 'reload' in this.dataset ? location.reload() : refresh();
     if (action === 'remove' && target && !version) versions.set(target, Infinity);
     if (outdated(id, version)) return;
     if (content) adopt(content);
@@ -4942,7 +4941,7 @@ const files = root =>
     ['href', 'src', 'data-more'].map(name => each.getAttribute(name)).filter(Boolean));
 let visiting, epoch, reached = true;
 async function visit(url = location.href, push = false, pause = 100, given) {
-  const current = visiting = {};
+  const current = visiting = { url, push };
   let page;
   try {
     const answer = given?.answer ?? await fetch(url, { headers: { Accept: 'text/html' },
@@ -4969,11 +4968,13 @@ async function visit(url = location.href, push = false, pause = 100, given) {
   }
   if (push && `${files(page)}` !== `${files(document)}`) return location.assign(url);
   if (push) history.pushState(null, '', url);
+  current.push = false;
   adopt(page);
   morph(document.body, page.body);
   document.title = page.title;
   shown();
 }
+const refresh = () => visiting?.push ? visit(visiting.url, true) : visit();   // or a click is lost
 function renewVersions(fresh) {
   epoch = fresh;
   versions.clear();
@@ -5722,14 +5723,13 @@ def show_stack():
     """The page. Parameters: FILTERS of the jobs listed; chart: hour or day; said: what was done."""
     admit()
     query = {name: value for name, value in bottle.request.query.items()
-             if value and (name != 'state' or value in STATES)}
-    said = query.pop('said', '')
+             if value and name != 'said' and (name != 'state' or value in STATES)}
     nodes, hour = recorder.nodes(), recorder.counts(MINUTE)
     matching = jobs.counts(*map(query.get, FILTERS))
     return render(
         'stack', app=APP, source=stream_source(STACK_STREAM), acts=ACTS, crc32=zlib.crc32,
         wanted=query, chart=query.get('chart', 'hour'), encoded=urllib.parse.urlencode,
-        said=said if came_from() == '/stack' else '',       # a link could say anything
+        said=bottle.request.query.said if came_from() == '/stack' else '',      # no link says it
         matching=sum(matching.values()), paused=sorted(jobs.paused()),
         fit={act: fit for act, (states, _) in CHANGE_JOBS.items() if (fit := sum(
             number for (_, state), number in matching.items() if state in states))},
