@@ -11392,7 +11392,7 @@ def test_an_edit_starts_with_a_double_click_and_ends_by_enter_escape_or_leaving_
         page.press('.edit', leave) if leave else page.click('h1')
         assert titles(page) == expected and number_of('.editing, .edit')(page) == 0
         becomes(page, lambda _: [title for title, _ in visitor.todos()], expected)
-        assert focused(page) == focus
+        becomes(page, focused, focus)
 
 
 def test_filters_show_their_todos_and_are_kept_on_reload_and_in_the_history(open_window):
@@ -12347,7 +12347,7 @@ def test_every_control_is_reached_by_tab_in_the_order_of_the_page_and_seen_when_
     expected = ['new-todo', 'toggle-all', 'toggle one', 'rename one', 'destroy one',
                 'toggle two', 'rename two', 'destroy two', 'selected', 'A', 'A', 'clear-completed', 'A', 'copy']
     for each in expected:
-        assert focused(page) == each
+        becomes(page, focused, each)
         becomes(page, lambda page: page.evaluate('''() => {
             const {activeElement: element} = document, {opacity, outlineStyle} = getComputedStyle(element);
             return element.matches(':focus-visible') && opacity === '1' && outlineStyle === 'solid'; }'''), True)
@@ -12377,12 +12377,12 @@ def test_the_list_can_be_used_by_keyboard_alone(open_window, line, visitor):
     page.keys('Tab', 'Enter', '!', 'Enter')         # edit it
     assert (titles(page)[0], focused(page)) == ('one!', 'rename one!')
     page.keys('Tab', 'Enter')                       # delete it
-    assert focused(page) == 'destroy two'
+    becomes(page, focused, 'destroy two')
     page.keys('Tab', 'Tab', 'Tab', 'Enter')         # and the last
-    assert focused(page) == 'destroy two'
+    becomes(page, focused, 'destroy two')
     page.keys('Enter')
     becomes(page, lambda page: page.is_visible('.empty'), True)
-    assert focused(page) == 'new-todo'
+    becomes(page, focused, 'new-todo')
 
 
 def test_the_focus_never_falls_to_the_body(open_window, visitor):
@@ -12390,14 +12390,14 @@ def test_the_focus_never_falls_to_the_body(open_window, visitor):
     page = open_window(path='/active')
     page.press(f"{row(page, 'one')} .toggle", 'Space')      # leaves the filter: the next press must not delete
     becomes(page, titles, ['two', 'three'])
-    assert focused(page) == 'toggle two'
+    becomes(page, focused, 'toggle two')
     page.press('.clear-completed', 'Enter')
     becomes(page, lambda page: page.is_visible('.clear-completed'), False)
     becomes(page, focused, 'new-todo')
     page.focus(f"{row(page, 'two')} .rename")
     visitor.delete(f'/todos/{ids[1]}')          # in another tab
     becomes(page, titles, ['three'])
-    assert focused(page) == 'rename three'
+    becomes(page, focused, 'rename three')
     page.focus('.filters .selected')
     visitor.delete(f'/todos/{ids[2]}')
     becomes(page, lambda page: page.is_visible('.empty'), True)
@@ -12910,7 +12910,7 @@ def test_a_filter_is_switched_without_a_request_and_said(open_tab):
         assert (titles(page), path_shown(page)) == (shown, path)
         assert page.locator('.filters [aria-current=page]').all_text_contents() == [name]
         becomes(page, announced, f'{name}: {len(shown)} shown. 2 to do')
-    assert focused(page) == 'selected'
+    becomes(page, focused, 'selected')
     page.evaluate('history.back()')
     becomes(page, titles, ['one', 'three'])
     assert requests == []
@@ -12953,9 +12953,9 @@ def test_keys_walk_the_rows_and_act_on_the_one_in_focus(open_tab, visitor):
             page.keyboard.press(key)
 
     press('n')
-    assert focused(page) == 'new-todo'
+    becomes(page, focused, 'new-todo')
     press('ArrowDown', 'ArrowDown')
-    assert focused(page) == 'toggle two'
+    becomes(page, focused, 'toggle two')
     press('x')
     assert rows(page)[1] == ('two', True)
     press('e', '!', 'Enter')
@@ -12963,7 +12963,7 @@ def test_keys_walk_the_rows_and_act_on_the_one_in_focus(open_tab, visitor):
     press('ArrowDown', 'Delete')
     assert titles(page) == ['one', 'two!'] and focused(page) == 'toggle two!'
     press('ArrowUp', 'ArrowUp')
-    assert focused(page) == 'new-todo'
+    becomes(page, focused, 'new-todo')
     press(*'n/?x')
     assert page.input_value('.new-todo') == 'n/?x', 'in a field they are text'
     page.click('h1')
