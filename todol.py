@@ -4789,7 +4789,7 @@ const hooks = {
   news() {},                    // (element): the cable has changed it
   submitting() {},              // (form, button): before it is queued; false: don't
   settled() {},                 // (entry, answer): before an answer is shown
-  turned: () => visit(),        // (): the history has moved
+  turned: () => visit(location.href, false),      // (): the history has moved
   keeping() {},                 // (root): a copy of the page, which is kept for offline
   address: () => location.pathname,     // under which it is kept
   owned() {},                   // (): the page has become another user's
@@ -4903,7 +4903,7 @@ class StreamElement extends HTMLElement {
     const action = get('action'), target = get('target'), targets = get('targets');
     const { id, version } = subject(this), content = $('template', this)?.content;
     this.remove();
-    if (action === 'refresh') return 'reload' in this.dataset ? location.reload() : refresh();
+    if (action === 'refresh') return 'reload' in this.dataset ? location.reload() : visit();
     if (action === 'remove' && target && !version) versions.set(target, Infinity);
     if (outdated(id, version)) return;
     if (content) adopt(content);
@@ -4939,8 +4939,9 @@ function overtaken(page) {
 const files = root =>
   $$('head link[rel=stylesheet]:not([data-late]), head script', root).flatMap(each =>
     ['href', 'src', 'data-more'].map(name => each.getAttribute(name)).filter(Boolean));
-let visiting, epoch, reached = true;
-async function visit(url = location.href, push = false, pause = 100, given) {
+let visiting, epoch, reached = true;    // visiting: where to, while on the way; news don't stop it
+async function visit(url = visiting?.url ?? location.href, push = visiting?.push, pause = 100,
+  given) {
   const current = visiting = { url, push };
   let page;
   try {
@@ -4968,13 +4969,12 @@ async function visit(url = location.href, push = false, pause = 100, given) {
   }
   if (push && `${files(page)}` !== `${files(document)}`) return location.assign(url);
   if (push) history.pushState(null, '', url);
-  current.push = false;
+  visiting = null;
   adopt(page);
   morph(document.body, page.body);
   document.title = page.title;
   shown();
 }
-const refresh = () => visiting?.push ? visit(visiting.url, true) : visit();   // or a click is lost
 function renewVersions(fresh) {
   epoch = fresh;
   versions.clear();
@@ -5299,7 +5299,7 @@ setInterval(() => {
   if (cable.socket && elapsed(cable.heardAt) > STALE_MS) cable.lost();
   if (!cable.live && !rests && sources().length && elapsed(askedAt) > LOOK_MS) {
     askedAt = clocks();
-    visit(location.href, false, 15_000);
+    visit(undefined, undefined, 15_000);
   }
   if (!cable.socket || !rests) return;
   cable.release();
@@ -8978,6 +8978,7 @@ function grow(field) {
 }
 export function save(form, refocus) {
   const row = form.closest('li'), { value, defaultValue } = $('.edit', form);
+  if (!row) return;                     // Enter is a key, and sends the form: before this is there
   const title = value.replace(/\s*\n\s*/g, ' ').trim();
   close(form, refocus);
   if (title !== defaultValue) rename(row, title);
