@@ -7877,20 +7877,20 @@ def test_each_button_does_what_it_says_to_one_job_or_to_all_that_match(operator,
     failed = [asked.run(jobs.enqueue, 'fail', {'n': n}) for n in range(4)]
     eventually(lambda: numbers_of(jobs)['failed'] == 4)
     operator.act('pause', queue='default')
-    assert operator.act('retry', id=failed[0]) == 'retry: 1 jobs'
+    assert operator.act('retry', id=failed[0]) == 'retry: 1 job'
     again = jobs.find(failed[0])
     assert (again.state, again.attempts, again.request) == ('ready', 0, 'of a request')
     operator.act('resume', queue='default')
     eventually(lambda: jobs.find(failed[0]) is None)
     assert operator.act('retry', id=failed[0]) == 'retry: 0 jobs', 'it is gone'
-    assert operator.act('discard', id=failed[1]) == 'discard: 1 jobs' and jobs.find(failed[1]) is None
+    assert operator.act('discard', id=failed[1]) == 'discard: 1 job' and jobs.find(failed[1]) is None
     assert operator.act('retry', name='other') == 'retry: 0 jobs' == operator.act('retry', name='fail', queue='low')
     assert operator.act('retry', name='fail') == 'retry: 2 jobs'
     eventually(lambda: numbers_of(jobs) == {'waiting': 0, 'running': 0, 'failed': 0})
     assert len(runs) == 7
     later = [jobs.enqueue('hold', {'n': n}, delay_seconds=600) for n in range(4)]
-    assert operator.act('cancel', id=later[0]) == 'cancel: 1 jobs' and jobs.find(later[0]) is None
-    assert operator.act('run', id=later[1]) == 'run: 1 jobs'
+    assert operator.act('cancel', id=later[0]) == 'cancel: 1 job' and jobs.find(later[0]) is None
+    assert operator.act('run', id=later[1]) == 'run: 1 job'
     eventually(lambda: numbers == [1])
     assert operator.act('cancel', id=later[1]) == 'cancel: 0 jobs', 'it runs'
     assert operator.act('discard', id=later[1]) == 'discard: 0 jobs'
@@ -7942,7 +7942,7 @@ def test_on_postgresql_the_page_shows_the_server_and_the_processes_of_every_mach
     assert error[0].startswith('job fail: ZeroDivisionError') and error[2]['count'] == 1
     command = functools.partial(todol.in_thread, run, TODOL_ENV='test', **dbms)     # meanwhile ours goes on: it has locks
     assert 'fail failed default attempts=1 enqueued_at=' in command('jobs', '--failed').stdout
-    assert command('jobs', 'retry', 'all').stdout == 'retry: 1 jobs\n'
+    assert command('jobs', 'retry', 'all').stdout == 'retry: 1 job\n'
     eventually(lambda: len(runs) == 2, 3, 'a start at once')
     assert 'todol_postgresql_connections' in command('stats').stdout
     changed = operator.metric('database_changed_rows_total', database='app')
@@ -8055,7 +8055,7 @@ def test_an_open_page_shows_what_happens_keeps_open_what_was_opened_and_its_butt
     assert row.locator('pre').is_visible() and not other.locator('pre').is_visible(), 'it stays open'
     row.locator('button', has_text='Discard').click()
     row.wait_for(state='detached')
-    page.locator('#notice', has_text='discard: 1 jobs').wait_for()
+    page.locator('#notice', has_text='discard: 1 job').wait_for()
     page.locator('summary', has_text=re.compile('All [0-9,]+ jobs')).click()
     page.once('dialog', lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
     asked, all_button = [], page.locator('button', has_text='Discard all')
@@ -8165,7 +8165,7 @@ def test_without_script_the_page_is_whole_and_its_buttons_work(stack_server, new
     eventually(lambda: page.reload() and discard.count())
     discard.click()
     discard.wait_for(state='detached')
-    page.locator('#notice', has_text='discard: 1 jobs').wait_for()
+    page.locator('#notice', has_text='discard: 1 job').wait_for()
     assert page.url.startswith(f'{stack_server.url}/stack?said=')
     pause = page.locator('[aria-label="Pause urgent"]')
     pause.click()
@@ -8322,7 +8322,7 @@ def test_the_commands_work_beside_a_live_server_which_hears_of_them_at_once(stac
         assert id in {job['id'] for job in shown} and {job['state'] for job in shown} == {'failed'}
         assert command('jobs', '--running').stdout == ''
         ran = stack_server.log.count('job failed for good')
-        assert command('jobs', 'retry', id).stdout == 'retry: 1 jobs\n'
+        assert command('jobs', 'retry', id).stdout == 'retry: 1 job\n'
         eventually(lambda: stack_server.log.count('job failed for good') == ran + 1, 3, 'a start at once')
         assert command('jobs', 'discard', 'all', '--name', 'fail').stdout.startswith('discard: ')
         assert not failed()

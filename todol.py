@@ -5715,7 +5715,9 @@ def perform(act, wanted):
     """Do one of ACTS to what a dict names, or to all jobs that match; says what. Raises JobError."""
     field, function = ACTS[act]
     done = function(*map(wanted.get, FILTERS if act in CHANGE_JOBS else (field,)))
-    return f'{act}: {done} jobs' if act in CHANGE_JOBS else f'{act}: {wanted.get(field, "all")}'
+    if act in CHANGE_JOBS:
+        return f'{act}: {done} job{"s" * (done != 1)}'
+    return f'{act}: {wanted.get(field, "all")}'
 
 
 @app.get('/stack', unmeasured=True)
@@ -5864,6 +5866,8 @@ def _figure(name, number):
         return f'{number * 1000:.3g} ms' if number < 1 else f'{number:,.4g} s'
     if name.endswith('bytes'):
         return f'{number / 1000:,.0f} kB' if number < 10**7 else f'{number / 10**6:,.0f} MB'
+    if name == 'jobs_paused':
+        return 'yes' if number else 'no'
     if name.endswith('ratio'):
         return f'{number:.0%}'
     return f'{number / 3600:,.3g}/s' if name.endswith('_total') and number >= 3600 else \
