@@ -8171,7 +8171,7 @@ def test_without_script_the_page_is_whole_and_its_buttons_work(stack_server, new
     pause.click()
     resume, notice = page.locator('[aria-label="Resume urgent"]'), page.locator('#notice', has_text='pause: urgent')
     height = page.viewport_size['height']
-    assert all(0 < each.bounding_box()['y'] < height for each in (resume, notice)), 'where one was'
+    becomes(page, lambda _: all(0 < each.bounding_box()['y'] < height for each in (resume, notice)), True)     # where one was
     resume.click()
     pause.wait_for()
     page.goto(f'{stack_server.url}/stack?said=anything')
@@ -12386,19 +12386,20 @@ def test_the_list_can_be_used_by_keyboard_alone(open_window, line, visitor):
     becomes(page, focused, 'new-todo')
 
 
-def test_the_focus_never_falls_to_the_body(open_window, visitor):
+def test_the_focus_never_falls_to_the_body(open_window, line, visitor):
     ids = [visitor.create(title) for title in ('one', 'two', 'three')]
+    line.delay(1.5, path='/more.js')
     page = open_window(path='/active')
     page.press(f"{row(page, 'one')} .toggle", 'Space')      # leaves the filter: the next press must not delete
     becomes(page, titles, ['two', 'three'])
-    becomes(page, focused, 'toggle two')
+    assert focused(page) == 'toggle two'
     page.press('.clear-completed', 'Enter')
     becomes(page, lambda page: page.is_visible('.clear-completed'), False)
     becomes(page, focused, 'new-todo')
     page.focus(f"{row(page, 'two')} .rename")
     visitor.delete(f'/todos/{ids[1]}')          # in another tab
     becomes(page, titles, ['three'])
-    becomes(page, focused, 'rename three')
+    assert focused(page) == 'rename three'
     page.focus('.filters .selected')
     visitor.delete(f'/todos/{ids[2]}')
     becomes(page, lambda page: page.is_visible('.empty'), True)

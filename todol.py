@@ -8685,6 +8685,11 @@ hooks.ours = element => element.matches('.editor, dialog, [data-gone]');
 hooks.morphing = (from, to) => from.matches('.editing') && to.classList.add('editing');
 hooks.news = row => changes.length || row.toggleAttribute('data-flash', row.matches('#todos > li'));
 addEventListener('animationend', ({ target }) => target.removeAttribute('data-flash'));
+function focusBeside(row) {             // before it goes
+  const beside = row.nextElementSibling ?? row.previousElementSibling;
+  const same = beside && $(`[class="${document.activeElement.className}"]`, beside);
+  (same ?? (beside ? $('.rename', beside) : $('.new-todo'))).focus();
+}
 // A removed row is gone at once; those below move into its place. Of several the first shows
 // that: with a layout for each, a hundred would take seconds.
 let closing = false;
@@ -8692,7 +8697,7 @@ hooks.leave = leave;
 function leave(node) {
   if (!node.matches?.('#todos > li')) return node.remove();
   if ($('.editor', node)) return node.toggleAttribute('data-gone', true);     // the edit decides
-  if (node.contains(document.activeElement)) later('focusBeside', node);
+  if (node.contains(document.activeElement)) focusBeside(node);
   const { nextElementSibling } = node, height = closing ? 0 : node.offsetHeight;
   node.remove();
   if (!height) return;
@@ -8813,7 +8818,7 @@ function arrange() {
     const home = row.matches('.editing') || showing.includes(isDone(row) ? 'completed' : 'active')
       ? list : byId('shelf');
     if (row.parentNode === home) continue;
-    if (row.contains(document.activeElement)) later('focusBeside', row);
+    if (row.contains(document.activeElement)) focusBeside(row);
     home.append(row);
     place(row);
   }
@@ -8902,11 +8907,6 @@ export function clear() {
 function take(path, ids, was, said) {
   send(path, [['_method', 'DELETE'], ...ids],
     was.map(({ id, ref }) => ({ id, ref, gone: true })), { was, said });
-}
-export function focusBeside(row) {
-  const beside = row.nextElementSibling ?? row.previousElementSibling;
-  const same = beside && $(`[class="${document.activeElement.className}"]`, beside);
-  (same ?? (beside ? $('.rename', beside) : $('.new-todo'))).focus();
 }
 // The rows below one that is gone move into its place.
 export function closeGap(row, height) {
