@@ -5753,7 +5753,7 @@ def test_an_error_of_the_app_says_where_it_is_shown_and_what_else_changes(client
     route('/own', full)
     streams = Page(client.get('/own', accept=TURBO).text).all('turbo-stream')
     assert [stream.attributes['target'] for stream in streams] == ['there', 'row'] and streams[0].text == '<full>'
-    assert 'request failed path=/own error=<full>' in caplog.text, 'a status from 500 on is our trouble'
+    assert 'request failed route=/own error=<full>' in caplog.text, 'a status from 500 on is our trouble'
 
 
 @pytest.mark.parametrize(('environment', 'shown'), [('production', False), ('development', True)])
@@ -7773,7 +7773,7 @@ def test_the_file_in_trouble_loses_no_count_and_fails_no_request(operator, monke
     assert sum(number for data in rows for key, number in data.items() if 'none\t4xx' in key and 'sum' not in key) == 1
 
 
-def test_errors_stand_by_their_place_and_say_nothing_of_what_was_sent(operator, handle):
+def test_errors_stand_by_their_place_and_say_nothing_of_what_was_sent(operator, handle, logged):
     def fails(id):
         raise ValueError(f'no {todol.fields()["title"]!r} in {todol.bottle.request.query.q} of {todol.current_user()}')
 
@@ -7784,18 +7784,25 @@ def test_errors_stand_by_their_place_and_say_nothing_of_what_was_sent(operator, 
         assert answer.status == 500
     user = todol.verify_session(next(iter(operator.cookies.values())))[0]
     job = todol.jobs.enqueue('mail', {'to': 'a@example.com', 'token': 'PLANTEDTOKEN', 'in': [{'a_key': 'PLANTEDKEY'}]})
-    eventually(lambda: len(todol.recorder.errors()) == 2)
+    todol.jobs.task(attempts=1, timeout_seconds=0.02)(named('waits', lambda: gevent.sleep(9)))
+    todol.jobs.enqueue('waits')
+    eventually(lambda: len(todol.recorder.errors()) == 3)
+    late, = [place for place, *_ in todol.recorder.errors() if 'waits' in place]
+    assert late.startswith('job waits: Timeout in <lambda>, line '), 'where our code was, not that of a library'
     (place, _, error), = [each for each in todol.recorder.errors() if 'request' in each[0]]
     assert place.startswith('request POST /fails/<id>: ValueError in fails, line ') and error['count'] == 3
     assert 'raise ValueError' in error['traceback']
     assert error['request'] == answer.headers['x-request-id']
     shown = operator.get('/stack').text
     assert 'KeyError' in shown and 'a@example.com' in shown and job in shown
+    assert 'wait p50' in re.search('id="Queues".*?</thead>', shown, re.DOTALL)[0], 'how long jobs waited, not ran'
     secret = todol.app_db.execute(todol.KEPT_SECRET)[0][0]
     for private in ('PLANTED', user, operator.cookie_header, PASSWORD, TOKEN, secret):
         assert private not in shown and private not in operator.get('/metrics').text, private
+        assert private not in logged.text, private
+    assert logged.text.count('Traceback') == 3 and 'error=KeyError: ' in logged.text
     operator.act('seen', place=place)
-    assert [each[0].split()[0] for each in todol.recorder.errors()] == ['job'], 'what was seen is gone'
+    assert [each[0].split()[0] for each in todol.recorder.errors()] == ['job', 'job'], 'what was seen is gone'
     operator.post('/fails/x', form={'title': 'again'})
     eventually(lambda: [(each[0], each[2]['count']) for each in todol.recorder.errors()][0] == (place, 1),
                what='being news again')
@@ -8310,11 +8317,13 @@ def test_the_commands_work_beside_a_live_server_which_hears_of_them_at_once(stac
                               input=stdin)
 
     client.get('/nothing')
-    id = client.post('/enqueue/fail/3').text
+    answer = client.post('/enqueue/fail/3')
+    id = answer.text
     with contextlib.closing(stack_server.database('job')) as database:
         def failed():
             return database.execute('SELECT 1 FROM jobs WHERE uid = ? AND failed_at IS NOT NULL', (id,)).fetchall()
         eventually(failed)
+        assert re.search(f'failed for good id={id} .* request={answer.headers["x-request-id"]}\n', stack_server.log)
         at = r'_at=\d\d:\d\d:\d\d'
         assert re.search(f'^{id} fail failed default attempts=1 enqueued{at} failed{at} started{at} ValueError: number',
                          command('jobs', '--failed', '--name', 'fail').stdout, re.MULTILINE)
@@ -8328,12 +8337,15 @@ def test_the_commands_work_beside_a_live_server_which_hears_of_them_at_once(stac
         assert not failed()
     assert command('jobs', 'pause', 'low').stdout == 'pause: low\n'
     assert command('jobs', 'start', 'tidy_up').stdout == 'start: tidy_up\n'       # its queue is that
+    started_at = json.loads(command('stats', '--json').stdout)['todol_recurring_last_timestamp_seconds{name="tidy_up"}']
+    assert abs(time.time() - started_at) < 60
     waits = command('jobs', '--ready', '--queue', 'low').stdout
     assert ' tidy_up ready low (paused) attempts=0 enqueued_at=' in waits and waits.count('\n') == 1
     assert 'todol_jobs_paused{queue="low"} 1\n' in command('stats').stdout
     assert not command('jobs', '--ready', '--queue', 'urgent').stdout + command('jobs', '--blocked').stdout
     said = assert_one_sentence(command('jobs', 'discard', waits.split()[0]))
     assert said == f"Error: discard takes a job that is failed; '{waits.split()[0]}' is ready"
+    assert len(assert_one_sentence(command('jobs', 'cancel', 'x' * 9999))) < 300
     assert command('jobs', 'resume', 'low').stdout == 'resume: low\n'
     eventually(lambda: 'tidied up' in stack_server.log, 3, 'a start at once')
     stats = json.loads(command('stats', '--json').stdout)
@@ -8348,7 +8360,7 @@ def test_the_commands_work_beside_a_live_server_which_hears_of_them_at_once(stac
     assert '42 9' in console.stdout and console.returncode == 0 and 'Traceback' not in console.stderr
     assert 'is done, or was never there' in assert_one_sentence(command('jobs', 'retry', id))
     for words in (('explode', id), ('--failed', '--ready')):
-        assert 'jobs takes one state, and of retry, ' in assert_one_sentence(command('jobs', *words), status=2)
+        assert 'jobs takes at most one state, and one of retry, ' in assert_one_sentence(command('jobs', *words), status=2)
     for name in ('jobs', 'stats', 'errors', 'console'):
         done = run(name, TODOL_DATA=str(stack_server.directory / 'elsewhere'))
         assert 'there is no ' in assert_one_sentence(done) and not (stack_server.directory / 'elsewhere').exists()

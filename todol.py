@@ -295,7 +295,7 @@ SLOW_SECONDS = 0.005        # what took less is not among the slowest
 SLOWEST = 30                # are kept, for an hour
 MAX_PLACES = 100            # where errors came from
 MAX_TRACEBACK_CHARS = 8000
-LIBRARIES = re.compile('(site|dist)-packages|/lib/python3')     # files whose lines are not ours
+LIBRARIES = re.compile('(site|dist)-packages|/lib/python3|^src/')   # files that are not ours
 
 METRICS = {             # name, whose end is the unit: (type, help, names of its labels)
     'http_request_duration_seconds': ('histogram', 'Time to answer', ('method', 'route', 'status')),
@@ -2185,6 +2185,7 @@ class Jobs:
         """Run a recurring task now, unless it waits already. Raises JobError."""
         if name not in self._recurring:
             raise JobError(f'no recurring task is registered as {_shown(name)}')
+        self._db.execute('UPDATE recurring SET last_at = now_s() WHERE name = ?', (name,))
         return self.enqueue(name, unique_key=f'every {name}', order_key=f'every {name}')
 
     def prune(self):
@@ -2322,8 +2323,10 @@ class Jobs:
                 pause = min(pause, MAX_BACKOFF_SECONDS) * random.uniform(0.8, 1.2)
             found = self._db.execute(FAIL_JOB, (error, pause, for_good, *claim[:4]))
             if found and for_good:
+                before = request_id.set(claim.request)
                 log.error('job failed for good id=%s name=%s attempts=%s', claim.uid, claim.name,
                           claim.attempt)
+                request_id.reset(before)
 
     def _insert_outbox(self):
         """Insert what the outbox holds, and give the id of its last row; 0: it holds nothing. What
@@ -2475,11 +2478,11 @@ class Jobs:
         except BaseException as failure:        # sys.exit() too: a job must not end the process
             if not self._workers and isinstance(failure, gevent.GreenletExit):
                 raise                           # a stop, which gives it back
-            error = cleaned(traceback.format_exc())
-            metrics.failed('job', name if task else 'unknown', failure, _hidden(claims))
+            error, hidden = cleaned(traceback.format_exc()), _hidden(claims)
+            metrics.failed('job', name if task else 'unknown', failure, hidden)
             log.error('job failed ids=%s name=%s attempt=%s error=%s',
                       ','.join(claim.uid for claim in claims), name, attempt,
-                      error.rstrip().rpartition('\n')[2])
+                      cleaned(error, hidden).rstrip().rpartition('\n')[2])
             return error
 
 
@@ -3742,7 +3745,7 @@ def answer_errors(function):
             body = function(*arguments, **options)
         except AppError as error:
             if error.status >= 500:
-                log.error('request failed path=%s error=%s', bottle.request.path, error)
+                log.error('request failed route=%s error=%s', bottle.request.route.rule, error)
                 bottle.request.environ['bottle.exc_info'] = sys.exc_info()     # see _measure()
             later = {'Retry_After': '1'} if error.status == 503 else {}
             return bottle.HTTPError(error.status, str(error), error, **later)
@@ -3799,6 +3802,7 @@ def application(environ, start_response):
     began, started = time.perf_counter(), []
     id = _request_id(environ)
     request_id.set(id)
+    environ['wsgi.errors'] = io.StringIO()      # what bottle writes there may hold private texts
     body = app.wsgi(environ, lambda *answer: started.append(answer))
     status, headers, exc_info = started[-1]
     given = dict(headers)           # bottle has made their names of one case
@@ -3845,6 +3849,8 @@ def _measure(environ, status, seconds, exc_info):
             metrics.slow(f'{method} {rule}', seconds)
     if exc_info:            # of what nobody expected, as bottle gives it to a server
         metrics.failed('request', f'{method} {rule}', exc_info[1], _private_of(environ))
+    if errors := environ['wsgi.errors'].getvalue():
+        log.error('%s', cleaned(errors, _private_of(environ)))
     if settings.slow_request_ms and seconds * 1000 >= settings.slow_request_ms:
         log.warning('slow request route=%s %s status=%s seconds=%.3f', method, rule, status[:3],
                     seconds)
@@ -5801,7 +5807,8 @@ def _panels(nodes, hour):
                    if name.startswith(begins) and kind != 'histogram' and not {*labels} - {*by}]
         columns += sorted({column for row in rows.values() for column in row} - {*columns})
         heads = [re.sub('^[a-z]+_|[_ ](bytes|timestamp|seconds|total|≤)', '', column)
-                 .replace('_', ' ') for column in columns]
+                 .replace('_', ' ').replace('time p', 'wait p' if caption == 'Queues' else 'time p')
+                 for column in columns]
         if rows:
             yield caption, [' '.join(by) or 'of', *heads], [
                 ([names.get((caption, key), key or caption.lower()),
@@ -6639,7 +6646,8 @@ class UsageError(AppError):
     """A command, or a word after it, that there is not."""
 
     def __init__(self, command, takes, given):
-        super().__init__(f'{command} takes {takes}, not {given!r}; see `python {APP}.py --help`')
+        super().__init__(f'{command} takes {takes}, not {_shown(given)}; see '
+                         f'`python {APP}.py --help`')
 
 
 def command_new(path):
@@ -6721,7 +6729,7 @@ def command_jobs(act='', which='', **options):
     """List jobs, or do one of JOB_ACTS. A running server hears of it at once."""
     states = [each for each in STATES if each in options]
     if len(states) > 1 or act not in ('', *JOB_ACTS):
-        raise UsageError('jobs', f'one state, and of {", ".join(JOB_ACTS)} one',
+        raise UsageError('jobs', f'at most one state, and one of {", ".join(JOB_ACTS)}',
                          act or ' and '.join(states))
     wanted = {**options, 'state': next(iter(states), None)}
     with open_existing():
@@ -6739,7 +6747,7 @@ def command_jobs(act='', which='', **options):
         if 'id' in wanted:
             job, fit = jobs.find(which), CHANGE_JOBS[act][0]
             if not job or job.state not in fit:
-                raise JobError(f'{act} takes a job that is {" or ".join(fit)}; {which!r} is '
+                raise JobError(f'{act} takes a job that is {" or ".join(fit)}; {_shown(which)} is '
                                f'{job.state if job else "done, or was never there"}')
         yield perform(act, wanted)
 
