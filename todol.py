@@ -4795,7 +4795,7 @@ const hooks = {
   news() {},                    // (element): the cable has changed it
   submitting() {},              // (form, button): before it is queued; false: don't
   settled() {},                 // (entry, answer): before an answer is shown
-  turned: () => visit(location.href, false),      // (): the history has moved
+  turned: () => visit(null),    // (): the history has moved
   keeping() {},                 // (root): a copy of the page, which is kept for offline
   address: () => location.pathname,     // under which it is kept
   owned() {},                   // (): the page has become another user's
@@ -4945,11 +4945,12 @@ function overtaken(page) {
 const files = root =>
   $$('head link[rel=stylesheet]:not([data-late]), head script', root).flatMap(each =>
     ['href', 'src', 'data-more'].map(name => each.getAttribute(name)).filter(Boolean));
-let visiting, epoch, reached = true;    // visiting: where to, while on the way; news don't stop it
-async function visit(url = visiting?.url ?? location.href, push = visiting?.push, pause = 100,
-  given) {
-  const current = visiting = { url, push };
-  let page;
+let visiting, epoch, reached = true;
+// to: the URL of another page; null: this one, wherever that is by then; unset: where one is on
+// the way to, if anywhere.
+async function visit(to = visiting?.to, pause = 100, given) {
+  const from = location.href, current = visiting = { to: to === from ? null : to };
+  let page, url = to ?? from;
   try {
     const answer = given?.answer ?? await fetch(url, { headers: { Accept: 'text/html' },
       signal: limit(ANSWER_MS) });
@@ -4969,9 +4970,10 @@ async function visit(url = visiting?.url ?? location.href, push = visiting?.push
   if (other !== owner && !belong(other)) return;
   const fresh = page && epochOf(page);
   if (fresh && fresh !== epoch) renewVersions(fresh);
-  if (!page || overtaken(page)) {
+  const push = current.to;
+  if (!page || overtaken(page) || !push && location.href !== from) {
     await wait(pause);
-    return visiting === current && visit(url, push, Math.min(pause * 2, 15_000));
+    return visiting === current && visit(push, Math.min(pause * 2, 15_000));
   }
   if (push && `${files(page)}` !== `${files(document)}`) return location.assign(url);
   if (push) history.pushState(null, '', url);
@@ -4993,7 +4995,7 @@ function shown() {
   keepSoon();
 }
 addEventListener('popstate', () => hooks.turned());
-onClick('a[data-visit]', ({ href }) => visit(href, href !== location.href));
+onClick('a[data-visit]', ({ href }) => visit(href));
 function onClick(selector, act) {       // without a key that opens another tab
   addEventListener('click', event => {
     const element = event.target.closest?.(selector);
@@ -5165,7 +5167,7 @@ function settle(entry, answer, html) {
   if (streams) renderStreams(html);
   else if (!answer.ok) tell(`That was not done: the server answered ${answer.status}.`);
   else if (!answer.redirected || entry.page !== location.href) visit();
-  else visit(answer.url, answer.url !== location.href, 100, { answer, html });
+  else visit(answer.url, 100, { answer, html });
 }
 function tell(text) {
   const notice = byId('notice');
@@ -5305,7 +5307,7 @@ setInterval(() => {
   if (cable.socket && elapsed(cable.heardAt) > STALE_MS) cable.lost();
   if (!cable.live && !rests && sources().length && elapsed(askedAt) > LOOK_MS) {
     askedAt = clocks();
-    visit(undefined, undefined, 15_000);
+    visit(undefined, 15_000);
   }
   if (!cable.socket || !rests) return;
   cable.release();
