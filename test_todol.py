@@ -7877,6 +7877,10 @@ def test_slow_requests_and_jobs_have_a_line_and_others_only_in_the_access_log(op
 @both_engines
 def test_each_button_does_what_it_says_to_one_job_or_to_all_that_match(operator, logged):
     jobs = todol.jobs
+    heard = []
+    todol.cable.subscribe(todol.STACK_STREAM, heard.append)
+    operator.act('resume', queue='default')
+    eventually(lambda: heard, 1.5, 'other pages are told, though nothing was counted')
     runs = failing(jobs, 4, attempts=1)
     numbers, goes_on = held(jobs, queue='low')
     asked = contextvars.copy_context()
@@ -7914,7 +7918,7 @@ def test_each_button_does_what_it_says_to_one_job_or_to_all_that_match(operator,
     assert operator.post('/stack/pause', form={'queue': 'none'}).status == operator.post('/stack/start').status == 422
     assert operator.act('start', name='tidy_up') == 'start: tidy_up'
     eventually(lambda: 'tidied up' in logged.text)
-    assert logged.text.count('stack page: ') == 16 and 'stack page: run: 2 jobs by=127.0.0.1' in logged.text
+    assert logged.text.count('stack page: ') == 17 and 'stack page: run: 2 jobs by=127.0.0.1' in logged.text
 
 
 def test_the_page_lists_the_jobs_that_match_with_all_that_is_known_of_them(operator):

@@ -5723,6 +5723,7 @@ def perform(act, wanted):
     """Do one of ACTS to what a dict names, or to all jobs that match; says what. Raises JobError."""
     field, function = ACTS[act]
     done = function(*map(wanted.get, FILTERS if act in CHANGE_JOBS else (field,)))
+    cable.broadcast(STACK_STREAM, REFRESH)      # to the other pages that are open
     if act in CHANGE_JOBS:
         return f'{act}: {done} job{"s" * (done != 1)}'
     return f'{act}: {wanted.get(field, "all")}'
