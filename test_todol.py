@@ -7916,9 +7916,10 @@ def test_each_button_does_what_it_says_to_one_job_or_to_all_that_match(operator,
     operator.act('resume', queue='low')
     eventually(lambda: jobs.find(waits) is None and 4 in numbers)
     assert operator.post('/stack/pause', form={'queue': 'none'}).status == operator.post('/stack/start').status == 422
+    assert operator.act('seen', place='\0')
     assert operator.act('start', name='tidy_up') == 'start: tidy_up'
     eventually(lambda: 'tidied up' in logged.text)
-    assert logged.text.count('stack page: ') == 17 and 'stack page: run: 2 jobs by=127.0.0.1' in logged.text
+    assert logged.text.count('stack page: ') == 18 and 'stack page: run: 2 jobs by=127.0.0.1' in logged.text
 
 
 def test_the_page_lists_the_jobs_that_match_with_all_that_is_known_of_them(operator):

@@ -5473,7 +5473,7 @@ class Recorder:
     def mark_seen(self, place=None):
         """Forget the errors of a place, or all: the next there is news again."""
         cache_db.execute("DELETE FROM notes WHERE kind = 'error' AND ? IN (key, '')",
-                         (place or '',))
+                         (cleaned(place or ''),))
 
     def _turn(self):
         """Note what was counted, and how we are if somebody asked. While the file is in trouble it
