@@ -8113,6 +8113,8 @@ def test_a_chart_that_is_opened_as_a_table_moves_no_other_and_the_chosen_span_is
     assert 'state=failed' in page.url, 'what is listed stays'
     page.click('text=Show')
     page.locator('[aria-current]:text-is("day")').wait_for()
+    ends = page.locator('figure path').evaluate_all('all => all.map(each => getComputedStyle(each).strokeLinecap)')
+    assert set(ends) == {'round'}, 'a minute alone would be too thin to be seen'
 
 
 def test_it_leaves_alone_what_a_list_in_the_same_browser_has_stored_and_is_not_stored_itself(stack_server, new_page):
