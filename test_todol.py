@@ -13498,6 +13498,7 @@ def test_two_browsers_see_each_others_messages_a_kill_loses_none_and_one_sent_me
     say(page, 'hello', 'Ada')
     shows(other, MESSAGES, ['hello'])
     say(other, '<i>hi</i> & bye', 'Grace')
+    shows(page, MESSAGES, ['hello', '<i>hi</i> & bye'])
     say(page, 'again')
     said = ['hello', '<i>hi</i> & bye', 'again']
     shows((page, other), MESSAGES, said)
