@@ -8381,7 +8381,7 @@ def test_with_reload_a_changed_file_is_served_and_open_tabs_show_it_and_a_broken
         port = free.getsockname()[1]
     server = ServerProcess(tmp_path, program, TODOL_ENV='development', PORT=port)
     log = open(server.log_path, 'wb')
-    process = subprocess.Popen([sys.executable, program, 'serve', '--reload'], cwd=tmp_path, stdout=log, stderr=log,
+    process = subprocess.Popen([sys.executable, program, '--reload'], cwd=tmp_path, stdout=log, stderr=log,
                                env=environment_with(**server.environment), stdin=subprocess.DEVNULL)
     try:
         url = f'http://127.0.0.1:{server.environment["PORT"]}'
@@ -9752,7 +9752,7 @@ def test_help_names_every_command_with_what_it_does(tmp_path, argument):
 def test_a_command_or_a_word_that_there_is_not_gets_one_sentence_with_what_there_is_and_status_2(tmp_path):
     for arguments, said in (
             (['start'], "todol takes one of serve, new, .*, --version, not 'start'"), ([''], "serve, .*, not ''"),
-            (['--port', '80'], "not '--port'"), (['serve', 'now'], r"serve takes \[--reload\], not 'now'"),
+            (['--port', '80'], r"serve takes \[--reload\], not '--port 80'"), (['serve', 'now'], r"serve takes \[--reload\], not 'now'"),
             (['new'], "new takes NAME.py, not ''"), (['new', ''], "new takes NAME.py, not ''"), (['backup', 'a', 'b'], "backup takes PATH, not 'a b'"),
             (['backup', '--forced'], "PATH, not '--forced'"), (['restore', '--force'], "not '--force'"),
             (['restore', 'a', '--forced'], r"restore takes PATH \[--force\], not 'a --forced'"),

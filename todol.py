@@ -6853,6 +6853,8 @@ def main(arguments=None):
     sys.stdout.reconfigure(errors='backslashreplace')   # a terminal may know less than a path has
     name = {'help': '--help', '-h': '--help', '-V': '--version'}.get(name, name)
     name, given = ('--help', []) if '--help' in given else (name, given)
+    if name.startswith('--') and name not in COMMANDS:
+        name, given = 'serve', [name, *given]
     try:
         function, values, options = _parsed(name, given)
         start_logging(os.environ.get(f'{PREFIX}LOG', '').lower())
