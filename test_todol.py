@@ -7646,6 +7646,7 @@ def test_each_number_tells_of_what_was_done_on_purpose(operator, handle, monkeyp
     attempts = functools.partial(operator.metric, 'job_duration_seconds_count')
     assert attempts(name='fail', outcome='failed') == attempts(name='fail', outcome='done') == 1 and attempts() == 2
     assert operator.metric('job_wait_seconds_count', queue='default') == 1
+    assert operator.metric('job_wait_seconds_count', queue='low') == 2, 'those that run still have waited'
     assert operator.metric('errors_total', kind='job') == 1
     assert operator.metric('jobs', queue='low', state='running') == 2 == operator.metric('jobs') - 1
     assert operator.metric('jobs', state='scheduled') == 1 and operator.metric('errors_total', kind='request') == 2

@@ -2271,7 +2271,7 @@ class Jobs:
                 claims += self._claim(queue, claims)
                 # More of them may be due, or be taken by another process just now.
                 times.append(now() + (len(claims) < CLAIM_ROWS) * SKIPPED_SECONDS)
-        self._db.after_commit(functools.partial(self._start, self._together(claims)))
+        self._db.after_commit(functools.partial(self._begin, claims))
         return min((at for at in times if at is not None), default=None)
 
     def _claim(self, queue, claims):
@@ -2426,6 +2426,13 @@ class Jobs:
 
     # Running
 
+    def _begin(self, claims):
+        """Start what was claimed, whose wait is over."""
+        self._start(self._together(claims))
+        for claim in claims:
+            if claim.attempt == 1:
+                metrics.time(max(0.0, now() - claim.run_at), 'job_wait_seconds', claim.queue)
+
     def _start(self, lists):
         for claims in lists:
             self._running[claims[0].id] = claims
@@ -2438,7 +2445,7 @@ class Jobs:
 
     def _run(self, claims):
         """Run a job, or those of a batch together; if that fails, each of them alone."""
-        started, began_at = time.perf_counter(), now()
+        started = time.perf_counter()
         error = self._perform(claims)
         seconds = time.perf_counter() - started
         self._running.pop(claims[0].id, None)
@@ -2446,14 +2453,12 @@ class Jobs:
             self._start([[claim] for claim in claims])
         else:
             self._settled += [(claim, error) for claim in claims]
-            self._measure(claims, error, began_at, seconds)
+            self._measure(claims, error, seconds)
         self._bell.set()
 
-    def _measure(self, claims, error, began_at, seconds):
+    def _measure(self, claims, error, seconds):
         name = claims[0].name if claims[0].name in self.tasks else 'unknown'
-        for claim in claims:
-            if claim.attempt == 1:
-                metrics.time(max(0.0, began_at - claim.run_at), 'job_wait_seconds', claim.queue)
+        for _ in claims:
             metrics.time(seconds, 'job_duration_seconds', name, 'failed' if error else 'done')
         if settings.slow_job_ms and seconds * 1000 >= settings.slow_job_ms:
             log.warning('slow job id=%s name=%s seconds=%.3f', claims[0].uid, name, seconds)
