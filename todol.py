@@ -6005,8 +6005,10 @@ summary { cursor: pointer; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; }
 figure { padding-top: 1rem; }
 svg { width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line); color: var(--accent); }
-path { fill: none; stroke: currentcolor; stroke-width: 2; vector-effect: non-scaling-stroke; }
-path { stroke-linecap: round; }    /* a minute alone is a point */
+path {
+  fill: none; stroke: currentcolor; stroke-width: 2; vector-effect: non-scaling-stroke;
+  stroke-linecap: round;        /* a minute alone is a point */
+}
 .row { display: flex; flex-wrap: wrap; gap: .75rem 1.25rem; align-items: center; padding: .5rem 0; }
 table { width: 100%; border-collapse: collapse; }
 tr { border-bottom: 1px solid var(--line); }
