@@ -4975,13 +4975,13 @@ async function visit(to = visiting?.to, pause = 100, given) {
   if (other !== owner && !belong(other)) return;
   const fresh = page && epochOf(page);
   if (fresh && fresh !== epoch) renewVersions(fresh);
-  const push = current.to;
-  if (!page || overtaken(page) || !push && location.href !== from) {
+  const elsewhere = current.to;
+  if (!page || overtaken(page) || !elsewhere && location.href !== from) {
     await wait(pause);
-    return visiting === current && visit(push, Math.min(pause * 2, 15_000));
+    return visiting === current && visit(elsewhere, Math.min(pause * 2, 15_000));
   }
-  if (push && `${files(page)}` !== `${files(document)}`) return location.assign(url);
-  if (push) history.pushState(null, '', url);
+  if (elsewhere && `${files(page)}` !== `${files(document)}`) return location.assign(url);
+  if (elsewhere) history.pushState(null, '', url);
   visiting = null;
   adopt(page);
   morph(document.body, page.body);
